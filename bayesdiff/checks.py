@@ -1,0 +1,31 @@
+"""One-line refusals: name the value, name the cure, before any work is wasted."""
+
+import math
+
+
+class UserError(ValueError):
+    """Something the user can mend; entry points show its one line and no traceback."""
+
+
+def positive(name: str, value: float, cure: str = "give a number above 0") -> float:
+    """Return ``value`` if it is a finite number above zero.
+
+    Raises:
+        UserError: if it is not; the message is one line with name, value and cure.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{name} must be a number, got {value!r}; {cure}")
+    if not math.isfinite(value) or value <= 0:
+        raise UserError(f"{name} must be positive and finite, got {value}; {cure}")
+    return value
+
+
+def at_least(name: str, value: int, least: int = 1) -> int:
+    """Return ``value`` if it is a whole number of at least ``least``.
+
+    Raises:
+        UserError: if it is not; the message is one line with name, value and cure.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return value
