@@ -1,0 +1,3 @@
+from bayesdiff.models.generative import GenerativeModel
+
+__all__ = ["GenerativeModel"]

@@ -1,0 +1,3 @@
+from bayesdiff.networks.unet import UNet
+
+__all__ = ["UNet"]

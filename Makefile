@@ -1,0 +1,42 @@
+# Everything runs from the repository root. `make` alone lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench tensorboard clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp is older than pyproject.toml only after an edit, so a second call costs nothing.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+setup: $(READY) ## make .venv and install the package with its tools
+
+demo: $(READY) ## train, sample and report a small model on a CPU
+	$(BIN)/python train.py experiment=demo
+
+test: $(READY) ## run the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY) ## run the long checks
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY) ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY) ## measure what uncertainty costs
+	$(BIN)/python experiments/benchmark/run.py
+
+tensorboard: $(READY) ## look at the runs in outputs/
+	$(BIN)/tensorboard --logdir outputs
+
+clean: ## remove caches, keep .venv and outputs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* build dist *.egg-info
+	find bayesdiff tests experiments -name __pycache__ -prune -exec rm -rf {} +

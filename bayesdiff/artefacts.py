@@ -1,0 +1,136 @@
+"""Files that say what they came from: content keys, atomic writes, loading without code."""
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bayesdiff.checks import UserError
+
+
+def key_of(*parts: Any) -> str:
+    """16 hex digits that change with any value in the parts (anything JSON can hold)."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_key(model: nn.Module) -> str:
+    """16 hex digits that change with any weight or buffer of the model."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a file beside ``path`` and move it into place: all or nothing.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path.parent} ({error.strerror}); choose another output_dir"
+        ) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write readable JSON atomically."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    write_atomic(path, lambda file: file.write_text(text) and None)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's content, or None if it is missing or not JSON (a write that never finished)."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_arrays(path: Path, key: str, arrays: Mapping[str, Tensor | None]) -> None:
+    """Write tensors and the key of what they came from as one npz, atomically."""
+    present = {name: value.cpu().numpy() for name, value in arrays.items() if value is not None}
+    write_atomic(path, lambda file: np.savez(file, key=np.array(key), **present))
+
+
+def read_arrays(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of an npz made from ``key``; None if it is missing, broken or of another key."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["key"]) != key:
+                return None
+            return {name: torch.from_numpy(file[name]) for name in file.files if name != "key"}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint as plain values and tensors; no code in it is ever run.
+
+    Raises:
+        UserError: if it is missing, truncated, holds code, or is no Lightning checkpoint.
+    """
+    import pickle
+
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; train first, or correct ckpt_path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {path} holds code or is no checkpoint, it was not run; "
+            "save plain tensors and values instead"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} is truncated or corrupt; delete it to train again"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def load_weights(model: nn.Module, path: Path) -> str:
+    """Load a checkpoint's (averaged) weights into the model and return their key.
+
+    Raises:
+        UserError: if the checkpoint cannot be read, or belongs to another network.
+    """
+    state = read_checkpoint(path)["state_dict"]
+    own = model.state_dict()
+    odd = [n for n in own.keys() | state.keys() if _shape(own, n) != _shape(state, n)]
+    if odd:
+        name = min(odd)
+        raise UserError(
+            f"checkpoint {path} belongs to another network: {name} is {_shape(state, name)} there "
+            f"and {_shape(own, name)} here; give the model, net and data options it was trained with"
+        )
+    model.load_state_dict(state)
+    return weights_key(model)
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(state[name].shape) if name in state else "missing"

@@ -1,0 +1,165 @@
+"""From a configuration to checked objects: all that can be refused is refused here."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from bayesdiff.artefacts import key_of, write_atomic
+from bayesdiff.checks import UserError, at_least, positive
+from bayesdiff.data.module import ImageDataModule
+from bayesdiff.device import autocast_dtype
+from bayesdiff.models import GenerativeModel
+
+# Trainer options that change the weights; devices and strategy must not.
+_TRAINER_KEYS = (
+    "max_epochs", "max_steps", "gradient_clip_val", "accumulate_grad_batches",
+    "limit_train_batches", "overfit_batches", "precision",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configured run: what it works with and where its artefacts are.
+
+    Attributes:
+        cfg: resolved configuration.
+        data: images and batches.
+        model: network, path and loss; its weights are loaded by the fit stage.
+        device: where sampling and scoring happen.
+        key: content key of everything the trained weights depend on.
+        folder: the run folder.
+    """
+
+    cfg: DictConfig
+    data: ImageDataModule
+    model: GenerativeModel
+    device: torch.device
+    key: str
+    folder: Path
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes the model knows, none for an unconditional model."""
+        return self.data.data.classes if self.model.num_classes else ()
+
+
+def build(cfg: DictConfig) -> Run:
+    """Make and check everything a run needs; no work is done and nothing is written but a probe.
+
+    Raises:
+        UserError: for anything in the configuration that cannot work.
+    """
+    check_values(cfg)
+    device = choose_device(str(cfg.trainer.accelerator))
+    data = ImageDataModule(
+        instantiate(cfg.data.source),
+        batch_size=cfg.data.batch_size,
+        flip=cfg.data.flip,
+        seed=cfg.seed,
+    )
+    model = build_model(cfg, data)
+    key = fit_key(cfg, data)
+    name = f"{data.data.name}-{model.path.family}-{key[:8]}"
+    folder = Path(cfg.run_dir or Path(cfg.output_dir) / name)
+    if is_main_process():
+        write_atomic(folder / ".writable", lambda file: None)
+        (folder / ".writable").unlink(missing_ok=True)
+    return Run(cfg, data, model, device, key, folder)
+
+
+def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
+    """The model for this data, with freshly initialised weights.
+
+    Raises:
+        UserError: if the class count or the solver's kind does not fit.
+    """
+    images = data.data
+    classes: Any = cfg.model.num_classes
+    if classes == "auto":
+        classes = images.num_classes or None
+    if classes is not None:
+        at_least("model.num_classes", classes)
+        if classes < images.num_classes or not images.num_classes:
+            raise UserError(
+                f"model.num_classes={classes} but {images.name} has {images.num_classes} classes; "
+                "use model.num_classes=auto, or null for an unconditional model"
+            )
+    torch.manual_seed(cfg.seed)
+    net = instantiate(
+        cfg.net,
+        in_channels=images.channels,
+        image_size=images.image_size,
+        num_classes=classes,
+        _convert_="all",
+    )
+    path = instantiate(cfg.path)
+    return instantiate(cfg.model, net=net, path=path, num_classes=classes, _convert_="all")
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Refuse plain values that no stage could use.
+
+    Raises:
+        UserError: one line with the value and the cure.
+    """
+    at_least("seed", cfg.seed, 0)
+    at_least("data.batch_size", cfg.data.batch_size)
+    positive("model.optimizer.lr", cfg.model.optimizer.lr)
+    if cfg.trainer.max_epochs is not None and cfg.trainer.max_epochs != -1:
+        at_least("trainer.max_epochs", cfg.trainer.max_epochs)
+    if not cfg.fit and not cfg.ckpt_path:
+        raise UserError("fit=false needs a checkpoint; give ckpt_path=/path/to/last.ckpt")
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """Device for sampling and scoring, the one Lightning would choose for training.
+
+    Raises:
+        UserError: for a device that is not there.
+    """
+    cuda = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not cuda:
+        raise UserError(f"trainer.accelerator={accelerator} but there is no GPU here; use cpu")
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"unknown trainer.accelerator {accelerator!r}; choose auto, cpu or gpu")
+    if cuda and accelerator != "cpu":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def precision(cfg: DictConfig, device: torch.device) -> str:
+    """Lightning's precision flag, with ``auto`` resolved for this device."""
+    if cfg.trainer.precision != "auto":
+        return cfg.trainer.precision
+    return "bf16-mixed" if autocast_dtype(device) else "32-true"
+
+
+def fit_key(cfg: DictConfig, data: ImageDataModule) -> str:
+    """Content key of everything the trained weights depend on, devices left out."""
+    ema: Mapping[str, Any] | None = (cfg.callbacks or {}).get("ema")
+    parts = {
+        "data": [data.data.fingerprint, data.batch_size, data.flip],
+        "seed": cfg.seed,
+        "model": plain(cfg.model),
+        "net": plain(cfg.net),
+        "path": plain(cfg.path),
+        "trainer": {k: cfg.trainer[k] for k in _TRAINER_KEYS if k in cfg.trainer},
+        "ema": plain(ema) if ema else None,
+    }
+    return key_of(parts)
+
+
+def plain(cfg: Any) -> Any:
+    """A configuration node as plain values."""
+    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the artefacts."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0

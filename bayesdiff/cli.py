@@ -1,0 +1,58 @@
+"""What the entry points share: an error the user can mend is one line, not a traceback."""
+
+import os
+import re
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from bayesdiff.checks import UserError
+
+
+_FULL_ERROR = bool(os.environ.get("HYDRA_FULL_ERROR"))
+
+
+@contextmanager
+def one_line_errors() -> Generator[None, None, None]:
+    """Turn user errors and Hydra's own complaints into one line on stderr and exit status 1.
+
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead, as everywhere in Hydra.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if _FULL_ERROR:
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands errors on instead of printing them.
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain(error)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues from the last checkpoint")
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of ours, of Hydra or of OmegaConf."""
+    from hydra.errors import MissingConfigException
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"unknown {group} {name!r}; choose from {', '.join(sorted(error.options))}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", str(error))
+    if unknown:
+        return f"unknown option {unknown.group(1) or unknown.group(2)!r}{_cure(str(error))}"
+    return " ".join(lines)
+
+
+def _cure(text: str) -> str:
+    if "skip_interval" in text or "mc_samples" in text or "members" in text:
+        return "; it belongs to another uncertainty=..., ensemble and published have their own"
+    return "; --cfg job lists every option"

@@ -1,0 +1,181 @@
+"""One data set of images in memory: checked once, hashed once, never changed."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UserError, at_least, positive
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images and labels of one data set; make it with `build`, which checks and hashes.
+
+    Attributes:
+        name: short name, for logs and tables.
+        images: training images, shape (N, C, H, W), uint8.
+        labels: their classes, shape (N,), int64; None for a data set without labels.
+        test_images: held-out images, shape (M, C, H, W), uint8.
+        test_labels: their classes, shape (M,), int64; None exactly where ``labels`` is.
+        classes: class names in the order of the labels; empty without labels.
+        fingerprint: 16 hex digits that change with any pixel, label or class name.
+    """
+
+    name: str
+    images: Tensor = field(repr=False)
+    labels: Tensor | None = field(repr=False)
+    test_images: Tensor = field(repr=False)
+    test_labels: Tensor | None = field(repr=False)
+    classes: tuple[str, ...]
+    fingerprint: str
+
+    @classmethod
+    def build(
+        cls,
+        name: str,
+        images: Tensor,
+        labels: Tensor | None,
+        test_images: Tensor,
+        test_labels: Tensor | None,
+        classes: tuple[str, ...] = (),
+    ) -> Self:
+        """Check everything a later stage relies on, and hash it.
+
+        Raises:
+            UserError: for an empty set, a wrong dtype or shape, sizes that differ, images that
+                are not square, and labels that are missing, too many or out of range.
+        """
+        if (labels is None) != (test_labels is None):
+            which = "test" if labels is None else "training"
+            raise UserError(f"data set {name}: only the {which} images have labels; label both")
+        if labels is None and classes:
+            raise UserError(f"data set {name}: {len(classes)} class names but no labels")
+        for part, x, y in (("training", images, labels), ("test", test_images, test_labels)):
+            _check_images(f"data set {name}", part, x)
+            if y is not None:
+                _check_labels(f"data set {name}", part, x, y, len(classes))
+        if images.shape[1:] != test_images.shape[1:]:
+            raise UserError(
+                f"data set {name}: training images are {_size(images)} but test images are "
+                f"{_size(test_images)}; bring them to one size"
+            )
+        parts = (images, labels, test_images, test_labels)
+        data = cls(name, *parts, classes=classes, fingerprint=_fingerprint(parts, classes))
+        _ = data.image_size  # refuses images that are not square before any work is done on them
+        return data
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 without labels."""
+        return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        """Channels per image: 1 for grey, 3 for RGB."""
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels.
+
+        Raises:
+            UserError: if the images are not square.
+        """
+        height, width = self.images.shape[2:]
+        if height != width:
+            raise UserError(
+                f"data set {self.name}: images are {_size(self.images)}, not square; "
+                "crop or pad them to a square"
+            )
+        return height
+
+
+def _size(images: Tensor) -> str:
+    return "x".join(str(n) for n in images.shape[1:]) + " (channels x height x width)"
+
+
+def _check_images(where: str, part: str, images: Tensor) -> None:
+    if images.dtype != torch.uint8:
+        raise UserError(f"{where}: {part} images are {images.dtype}; give uint8, values 0 to 255")
+    if images.ndim != 4:
+        raise UserError(f"{where}: {part} images have shape {tuple(images.shape)}, not (N,C,H,W)")
+    if images.numel() == 0:
+        raise UserError(f"{where}: no {part} images, shape {tuple(images.shape)}; add some")
+
+
+def _check_labels(where: str, part: str, images: Tensor, labels: Tensor, classes: int) -> None:
+    if labels.dtype != torch.int64 or labels.ndim != 1:
+        raise UserError(
+            f"{where}: {part} labels are {labels.dtype} of shape {tuple(labels.shape)}; "
+            "give int64 of shape (N,)"
+        )
+    if len(labels) != len(images):
+        raise UserError(
+            f"{where}: {len(labels)} {part} labels for {len(images)} images; give one per image"
+        )
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
+    if len(wrong):
+        first = int(wrong[0])
+        raise UserError(
+            f"{where}: {part} image {first} has label {int(labels[first])}, but there are "
+            f"{classes} classes; labels run from 0 to the number of classes minus 1"
+        )
+
+
+def _fingerprint(parts: tuple[Tensor | None, ...], classes: tuple[str, ...]) -> str:
+    """Hash of shapes, contents and class names, the same on every platform."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"none" if part is None else str(tuple(part.shape)).encode())
+        if part is not None:
+            array = part.contiguous().numpy()
+            digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).data)
+    digest.update("\0".join(classes).encode())
+    return digest.hexdigest()[:16]
+
+
+def hold_out(
+    name: str,
+    images: Tensor,
+    labels: Tensor | None,
+    classes: tuple[str, ...],
+    test_fraction: float,
+    seed: int,
+) -> ImageData:
+    """Hold out the same share of every class for testing; the same images for the same seed.
+
+    Args:
+        name: short name of the data set.
+        images: all images, shape (N, C, H, W), uint8.
+        labels: their classes, shape (N,), or None.
+        classes: class names in the order of the labels.
+        test_fraction: share to hold out, between 0 and 1; at least one image is.
+        seed: chooses which images are held out.
+
+    Raises:
+        UserError: for a share outside (0, 1), a negative seed, or fewer than two images.
+    """
+    n = len(images)
+    positive("data.source.test_fraction", test_fraction, "give a number between 0 and 1")
+    if test_fraction >= 1:
+        raise UserError(
+            f"data.source.test_fraction={test_fraction} leaves no training images; use 0.1"
+        )
+    at_least("data.source.seed", seed, 0)
+    if n < 2:
+        raise UserError(f"data set {name} has {n} image; add some, one is held out for testing")
+    held = min(max(round(n * test_fraction), 1), n - 1)
+    # RandomState's stream is frozen by NumPy's promise, so a split outlives its versions.
+    order = torch.from_numpy(np.random.RandomState(seed % 2**32).permutation(n))
+    if labels is not None:
+        order = order[torch.sort(labels[order], stable=True).indices]
+    # Evenly spaced places in a list sorted by class take a fair share of each class.
+    places = ((torch.arange(held, dtype=torch.float64) + 0.5) * n / held).long()
+    test = torch.zeros(n, dtype=torch.bool)
+    test[order[places]] = True
+    train_labels, test_labels = (None, None) if labels is None else (labels[~test], labels[test])
+    return ImageData.build(name, images[~test], train_labels, images[test], test_labels, classes)

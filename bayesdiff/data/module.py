@@ -1,0 +1,111 @@
+"""Whole data sets as one tensor; batches are index operations on it."""
+
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UserError, at_least
+from bayesdiff.data.images import ImageData
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """uint8 in 0 ... 255 to float32 in [-1, 1], channels-last in memory."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1, 1] (values beyond are clipped) to uint8 in 0 ... 255."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Serves the images of one ``ImageData`` from memory, on the device that trains.
+
+    Args:
+        data: the images.
+        batch_size: images per optimiser step over all devices together, so that a run means the
+            same on one device and on many.
+        flip: mirror half of the training images.
+        seed: fixes the order of the images in every epoch.
+
+    Raises:
+        UserError: for a batch size that is no positive whole number, or larger than the data.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int = 128, flip: bool = False, seed: int = 0):
+        super().__init__()
+        at_least("batch_size", batch_size)
+        if batch_size > len(data.images):
+            raise UserError(
+                f"batch_size {batch_size} is larger than the {len(data.images)} training images "
+                f"of {data.name}; choose a smaller one"
+            )
+        self.data = data
+        self.batch_size = batch_size
+        self.flip = flip
+        self.seed = seed
+
+    def train_dataloader(self) -> "TrainingBatches":
+        """Shuffled batches of this process, a new order in every epoch.
+
+        Raises:
+            UserError: if the processes cannot share the batch evenly.
+        """
+        if self.batch_size % self.trainer.world_size:
+            raise UserError(
+                f"batch_size {self.batch_size} cannot be shared by {self.trainer.world_size} "
+                "processes; choose a multiple"
+            )
+        return TrainingBatches(self)
+
+    def val_dataloader(self) -> "ValidationBatches":
+        """At most 1,024 test images in fixed batches; every process sees them all."""
+        return ValidationBatches(self)
+
+
+class ValidationBatches:
+    """The same whole batches of test images in every epoch."""
+
+    def __init__(self, module: ImageDataModule) -> None:
+        self.images = module.data.test_images[:1024]
+        self.labels = module.data.test_labels
+        self.size = min(module.batch_size, len(self.images))
+
+    def __len__(self) -> int:
+        return len(self.images) // self.size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i in range(0, len(self) * self.size, self.size):
+            labels = None if self.labels is None else self.labels[i : i + self.size]
+            yield to_model_range(self.images[i : i + self.size]), labels
+
+
+class TrainingBatches:
+    """Iterates one epoch; the order depends on seed and epoch alone, so a resumed run agrees."""
+
+    def __init__(self, module: ImageDataModule) -> None:
+        self.module = module
+        device = module.trainer.strategy.root_device
+        self.images = module.data.images.to(device)
+        self.labels = None if module.data.labels is None else module.data.labels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.images) // self.module.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        module, trainer = self.module, self.module.trainer
+        generator = torch.Generator().manual_seed(1_000_003 * module.seed + trainer.current_epoch)
+        order = torch.randperm(len(self.images), generator=generator)
+        mirrored = torch.rand(len(self.images), generator=generator) < 0.5
+        for i in range(len(self)):
+            chosen = order[i * module.batch_size : (i + 1) * module.batch_size]
+            chosen = chosen[trainer.global_rank :: trainer.world_size].to(self.images.device)
+            images = to_model_range(self.images[chosen])
+            if module.flip:
+                flip = mirrored[chosen.cpu()].to(images.device)
+                images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+            yield images, None if self.labels is None else self.labels[chosen]

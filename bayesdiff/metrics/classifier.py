@@ -1,0 +1,253 @@
+"""A small image classifier: the feature space of the scores for data that Inception never saw."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayesdiff.checks import UserError
+
+log = logging.getLogger(__name__)
+
+# Part of the cache key: raise it when the network or its training changes.
+ARCHITECTURE = 1
+FEATURES = 128
+BATCH_SIZE = 256
+
+
+class Classifier(nn.Module):
+    """Four convolutions, mean over the pixels and a linear layer; images of 8 x 8 to 64 x 64.
+
+    Args:
+        channels: image channels C.
+        num_classes: number of classes K.
+        stride: stride of the first convolution; 4 keeps images above 32 pixels affordable.
+        test_accuracy: share of held-out images it names rightly, NaN when there are none.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, *, stride: int = 2, test_accuracy: float = math.nan
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.num_classes = num_classes
+        self.stride = stride
+        self.test_accuracy = test_accuracy
+        self.body = nn.Sequential(
+            *_block(channels, 32, kernel=5, stride=stride),
+            *_block(32, 64),
+            nn.MaxPool2d(2),
+            *_block(64, FEATURES),
+            *_block(FEATURES, FEATURES),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features, uint8 ``(B, C, H, W) -> (B, 128)``."""
+        features: Tensor = self.body(images.float() / 127.5 - 1)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits, uint8 ``(B, C, H, W) -> (B, K)``."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    test_images: Tensor | None,
+    test_labels: Tensor | None,
+    num_classes: int,
+    *,
+    seed: int,
+    epochs: int,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Classifier:
+    """Train a classifier with AdamW and a one-cycle learning rate.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,), from 0 to ``num_classes - 1``.
+        test_images: held-out images, uint8 (M, C, H, W); None or empty leaves the accuracy NaN.
+        test_labels: held-out labels, int64 (M,).
+        num_classes: number of classes K.
+        seed: fixes the initial weights and the order of the images; the global state is kept.
+        epochs: passes over the images.
+        device: where to train; the result stays there.
+        progress: show a bar with the time left.
+
+    Returns:
+        The classifier in eval mode, channels-last, with ``test_accuracy`` set.
+    """
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stride = 4 if max(images.shape[-2:]) > 32 else 2
+        network = Classifier(images.shape[1], num_classes, stride=stride)
+    network = network.to(device, memory_format=torch.channels_last).train()
+    batches = _batches(len(images), epochs, torch.Generator().manual_seed(seed))
+    _fit(network, images.to(device), labels.to(device), batches, progress)
+    network.eval()
+    if test_images is not None and test_labels is not None and len(test_images):
+        network.test_accuracy = _accuracy(network, test_images, test_labels)
+    return network
+
+
+def load_or_train(
+    cache_dir: Path | str,
+    data: Any,
+    seed: int,
+    *,
+    epochs: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Classifier:
+    """The classifier of a data set, from the cache when it was trained on the same content.
+
+    Args:
+        cache_dir: folder of the ``classifier-<hash>.safetensors`` files.
+        data: record with ``images``, ``labels``, ``test_images``, ``test_labels``,
+            ``num_classes``, ``name`` and ``fingerprint``.
+        seed: see `train_classifier`; part of the cache key.
+        epochs: passes over the images; None chooses by their number.
+        device: where to train, and where the result lies.
+        progress: show a bar with the time left.
+
+    Returns:
+        The classifier in eval mode.
+
+    Raises:
+        UserError: if the data set has no labels to train on.
+    """
+    if data.labels is None or data.num_classes < 2:
+        raise UserError(
+            f"data set {data.name!r} has no labels to train metrics.features=classifier on; "
+            "set metrics.features=inception or give it labels"
+        )
+    epochs = _epochs(len(data.images)) if epochs is None else epochs
+    path = cache_path(cache_dir, data.fingerprint, seed, epochs)
+    if path.exists():
+        try:
+            return load_classifier(path).to(device, memory_format=torch.channels_last)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            log.warning("%s is not readable (%s); training it again", path, error)
+    network = train_classifier(
+        data.images,
+        data.labels,
+        data.test_images,
+        data.test_labels,
+        data.num_classes,
+        seed=seed,
+        epochs=epochs,
+        device=device,
+        progress=progress,
+    )
+    log.info("classifier of %s: held-out accuracy %.4f", data.name, network.test_accuracy)
+    save_classifier(network, path, data=data.name, fingerprint=data.fingerprint)
+    return network
+
+
+def cache_path(cache_dir: Path | str, fingerprint: str, seed: int, epochs: int) -> Path:
+    """File of the classifier trained on the data with this fingerprint."""
+    key = json.dumps([ARCHITECTURE, FEATURES, BATCH_SIZE, fingerprint, seed, epochs])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return Path(cache_dir) / f"classifier-{digest}.safetensors"
+
+
+def save_classifier(network: Classifier, path: Path, **notes: str) -> None:
+    """Write weights and shape in one step, so that a reader never meets half a file."""
+    shape = {name: getattr(network, name) for name in ("channels", "num_classes", "stride")}
+    metadata = {"shape": json.dumps(shape), "test_accuracy": repr(network.test_accuracy), **notes}
+    tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_classifier(path: Path | str) -> Classifier:
+    """Read a classifier file onto the CPU, in eval mode; never runs code from it."""
+    with safe_open(path, framework="pt") as stored:
+        metadata = stored.metadata()
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    accuracy = float(metadata["test_accuracy"])
+    network = Classifier(**json.loads(metadata["shape"]), test_accuracy=accuracy)
+    network.load_state_dict(tensors)
+    return network.to(memory_format=torch.channels_last).eval()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the hardware multiplies in it (about twice as fast), else None."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    # Without these instructions bfloat16 is emulated, and slower than float32.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if device.type == "cpu" and fast else None
+
+
+def _block(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def _epochs(size: int) -> int:
+    """Enough passes for small sets, 6 for 60 000 images, never fewer than 2."""
+    return min(max(360_000 // size, 2), 40)
+
+
+def _batches(size: int, epochs: int, generator: torch.Generator) -> list[Tensor]:
+    """Index batches of all epochs; a last short batch is dropped unless it is the only one."""
+    batch = min(BATCH_SIZE, max(size // 16, 2))
+    orders = [torch.randperm(size, generator=generator) for _ in range(epochs)]
+    return [part for order in orders for part in order[: size // batch * batch].split(batch)]
+
+
+def _fit(
+    network: Classifier, images: Tensor, labels: Tensor, batches: list[Tensor], progress: bool
+) -> None:
+    from rich.console import Console
+    from rich.progress import track
+
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=5e-3, total_steps=len(batches), pct_start=0.2
+    )
+    dtype = autocast_dtype(images.device)
+    console = Console(stderr=True)
+    for index in track(
+        batches, "training the classifier", console=console, transient=True, disable=not progress
+    ):
+        index = index.to(images.device)
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            logits = network(images[index].contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def _accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
+    device = network.head.weight.device
+    guesses = [network(part.to(device)).argmax(1).cpu() for part in images.split(512)]
+    return float((torch.cat(guesses) == labels.cpu()).double().mean())

@@ -1,0 +1,197 @@
+"""How well one set of uncertainty maps agrees with another: ranking, size, and its own figures."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Values ranked at once in a bootstrap; bounds its memory to some tens of megabytes.
+BLOCK = 1 << 20
+
+
+def image_rank(a: Tensor, b: Tensor) -> float:
+    """Spearman correlation, over images, of the summed variance of two sets of maps.
+
+    Args:
+        a: variance maps (N, ...), such as (N, C, H, W).
+        b: variance maps of the same images, same shape.
+
+    Returns:
+        A number in [-1, 1]; NaN when all sums of one side are equal.
+    """
+    return float(spearman(*_sums(a, b)))
+
+
+def pixel_rank(a: Tensor, b: Tensor) -> float:
+    """Mean over images of the Spearman correlation, over pixels, of two maps.
+
+    Args:
+        a: variance maps (N, ...), such as (N, C, H, W); every value of an image counts.
+        b: variance maps of the same images, same shape.
+
+    Returns:
+        A number in [-1, 1]; images with a constant map are left out, NaN when none is left.
+    """
+    return float(_pixel_ranks(a, b).nanmean())
+
+
+def spread_ratio(a: Tensor, b: Tensor) -> float:
+    """Typical size of the variance of ``a`` over that of ``b``.
+
+    Args:
+        a: variance maps (N, ...), such as (N, C, H, W).
+        b: variance maps of the same images, same shape.
+
+    Returns:
+        The exponential of the median, over images, of the log-ratio of the summed variances: 1
+        for equal size, 1/60 for maps 60 times too small. Images where a sum is not positive
+        have no log-ratio and are left out; NaN when none is left.
+    """
+    return float(_median_ratio(_log_ratios(a, b)))
+
+
+def agreement(
+    a: Tensor, b: Tensor, *, seed: int, draws: int = 1000, level: float = 0.95
+) -> dict[str, float]:
+    """The three figures above, each with its bootstrap interval over images.
+
+    Args:
+        a: variance maps under test (N, ...).
+        b: reference maps of the same images, same shape.
+        seed: fixes the resampled images.
+        draws: bootstrap samples.
+        level: share of the bootstrap samples inside the interval.
+
+    Returns:
+        ``image_rank``, ``image_rank_low``, ``image_rank_high``, the same for ``pixel_rank`` and
+        ``spread_ratio``.
+    """
+    figures: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "image_rank": (spearman, _sums(a, b)),
+        "pixel_rank": (_mean, (_pixel_ranks(a, b),)),
+        "spread_ratio": (_median_ratio, (_log_ratios(a, b),)),
+    }
+    found = {}
+    for name, (statistic, values) in figures.items():
+        low, high = bootstrap_interval(statistic, *values, seed=seed, draws=draws, level=level)
+        found |= {name: float(statistic(*values)), f"{name}_low": low, f"{name}_high": high}
+    return found
+
+
+def bootstrap_interval(
+    statistic: Callable[..., Tensor],
+    *values: Tensor,
+    seed: int,
+    draws: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic over resampled images.
+
+    Args:
+        statistic: maps one tensor (..., N) per entry of ``values`` to (...).
+        *values: one number per image, each (N,); an image keeps its numbers together.
+        seed: fixes the resampled images.
+        draws: bootstrap samples.
+        level: share of the bootstrap samples inside the interval.
+
+    Returns:
+        Lower and upper end; samples where the statistic is NaN do not count.
+    """
+    size = len(values[0])
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for first in range(0, draws, block := max(BLOCK // size, 1)):
+        shape = (min(block, draws - first), size)
+        index = torch.randint(size, shape, generator=generator)
+        found.append(statistic(*(value.cpu()[index] for value in values)))
+    tail = (1 - level) / 2
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.cat(found).double().nanquantile(ends).tolist()
+    return low, high
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman correlation along the last axis, ties sharing their mean rank.
+
+    Args:
+        a: values (..., N).
+        b: values of the same shape.
+
+    Returns:
+        Correlations (...), float64; NaN where one side is constant.
+    """
+    ranks_a, ranks_b = (ranks - ranks.mean(-1, keepdim=True) for ranks in (_ranks(a), _ranks(b)))
+    # Ranks of ties are exact halves, so a constant side gives exactly 0 / 0.
+    return (ranks_a * ranks_b).sum(-1) / (
+        ranks_a.square().sum(-1) * ranks_b.square().sum(-1)
+    ).sqrt()
+
+
+def variance_statistics(variance: Tensor, labels: Tensor | None = None) -> dict[str, float]:
+    """Flat figures of one set of maps, for TensorBoard.
+
+    Args:
+        variance: variance maps (N, C, H, W).
+        labels: classes of the images, int64 (N,), or None.
+
+    Returns:
+        ``mean`` and ``sd`` over images of the summed variance, ``negative_share`` of all values
+        and, with labels, the mean per class as ``class_<k>``.
+    """
+    sums = variance.double().flatten(1).sum(1)
+    found = {
+        "mean": float(sums.mean()),
+        "sd": float(sums.std(correction=0)),
+        "negative_share": float((variance < 0).double().mean()),
+    }
+    if labels is None:
+        return found
+    classes, index = labels.to(sums.device).unique(return_inverse=True)
+    totals = torch.zeros(len(classes), dtype=sums.dtype, device=sums.device)
+    means = totals.index_add(0, index, sums) / index.bincount()
+    return found | {f"class_{k}": mean for k, mean in zip(classes.tolist(), means.tolist())}
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Mean ranks along the last axis, from 0, ``(..., N) -> (..., N)`` float64."""
+    ordered, order = values.sort(dim=-1)
+    place = torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    new = torch.ones_like(order, dtype=torch.bool)
+    new[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    first = place.where(new, 0).cummax(-1).values
+    # The last place of a run of ties is one before the next run's first place.
+    ends = new.roll(-1, dims=-1)
+    last = place.where(ends, values.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
+    return torch.empty_like(first, dtype=torch.float64).scatter(-1, order, (first + last) / 2.0)
+
+
+def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.shape != b.shape or a.ndim < 2:
+        raise ValueError(
+            f"maps must be two equal shapes (N, ...), got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    return a.double().flatten(1).sum(1), b.double().flatten(1).sum(1)
+
+
+def _pixel_ranks(a: Tensor, b: Tensor) -> Tensor:
+    _sums(a[:0], b[:0])
+    return torch.cat(
+        [
+            spearman(part_a.flatten(1), part_b.flatten(1))
+            for part_a, part_b in zip(a.split(1024), b.split(1024))
+        ]
+    )
+
+
+def _log_ratios(a: Tensor, b: Tensor) -> Tensor:
+    sums_a, sums_b = _sums(a, b)
+    ratios = sums_a.log() - sums_b.log()  # a sum of zero or less gives NaN or an infinity
+    return ratios.where(ratios.isfinite(), torch.nan)
+
+
+def _median_ratio(log_ratios: Tensor) -> Tensor:
+    return log_ratios.nanquantile(0.5, dim=-1).exp()
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.nanmean(-1)

@@ -1,0 +1,167 @@
+"""Flow-matching and diffusion training: one LightningModule, a path and a prediction."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from bayesdiff.checks import UserError, at_least
+from bayesdiff.paths import PREDICTIONS, ProbabilityPath
+from bayesdiff.paths.prediction import mix
+
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class GenerativeModel(L.LightningModule):
+    """A network that predicts along a probability path.
+
+    Flow matching is the conditional-OT path with ``prediction="velocity"`` (Lipman et al. 2023,
+    eq. 23); diffusion is a variance-preserving path with ``"noise"`` (Ho et al. 2020, eq. 14),
+    ``"data"`` or ``"v"``.
+
+    Args:
+        net: network with ``features``, ``head`` and ``fold``; forward = fold(head(features)).
+        path: probability path.
+        prediction: what the network outputs: velocity, noise, data or v.
+        optimizer: makes the optimiser from the parameters.
+        num_classes: classes of a conditional network, None for an unconditional one.
+        class_dropout: share of labels replaced by "no class" in training, for guidance.
+        time_sampling: ``uniform`` in t, or ``logit_normal`` (Esser et al. 2024, section 3.1).
+        warmup_steps: steps of linear learning-rate warm-up; a cosine to zero follows.
+        seed: fixes times, noise and label dropout of every step.
+
+    Raises:
+        UserError: for an unknown prediction or time sampling, or a share outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        path: ProbabilityPath,
+        prediction: str,
+        optimizer: Optimizer,
+        num_classes: int | None = None,
+        class_dropout: float = 0.1,
+        time_sampling: str = "uniform",
+        warmup_steps: int = 200,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise UserError(
+                f"unknown model.prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}"
+            )
+        if time_sampling not in ("uniform", "logit_normal"):
+            raise UserError(
+                f"unknown model.time_sampling {time_sampling!r}; choose from uniform, logit_normal"
+            )
+        if not 0 <= class_dropout < 1:
+            raise UserError(f"model.class_dropout must be in [0, 1), got {class_dropout}")
+        at_least("model.warmup_steps", warmup_steps, 0)
+        self.net = net.to(memory_format=torch.channels_last)
+        self.path = path
+        self.prediction = prediction
+        self.num_classes = num_classes
+        self.class_dropout = class_dropout if num_classes else 0.0
+        self.time_sampling = time_sampling
+        self.warmup_steps = warmup_steps
+        self.seed = seed
+        self._optimizer = optimizer
+        self._loss_sum: Tensor | float = 0.0
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Prediction for images ``(B, C, H, W)`` at times ``t (B,)``: ``(B, C, H, W)``."""
+        return self.net(x, t, y)
+
+    def corrupt(self, x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Training input x_t and target for data, noise ``(B, ...)`` and times ``(B,)``."""
+        path = self.path.coefficients(t)
+        r, s = mix(self.prediction, path)
+        alpha, sigma, r, s = (
+            c.to(x_1.dtype).view(-1, *[1] * (x_1.dim() - 1))
+            for c in (path.alpha, path.sigma, r, s)
+        )
+        return alpha * x_1 + sigma * x_0, r * x_1 + s * x_0
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """Training times in [0, path.last_time] for uniform numbers in [0, 1)."""
+        if self.time_sampling == "logit_normal":
+            # The ends of the unit interval would map to infinity.
+            uniform = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).sigmoid()
+        return uniform * self.path.last_time
+
+    def training_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
+        """Mean squared error of the prediction on this process's share of the batch."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        loss = self._loss(*batch, step=self.global_step, share=slice(rank, None, world))
+        self._loss_sum = self._loss_sum + loss.detach()
+        if batch_idx % 50 == 0:
+            self._refuse_divergence()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> None:
+        """The same error on test images, with the same draws in every epoch."""
+        loss = self._loss(*batch, step=-1 - batch_idx, share=slice(None))
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Stops before a checkpoint of a diverged network could replace a good one."""
+        self._refuse_divergence()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm; Lightning's own way refuses fused optimisers, needlessly without fp16."""
+        if gradient_clip_val:
+            norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            self.log("train/grad_norm", norm)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The given optimiser with warm-up and a cosine to zero, stepped per batch."""
+        optimizer = self._optimizer(self.parameters())
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        warmup = min(self.warmup_steps, total // 2)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup) / (total - warmup))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _loss(self, x_1: Tensor, y: Tensor | None, step: int, share: slice) -> Tensor:
+        # Draws are made for the whole batch from (seed, step) and then shared out: a resumed run
+        # and a run on many devices see the numbers that one uninterrupted process sees.
+        size = len(x_1) * (self.trainer.world_size if share.step else 1)
+        torch.manual_seed((self.seed + 1) * 1_000_000_007 + step)
+        spread = torch.arange(size, device=x_1.device) / size
+        uniform = torch.rand(2, size, device=x_1.device)
+        x_0 = torch.randn(size, *x_1.shape[1:], device=x_1.device)[share]
+        t = self.times((uniform[0, :1] + spread) % 1)[share]
+        if y is None or not self.num_classes:
+            y = None
+        elif self.training:
+            dropped = uniform[1, share] < self.class_dropout
+            y = torch.where(dropped, self.num_classes, y)
+        x_t, target = self.corrupt(x_1, x_0, t)
+        return F.mse_loss(self(x_t, t, y).float(), target)
+
+    def _refuse_divergence(self) -> None:
+        if not math.isfinite(float(self._loss_sum)):
+            raise UserError(
+                f"the training loss is not finite at step {self.global_step}; the last good "
+                "checkpoint is kept, lower model.optimizer.lr or trainer.gradient_clip_val"
+            )
+        self._loss_sum = 0.0

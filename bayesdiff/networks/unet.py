@@ -1,0 +1,199 @@
+"""The one U-Net: forward = fold(head(features(x, t, y)))."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayesdiff.checks import UserError, at_least
+
+
+class _ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, modulated by the embedding, ``(B, C, h, w) -> (B, D, h, w)``."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, embedding: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(_groups(channels_in), channels_in)
+        self.conv_1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * channels_out)
+        self.norm_2 = nn.GroupNorm(_groups(channels_out), channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.skip = (
+            nn.Identity()
+            if channels_in == channels_out
+            else nn.Conv2d(channels_in, channels_out, 1)
+        )
+        # Each block starts as the identity: deep stacks then train from the first step.
+        nn.init.zeros_(self.conv_2.weight)
+        nn.init.zeros_(self.conv_2.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        hidden = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
+        hidden = torch.addcmul(shift, self.norm_2(hidden), 1 + scale)
+        hidden = self.conv_2(self.dropout(F.silu(hidden)))
+        return self.skip(x) + hidden
+
+
+class _SelfAttention(nn.Module):
+    """Multi-head self-attention over all positions, ``(B, C, h, w)`` to the same."""
+
+    def __init__(self, channels: int, head_width: int = 32) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_width)
+        self.norm = nn.GroupNorm(_groups(channels), channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))
+        query, key, value = qkv.unbind(1)
+        # Written out: at a few dozen positions this trains 3x faster on a CPU than the fused op.
+        scores = query.transpose(-1, -2) @ key * query.shape[-2] ** -0.5
+        mixed = value @ scores.softmax(-1).transpose(-1, -2)
+        return x + self.out(mixed.reshape(x.shape))
+
+
+class _Downsample(nn.Module):
+    """Halves the resolution; takes the embedding only to look like its neighbours."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class _Upsample(nn.Module):
+    """Doubles the resolution; takes the embedding only to look like its neighbours."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0))
+
+
+class UNet(nn.Module):
+    """U-Net with a public last layer, for images of any size its levels divide.
+
+    Args:
+        in_channels: image channels C.
+        image_size: side of the square images; it must be divisible by ``patch * 2**(levels - 1)``.
+        num_classes: labels are 0 ... num_classes - 1, and num_classes is the "no class" label of
+            guidance; None for an unconditional network.
+        channels: width of each level; the first one is the number of features D of the head.
+        blocks: residual blocks per level.
+        attention: whether the middle, at the lowest resolution, attends over all positions.
+        patch: the network works on patch x patch blocks of pixels, and the head's channels fold
+            back into them: most work then happens at a lower resolution.
+        head_kernel: side of the last convolution.
+        dropout: dropout inside the residual blocks.
+
+    Raises:
+        UserError: for widths or sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        num_classes: int | None = None,
+        channels: Sequence[int] = (64, 128),
+        blocks: int = 2,
+        attention: bool = True,
+        patch: int = 1,
+        head_kernel: int = 3,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        at_least("net.blocks", blocks)
+        at_least("net.patch", patch)
+        divisor = patch * 2 ** (len(channels) - 1)
+        if image_size % divisor:
+            raise UserError(
+                f"image size {image_size} is not divisible by {divisor}; "
+                "choose another net.patch or fewer net.channels"
+            )
+        self.num_classes = num_classes
+        self.patch = patch
+        width, embedding = channels[0], 4 * channels[0]
+        self.frequencies = width
+        self.time = nn.Sequential(
+            nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        self.classes = nn.Embedding(num_classes + 1, embedding) if num_classes else None
+        self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
+
+        def block(source: int, out: int) -> _ResidualBlock:
+            return _ResidualBlock(source, out, embedding, dropout)
+
+        skips, last = [width], width
+        self.down = nn.ModuleList()
+        for i, out in enumerate(channels):
+            if i:
+                self.down.append(_Downsample(last))
+                skips.append(last)
+            for _ in range(blocks):
+                self.down.append(block(last, out))
+                skips.append(out)
+                last = out
+        self.middle = nn.ModuleList([block(last, last), block(last, last)])
+        self.attention = _SelfAttention(last) if attention else nn.Identity()
+        self.up = nn.ModuleList()
+        for i, out in reversed(list(enumerate(channels))):
+            for _ in range(blocks + 1):
+                self.up.append(block(last + skips.pop(), out))
+                last = out
+            if i:
+                self.up.append(_Upsample(last))
+        self.norm = nn.GroupNorm(_groups(width), width)
+        self.head = nn.Conv2d(width, in_channels * patch**2, head_kernel, padding=head_kernel // 2)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Prediction for images ``(B, C, H, W)`` at times ``t (B,)``: ``(B, C, H, W)``."""
+        return self.fold(self.head(self.features(x, t, y)))
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Input of the head, ``(B, C, H, W), (B,), (B,) -> (B, D, H / patch, W / patch)``."""
+        embedding = F.silu(self._embed(t, y))
+        hidden = self.stem(F.pixel_unshuffle(x, self.patch))
+        skips = [hidden]
+        for layer in self.down:
+            hidden = layer(hidden, embedding)
+            skips.append(hidden)
+        hidden = self.attention(self.middle[0](hidden, embedding))
+        hidden = self.middle[1](hidden, embedding)
+        for layer in self.up:
+            if isinstance(layer, _ResidualBlock):
+                hidden = torch.cat([hidden, skips.pop()], 1)
+            hidden = layer(hidden, embedding)
+        return F.silu(self.norm(hidden))
+
+    def fold(self, output: Tensor) -> Tensor:
+        """Head channels back to pixels, ``(B, C patch^2, h, w) -> (B, C, H, W)``."""
+        return F.pixel_shuffle(output, self.patch)
+
+    def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:
+        half = self.frequencies // 2
+        rates = torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / half))
+        angles = 1000 * t.float()[:, None] * rates
+        embedding = self.time(torch.cat([angles.cos(), angles.sin()], 1))
+        if self.classes is None:
+            return embedding
+        if y is None:
+            y = torch.full(t.shape, self.classes.num_embeddings - 1, device=t.device)
+        return embedding + self.classes(y)
+
+
+def _groups(channels: int) -> int:
+    return math.gcd(8, channels)

@@ -1,0 +1,49 @@
+"""What a network predicts, and exact conversions between the four kinds.
+
+Every kind is a linear mix of data and noise, prediction = r x_1 + s x_0, and so is
+x_t = alpha x_1 + sigma x_0. Two such mixes determine any third one:
+target = p x_t + q prediction with two scalars per time.
+"""
+
+from torch import Tensor
+
+from bayesdiff.checks import UserError
+from bayesdiff.paths.probability_path import PathCoefficients
+
+PREDICTIONS = ("velocity", "noise", "data", "v")
+
+
+def mix(kind: str, path: PathCoefficients) -> tuple[Tensor, Tensor]:
+    """Weights (r, s) of data and noise in a prediction of this kind, each of the shape of t.
+
+    ``velocity`` is dx_t/dt; ``v`` is alpha x_0 - sigma x_1 (Salimans and Ho 2022, appendix D).
+
+    Raises:
+        UserError: for an unknown kind.
+    """
+    zero = path.alpha * 0
+    if kind == "velocity":
+        return path.d_alpha, path.d_sigma
+    if kind == "noise":
+        return zero, zero + 1
+    if kind == "data":
+        return zero + 1, zero
+    if kind == "v":
+        return -path.sigma, path.alpha
+    raise UserError(f"unknown model.prediction {kind!r}; choose from velocity, noise, data, v")
+
+
+def convert(source: str, target: str, path: PathCoefficients) -> tuple[Tensor, Tensor]:
+    """Scalars (p, q), each of the shape of t, with target = p x_t + q source.
+
+    The pair is singular where x_t and the source do not determine the target (noise at alpha = 0,
+    data at sigma = 0); the scalars are then infinite or nan.
+    """
+    if source == target:
+        return path.alpha * 0, path.alpha * 0 + 1
+    r, s = mix(source, path)
+    r_target, s_target = mix(target, path)
+    determinant = path.alpha * s - path.sigma * r
+    p = (r_target * s - s_target * r) / determinant
+    q = (path.alpha * s_target - path.sigma * r_target) / determinant
+    return p, q

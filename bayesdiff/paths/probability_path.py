@@ -1,0 +1,110 @@
+"""Probability paths: x_t = alpha_t x_1 + sigma_t x_0 with noise at t = 0 and data at t = 1."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UserError, at_least, positive
+
+
+@dataclass(frozen=True)
+class PathCoefficients:
+    """Coefficients of a path and their time derivatives, each of the shape of ``t``."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+
+class ProbabilityPath(Protocol):
+    """What a model and a solver need to know of a path."""
+
+    family: str
+    num_steps_max: int | None
+    last_time: float
+
+    def coefficients(self, t: Tensor) -> PathCoefficients:
+        """Coefficients at times ``t`` of any shape, in float64."""
+        ...
+
+
+class CondOT:
+    """Straight lines from noise to data: alpha = t, sigma = 1 - t.
+
+    Source: Lipman et al., "Flow Matching for Generative Modeling" (2023), eq. 20 with
+    sigma_min = 0.
+    """
+
+    family = "flow"
+    num_steps_max = None
+    last_time = 1.0
+
+    def coefficients(self, t: Tensor) -> PathCoefficients:
+        """Coefficients at times ``t`` of any shape, in float64."""
+        t = t.double()
+        one = torch.ones_like(t)
+        return PathCoefficients(alpha=t, sigma=1 - t, d_alpha=one, d_sigma=-one)
+
+
+class VariancePreserving:
+    """Discrete diffusion schedules, alpha^2 + sigma^2 = 1, on the common time axis.
+
+    The schedule's own index i = 0 (least noise) ... T - 1 (most) sits at t = 1 - (i + 1) / T, so
+    t = 0 is index T - 1 and t = 1 is clean data (abar = 1). Between indices ln abar is linear.
+
+    Schedules: ``linear`` (Ho et al. 2020), ``scaled_linear`` (linear in sqrt(beta), Rombach et al.
+    2022) and ``cosine`` (Nichol and Dhariwal 2021, eq. 17, betas capped at 0.999).
+    """
+
+    family = "diffusion"
+
+    def __init__(
+        self,
+        schedule: str = "linear",
+        timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 2e-2,
+    ) -> None:
+        at_least("path.timesteps", timesteps, 2)
+        positive("path.beta_start", beta_start)
+        if not beta_start < beta_end < 1:
+            raise UserError(
+                f"path.beta_end must lie between beta_start={beta_start} and 1, got {beta_end}"
+            )
+        betas = _betas(schedule, timesteps, beta_start, beta_end)
+        self.num_steps_max = timesteps
+        self.last_time = 1 - 1 / timesteps
+        self.log_abar = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
+
+    def coefficients(self, t: Tensor) -> PathCoefficients:
+        """Coefficients at times ``t`` of any shape, in float64."""
+        timesteps = len(self.log_abar) - 1
+        table = self.log_abar.to(t.device)
+        # Rounding keeps grid times on their nodes: T (1 - t) is inexact for most t.
+        node = ((1 - t.double()) * timesteps * 2**20).round() / 2**20
+        below = node.floor().clamp(0, timesteps - 1).long()
+        slope = table[below + 1] - table[below]
+        log_abar = table[below] + (node - below) * slope
+        alpha = (0.5 * log_abar).exp()
+        sigma = (-torch.expm1(log_abar)).sqrt()
+        d_alpha = -0.5 * timesteps * slope * alpha
+        return PathCoefficients(alpha, sigma, d_alpha, d_sigma=-alpha * d_alpha / sigma)
+
+
+def _betas(schedule: str, timesteps: int, start: float, end: float) -> Tensor:
+    if schedule == "linear":
+        return torch.linspace(start, end, timesteps, dtype=torch.float64)
+    if schedule == "scaled_linear":
+        roots = torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64)
+        return roots**2
+    if schedule == "cosine":
+        grid = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+        abar = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+    raise UserError(
+        f"unknown path.schedule {schedule!r}; choose from linear, scaled_linear, cosine"
+    )

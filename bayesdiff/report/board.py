@@ -1,0 +1,125 @@
+"""One generated set in TensorBoard: metrics, HPARAMS row, score histogram and every figure."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bayesdiff.report import figures
+from bayesdiff.report.layout import conditions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+    from bayesdiff.uncertainty.samples import Samples
+
+Scalar = float | int | str
+SUFFIX = ".report"
+
+
+def write(
+    writer_dir: str | Path,
+    samples: "Samples",
+    metrics: Mapping[str, float],
+    hparams: Mapping[str, Any],
+    classes: Sequence[str],
+    *,
+    scores: Tensor | None = None,
+    figures_dir: str | Path | None = None,
+) -> list[Path]:
+    """Write the report of one generated set; an earlier report in the same place is replaced.
+
+    Args:
+        writer_dir: TensorBoard folder of the run, shared with the training logger.
+        samples: the generated images with their variances.
+        metrics: names, conditions included (``fid@10k/classifier``), and values.
+        hparams: the row of the HPARAMS tab; nested dictionaries become ``outer.inner``.
+        classes: class names.
+        scores: ``(B,)`` uncertainty of each image; its summed variance when left out.
+        figures_dir: folder of the PNG files; ``figures`` beside ``writer_dir`` when left out.
+
+    Returns:
+        The PNG files.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = Path(writer_dir)
+    pictures = folder.parent / "figures" if figures_dir is None else Path(figures_dir)
+    for earlier in folder.glob(f"*{SUFFIX}"):
+        # Two reports of one run would draw every value twice.
+        earlier.unlink()
+    values = samples.variance.flatten(1).sum(1) if scores is None else scores
+    with SummaryWriter(str(folder), filename_suffix=SUFFIX) as writer:
+        _numbers(writer, samples, metrics, values)
+        _hparams_row(writer, flat(hparams), metrics)
+        return [
+            _picture(writer, tag, figure, pictures / f"{tag.split('/')[-1]}.png")
+            for tag, figure in _pictures(samples, classes, scores, values)
+        ]
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Scalars for the HPARAMS tab: dotted keys; flags, lists and None as text."""
+    row: dict[str, Scalar] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            row.update(flat(value, f"{name}."))
+        elif isinstance(value, bool) or value is None:
+            # TensorBoard would show a flag as 1.0 and leave None out.
+            row[name] = {True: "true", False: "false", None: "null"}[value]
+        else:
+            row[name] = value if isinstance(value, (int, float, str)) else str(value)
+    return row
+
+
+def _numbers(
+    writer: "SummaryWriter", samples: "Samples", metrics: Mapping[str, float], scores: Tensor
+) -> None:
+    """Scalars, the summed variance after each solver step, and the histogram of the scores."""
+    for name, value in metrics.items():
+        writer.add_scalar(name, float(value), 0)
+    for step, value in enumerate(samples.summed.mean(1).tolist(), start=1):
+        writer.add_scalar("uncertainty/summed_variance", value, step)
+    finite = scores[scores.isfinite()]
+    if len(finite):
+        writer.add_histogram("uncertainty/score", finite, 0)
+
+
+def _hparams_row(
+    writer: "SummaryWriter", row: dict[str, Scalar], metrics: Mapping[str, float]
+) -> None:
+    """Hyperparameters in this event file; ``add_hparams`` would make a run of its own."""
+    from torch.utils.tensorboard.summary import hparams
+
+    for summary in hparams(row, {name: float(value) for name, value in metrics.items()}):
+        writer._get_file_writer().add_summary(summary)
+
+
+def _pictures(
+    samples: "Samples", classes: Sequence[str], scores: Tensor | None, values: Tensor
+) -> Iterator[tuple[str, "Figure"]]:
+    """Every figure of a report, made when it is asked for: large figures are not kept.
+
+    Yields:
+        Tag and figure.
+    """
+    made = conditions(samples)
+    yield "samples/samples", figures.sample_grid(samples.images, samples.labels, classes, 10, made)
+    yield "uncertainty/image_and_map", figures.image_and_map(samples, classes)
+    yield "uncertainty/over_time", figures.over_time(samples, classes)
+    yield "uncertainty/summed_over_time", figures.summed_over_time(samples, classes)
+    yield "uncertainty/scores", figures.score_histogram(values, samples.labels, classes, made)
+    yield "uncertainty/extremes", figures.extremes(samples, classes, scores=scores)
+
+
+def _picture(writer: "SummaryWriter", tag: str, figure: "Figure", path: Path) -> Path:
+    """Save ``figure`` and put the same pixels on the board, so that it is drawn only once."""
+    from matplotlib.image import imread
+
+    pixels = torch.from_numpy(imread(figures.save(figure, path))[..., :3].copy())
+    writer.add_image(tag, pixels, 0, dataformats="HWC")
+    return path

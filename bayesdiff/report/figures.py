@@ -1,0 +1,208 @@
+"""Every picture of the report: sheets of images and maps here, curves from ``charts``."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from bayesdiff.report.charts import score_histogram, summed_over_time, sweep_figure
+from bayesdiff.report.layout import (
+    GAP,
+    by_class,
+    cell_size,
+    class_name,
+    fit,
+    map_conditions,
+    picture,
+    put,
+    save,
+    sheet,
+    standard_deviation,
+    style,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from bayesdiff.uncertainty.samples import Samples
+
+__all__ = [
+    "extremes",
+    "image_and_map",
+    "over_time",
+    "sample_grid",
+    "save",
+    "score_histogram",
+    "summed_over_time",
+    "sweep_figure",
+]
+
+MAP_COLOURS = "magma"
+
+
+def _ceiling(values: np.ndarray) -> float:
+    """Upper end of a colour scale: 99.9 % of the pixels lie below; never 0."""
+    finite = values[np.isfinite(values)]
+    return (float(np.quantile(finite, 0.999)) if finite.size else 1.0) or 1e-12
+
+
+@style()
+def sample_grid(
+    images: Tensor,
+    labels: Tensor | None,
+    classes: Sequence[str],
+    columns: int = 10,
+    conditions: str = "",
+) -> "Figure":
+    """Samples as they are, one row per class where there are labels.
+
+    Args:
+        images: ``(B, C, H, W)`` in [-1, 1].
+        labels: ``(B,)`` or None.
+        classes: class names.
+        columns: images per row.
+        conditions: what made the images, for the caption.
+    """
+    groups = by_class(labels, len(images), classes)
+    rows = [(name, chosen[:columns]) for name, chosen in groups]
+    titled = len(groups) > 1
+    if not titled:
+        first = groups[0][1][: columns**2]
+        rows = [("", first[i : i + columns]) for i in range(0, len(first), columns)]
+    width, height = cell_size(images, 84)
+    left = 10 + (8 + 9 * max(len(fit(name, 160)) for name, _ in rows) if titled else 0)
+    shown = sum(len(chosen) for _, chosen in rows)
+    caption = f"{shown} of {len(images)} samples, unselected; {conditions}".rstrip("; ")
+    across = max(len(chosen) for _, chosen in rows) * (width + GAP)
+    figure, axes = sheet(left + across + 8, 8 + len(rows) * (height + GAP), "Samples", caption)
+    for row, (name, chosen) in enumerate(rows):
+        y = row * (height + GAP)
+        axes.text(left - 8, y + height / 2, fit(name, 160), ha="right", va="center")
+        for column, index in enumerate(chosen):
+            put(axes, picture(images[index]), left + column * (width + GAP), y, (width, height))
+    return figure
+
+
+def _pairs(
+    samples: "Samples",
+    blocks: Sequence[tuple[str, np.ndarray]],
+    label: Callable[[int], str],
+    title: str,
+    caption: str,
+) -> "Figure":
+    """Blocks of images with their maps below; each named block has its own scale."""
+    chosen = np.concatenate([indices for _, indices in blocks])
+    maps = dict(zip(chosen, standard_deviation(samples.variance[chosen]), strict=True))
+    size = cell_size(samples.images, 112)
+    head = 12 + 16 * max(label(i).count("\n") + 1 for i in chosen)
+    heading = 26 if any(name for name, _ in blocks) else 0
+    body = 2 * size[1] + GAP
+    tall = heading + head + body + 14
+    left, columns = 12, max(len(indices) for _, indices in blocks)
+    right = left + columns * (size[0] + GAP) + 10
+    figure, axes = sheet(right + 100, tall * len(blocks), title, caption)
+    for block, (name, indices) in enumerate(blocks):
+        y = block * tall + heading + head
+        top = _ceiling(np.stack([maps[i] for i in (indices if name else chosen)]))
+        axes.text(left, y - head, name, weight="bold", va="bottom")
+        for column, i in enumerate(indices):
+            x = left + column * (size[0] + GAP)
+            axes.text(x + size[0] / 2, y - 5, label(i), ha="center", va="bottom", size=8)
+            put(axes, picture(samples.images[i]), x, y, size)
+            scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top}
+            drawn = put(axes, maps[i], x, y + size[1] + GAP, size, **scale)
+        bar = axes.inset_axes((right, y, 16, body), transform=axes.transData)
+        figure.colorbar(drawn, cax=bar, extend="max").set_label("standard deviation")
+    return figure
+
+
+@style()
+def image_and_map(samples: "Samples", classes: Sequence[str], count: int = 8) -> "Figure":
+    """Images with their uncertainty maps below, one colour scale for all."""
+    chosen = np.arange(min(count, len(samples.images)))
+    blocks = [("", chosen[i : i + 8]) for i in range(0, len(chosen), 8)]
+    size = cell_size(samples.images, 112)[0]
+
+    def label(index: int) -> str:
+        if samples.labels is None:
+            return f"sample {index}"
+        return fit(class_name(samples.labels[index], classes), size)
+
+    caption = (
+        f"{map_conditions(samples)}; the first {len(chosen)} samples. Maps: standard deviation in "
+        "units of the image range [-1, 1] (root of the channel mean of the variance), one colour "
+        "scale for all."
+    )
+    return _pairs(samples, blocks, label, "Samples and their uncertainty maps", caption)
+
+
+@style()
+def extremes(
+    samples: "Samples", classes: Sequence[str], count: int = 8, scores: Tensor | None = None
+) -> "Figure":
+    """The images with the highest and the lowest score, with their maps.
+
+    Args:
+        samples: the generated images.
+        classes: class names.
+        count: images of each kind.
+        scores: ``(B,)`` uncertainty of each image; its summed variance when left out.
+    """
+    values = (samples.variance.flatten(1).sum(1) if scores is None else scores).double().cpu()
+    finite = np.flatnonzero(values.isfinite().numpy())
+    order = finite[np.argsort(values.numpy()[finite], kind="stable")] if finite.size else [0]
+    count = max(1, min(count, len(order) // 2))
+    size = cell_size(samples.images, 112)[0]
+
+    def label(index: int) -> str:
+        name = "" if samples.labels is None else class_name(samples.labels[index], classes)
+        return f"{fit(name, size)}\n{values[index]:.3g}".strip()
+
+    kind = "summed variance" if scores is None else "score"
+    caption = (
+        f"{map_conditions(samples)}; number: the image's {kind}. Maps: standard deviation in "
+        "units of the image range [-1, 1]; each group has its own colour scale."
+    )
+    blocks = [("Highest", np.array(order[::-1][:count])), ("Lowest", np.array(order[:count]))]
+    return _pairs(samples, blocks, label, "Most and least uncertain samples", caption)
+
+
+@style()
+def over_time(samples: "Samples", classes: Sequence[str], count: int = 4) -> "Figure":
+    """Images and their maps while the solver runs, two rows per image, one column per time.
+
+    Each column of maps has a colour scale of its own, written under it: a scale for all would
+    show the last columns only, as the variance grows by orders of magnitude along the way.
+    """
+    frames = len(samples.frame_times)
+    columns = np.unique(np.linspace(0, frames - 1, min(frames, 10)).round().astype(int))
+    count = min(count, samples.frames.shape[1])
+    maps = standard_deviation(samples.frame_variance[columns, :count])
+    size, left = cell_size(samples.images, 96), 120
+    tall = 2 * (size[1] + GAP) + 10
+    caption = (
+        f"{map_conditions(samples)}. Each image above its map (standard deviation in units of the "
+        "image range [-1, 1]). Each column of maps has its own colour scale, from 0 to the value "
+        "under the column."
+    )
+    width, height = left + len(columns) * (size[0] + GAP) + 10, 26 + count * tall + 20
+    figure, axes = sheet(width, height, "Samples and uncertainty over time", caption)
+    for column, frame in enumerate(columns):
+        x, top = left + column * (size[0] + GAP), _ceiling(maps[column])
+        place: dict[str, Any] = {"ha": "center", "size": 8}
+        axes.text(x + size[0] / 2, 20, f"t = {float(samples.frame_times[frame]):.3g}", **place)
+        axes.text(x + size[0] / 2, height - 10, f"{top:.2g}", **place)
+        for row in range(count):
+            y = 26 + row * tall
+            put(axes, picture(samples.frames[frame, row]), x, y, size)
+            scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top}
+            put(axes, maps[column, row], x, y + size[1] + GAP, size, **scale)
+    for row in range(count):
+        unnamed = samples.labels is None
+        name = f"sample {row}" if unnamed else class_name(samples.labels[row], classes)
+        axes.text(
+            left - 10, 26 + row * tall + size[1] / 2, fit(name, 104), ha="right", va="center"
+        )
+    axes.text(left - 10, height - 10, "scale up to", ha="right", size=8)
+    return figure

@@ -1,0 +1,82 @@
+"""Tables of rows: a CSV file, Markdown text, and the one place that writes to the console."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bayesdiff.artefacts import write_atomic
+
+Row = Mapping[str, Any]
+
+
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """Every key of ``rows`` in the order of first sight."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def cell(value: Any) -> str:
+    """Text of one value for a reader: four significant digits, nothing for a missing value."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """Rows as a Markdown table, ready for a study's README."""
+    names = list(columns) if columns is not None else columns_of(rows)
+    body = [[cell(row.get(name)).replace("|", "\\|") for name in names] for row in rows]
+    lines = [names, ["---"] * len(names), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_csv(path: str | Path, rows: Sequence[Row]) -> Path:
+    """Write ``rows`` with full precision; a reader never sees half a file.
+
+    Args:
+        path: the file; its folder is made.
+        rows: dictionaries that may lack keys, for example a failed cell without metrics.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    write_atomic(path, lambda file: _fill(file, rows))
+    return path
+
+
+def _fill(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns_of(rows), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(title: str, rows: Sequence[Row], columns: Sequence[str] | None = None) -> None:
+    """Print ``rows`` as a table on standard output.
+
+    Args:
+        title: line above the table.
+        rows: dictionaries; numbers are rounded to four significant digits.
+        columns: keys to show and their order; all keys when left out.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    names = list(columns) if columns is not None else columns_of(rows)
+    numeric = {
+        name: all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
+        for name in names
+    }
+    table = Table(title=Text(title), title_justify="left")
+    for name in names:
+        table.add_column(Text(name), justify="right" if numeric[name] else "left")
+    for row in rows:
+        # Text, not str: a value such as "[1, 2]" is not markup.
+        table.add_row(*(Text(cell(row.get(name))) for name in names))
+    console = Console()
+    if not console.is_terminal:
+        # A log file has no width to fold at.
+        console = Console(width=240)
+    console.print(table)

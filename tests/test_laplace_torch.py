@@ -1,0 +1,159 @@
+"""Our curvature and posterior against laplace-torch's own GGN on the same small head."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bayesdiff.checks import UserError
+from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
+from bayesdiff.laplace.posterior import Curvature, HeadPosterior
+
+
+@pytest.fixture(autouse=True)
+def double():
+    """The library multiplies its GGN with an identity of the default dtype; float32 loses 1e-8."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+HEADS = {
+    "conv": lambda: nn.Conv2d(2, 2, 3, padding=1),
+    "conv_without_bias": lambda: nn.Conv2d(2, 2, 3, padding=1, bias=False),
+    "pixelwise": lambda: nn.Conv2d(3, 1, 1),
+    "linear": lambda: nn.Linear(4, 3),
+    "tokens": lambda: nn.Linear(3, 2),
+}
+SHAPES = {"linear": (4,), "tokens": (5, 3), "pixelwise": (3, 4, 5)}
+
+
+def example(name):
+    torch.manual_seed(0)
+    head = HEADS[name]().double()
+    features = torch.randn(6, *SHAPES.get(name, (2, 4, 5)), dtype=torch.float64)
+    out = head(features).detach()
+    target = (out + 0.3 * torch.randn_like(out)).flatten(1)
+    return head, features, target
+
+
+def library(head, features, target, structure, backend=None):
+    """laplace-torch fitted by its own means; half batches, so that sums over batches count."""
+    from laplace import Laplace
+
+    model = nn.Sequential(head, nn.Flatten())
+    fitted = Laplace(
+        model,
+        "regression",
+        subset_of_weights="all",
+        hessian_structure=structure,
+        sigma_noise=0.3,
+        prior_precision=2.0,
+        **({} if backend is None else {"backend": backend}),
+    )
+    fitted.fit(DataLoader(TensorDataset(features, target), batch_size=3))
+    return fitted
+
+
+def posterior_of(head, features, target, structure):
+    curvature = Curvature(
+        gram=gram(head, features),
+        num_images=len(features),
+        draws=1,
+        squared_error=float((head(features).flatten(1) - target).detach().square().sum()),
+        num_outputs=target.numel(),
+        mean=head_matrix(head),
+        source="test",
+        geometry=HeadGeometry.of(head),
+    )
+    return HeadPosterior.fit(curvature, structure=structure, sigma_noise=0.3, prior_precision=2.0)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("name", HEADS)
+def test_backend_gives_laplace_torch_its_own_curvature(name, structure):
+    from bayesdiff.laplace.backend import HeadGGN
+
+    head, features, target = example(name)
+    theirs = library(head, features, target, structure)
+    ours = library(head, features, target, structure, HeadGGN)
+    close(ours.H, theirs.H)
+    close(ours.loss, theirs.loss)
+    close(ours.posterior_precision, theirs.posterior_precision)
+    close(ours.log_marginal_likelihood(), theirs.log_marginal_likelihood())
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("name", HEADS)
+def test_posterior_and_its_laplace_torch_copy_equal_the_library(name, structure):
+    from bayesdiff.laplace.backend import to_laplace
+
+    head, features, target = example(name)
+    theirs = library(head, features, target, structure)
+    posterior = posterior_of(head, features, target, structure)
+    copied = to_laplace(posterior, head)
+    assert type(copied) is type(theirs)
+    close(copied.posterior_precision, theirs.posterior_precision)
+    close(copied.mean, theirs.mean)
+    evidence = theirs.log_marginal_likelihood()
+    close(copied.log_marginal_likelihood(), evidence)
+    assert posterior.log_evidence() == pytest.approx(float(evidence), rel=1e-9)
+
+    mean, variance = theirs(features, diagonal_output=True)
+    close(copied(features, diagonal_output=True)[1], variance)
+    close(mean, head(features).flatten(1).detach())
+    closed = posterior.predictive_variance(features).expand_as(head(features)).flatten(1)
+    close(closed, variance)
+
+
+def test_the_copy_keeps_the_rest_of_the_library_working():
+    from bayesdiff.laplace.backend import to_laplace
+
+    head, features, target = example("conv")
+    before = head_matrix(head)
+    posterior = posterior_of(head, features, target, "full")
+    copied = to_laplace(posterior, head)
+    close(
+        copied.posterior_covariance, library(head, features, target, "full").posterior_covariance
+    )
+    other = to_laplace(posterior, head)
+    other.load_state_dict(copied.state_dict())
+    close(other.posterior_precision, copied.posterior_precision)
+    samples = copied.predictive_samples(features, pred_type="nn", n_samples=20)
+    assert samples.shape == (20, *target.shape)
+    copied.optimize_prior_precision(pred_type="glm", n_steps=300, lr=0.1)
+    best = HeadPosterior.fit(posterior.curvature, sigma_noise=0.3, prior_precision="evidence")
+    assert best.log_evidence() >= float(copied.log_marginal_likelihood()) - 1e-9
+    assert float(copied.prior_precision) == pytest.approx(best.prior_precision, rel=1e-3)
+    assert torch.equal(head_matrix(head), before)
+
+
+def test_a_weighted_posterior_keeps_its_weight_in_the_copy():
+    from bayesdiff.laplace.backend import to_laplace
+
+    head, features, target = example("conv")
+    curvature = posterior_of(head, features, target, "full").curvature
+    posterior = HeadPosterior.fit(curvature, sigma_noise=0.3, prior_precision=2.0, n_eff=60.0)
+    copied = to_laplace(posterior, head)
+    assert posterior.log_evidence() == pytest.approx(
+        float(copied.log_marginal_likelihood()), rel=1e-9
+    )
+    precision = copied.posterior_precision[:18, :18]
+    close(precision, posterior.precision[:18, :18])
+
+
+def test_models_the_backend_cannot_treat_are_refused():
+    from bayesdiff.laplace.backend import HeadGGN, to_laplace
+
+    head, features, target = example("conv")
+    for model in (nn.Sequential(head, nn.ReLU()), nn.Sequential(), nn.Tanh()):
+        with pytest.raises(UserError):
+            HeadGGN(model, "regression").full(features, target)
+    with pytest.raises(UserError, match="regression"):
+        HeadGGN(head, "classification").diag(features, target)
+    with pytest.raises(UserError, match="does not have the weights"):
+        to_laplace(posterior_of(head, features, target, "full"), nn.Conv2d(2, 1, 3, padding=1))

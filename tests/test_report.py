@@ -1,0 +1,300 @@
+"""Figures against their pixels, the board against TensorBoard's own reader."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+
+from bayesdiff.report import board, figures
+from bayesdiff.report.layout import DPI, standard_deviation
+
+CLASSES = ["cat", "dog", "$5 bill and a very long name for a class $"]
+
+
+def fake(count=24, channels=1, height=8, width=8, steps=10, labelled=True, seed=0):
+    """A generated set: random images, smooth positive variances that grow along the solver."""
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, channels, height, width, generator=rng) * 2 - 1
+    variance = torch.rand(count, channels, height, width, generator=rng) ** 2
+    times = torch.linspace(0, 1, steps + 1)[1:]
+    frames = slice(None, None, 3)
+    growth = times[:, None, None, None, None] ** 4
+    return SimpleNamespace(
+        images=images,
+        variance=variance,
+        labels=torch.arange(count) % len(CLASSES) if labelled else None,
+        times=times,
+        summed=times[:, None] ** 4 * variance.flatten(1).sum(1),
+        frames=(growth * images[:6])[frames],
+        frame_variance=(growth**2 * variance[:6])[frames],
+        frame_times=times[frames],
+        nfe=50,
+        estimator="ensemble of 5",
+    )
+
+
+def drawn(figure, folder):
+    """Pixels of the saved figure, (H, W, 3) uint8."""
+    pixels = imread(figures.save(figure, folder / "deep" / "figure.png"))
+    return (pixels[..., :3] * 255).round().astype(np.uint8)
+
+
+def words(figure):
+    """Everything written on the figure, line breaks of a caption taken out."""
+    texts = figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    return " | ".join(" ".join(text.get_text().split()) for text in texts)
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 8, 8), (1, 28, 20), (3, 32, 32)])
+def test_sample_grid_shows_every_pixel(tmp_path, channels, height, width):
+    samples = fake(5, channels, height, width)
+    figure = figures.sample_grid(samples.images, None, [], columns=5)
+    page = drawn(figure, tmp_path)
+    expected = ((samples.images.double() + 1) / 2 * 255).permute(0, 2, 3, 1).numpy()
+    for shown, truth in zip(figure.axes[0].images, expected, strict=True):
+        left, right, bottom, top = (int(edge) for edge in shown.get_extent())
+        header = len(page) - int(figure.axes[0].get_ylim()[0])
+        cell = page[header + top : header + bottom, left:right].astype(float)
+        scale = (bottom - top) // height
+        assert (right - left) == scale * width
+        blocks = cell.reshape(height, scale, width, scale, 3)
+        # Nearest, no rounding of edges: all pixels of a block are equal, and equal to the image.
+        assert (blocks == blocks[:, :1, :, :1]).all()
+        assert np.abs(blocks[:, 0, :, 0] - truth).max() <= 1
+
+
+def test_sample_grid_has_a_titled_row_per_class():
+    samples = fake(12)
+    labelled = figures.sample_grid(samples.images, samples.labels, CLASSES, 10, "NFE 50")
+    titles = [text.get_text() for text in labelled.axes[0].texts]
+    assert titles[:2] == ["cat", "dog"] and titles[2].endswith("…")
+    rows = [shown.get_extent()[3] for shown in labelled.axes[0].images]
+    assert [rows.count(row) for row in sorted(set(rows))] == [4, 4, 4]
+    assert "12 of 12" in words(labelled) and "NFE 50" in words(labelled)
+    assert "cat" not in words(figures.sample_grid(samples.images, None, CLASSES))
+    one_class = figures.sample_grid(samples.images, torch.zeros(12, dtype=torch.int64), CLASSES)
+    assert len(one_class.axes[0].images) == 12
+
+
+def test_a_map_is_the_root_of_the_channel_mean():
+    variance = torch.tensor([4.0, 16.0, 1.0])[:, None, None].expand(3, 2, 2)
+    np.testing.assert_allclose(standard_deviation(variance), np.full((2, 2), 7**0.5))
+    assert (standard_deviation(-variance) == 0).all()
+
+
+def test_image_and_map_shares_one_scale(tmp_path):
+    samples = fake()
+    figure = figures.image_and_map(samples, CLASSES, count=4)
+    maps = figure.axes[0].images[1::2]
+    assert len(maps) == 4 and len({image.get_clim() for image in maps}) == 1
+    np.testing.assert_allclose(maps[2].get_array(), standard_deviation(samples.variance[2]))
+    assert maps[0].get_clim()[0] == 0
+    for condition in ("ensemble of 5", "NFE 50", "N 24", "standard deviation"):
+        assert condition in words(figure)
+    drawn(figure, tmp_path)
+
+
+def test_over_time_scales_each_column_and_writes_the_scale():
+    samples = fake(steps=10)
+    figure = figures.over_time(samples, CLASSES, count=2)
+    shown = figure.axes[0].images
+    assert len(shown) == 4 * 2 * 2
+    tops = [image.get_clim()[1] for image in shown if image.get_array().ndim == 2][::2]
+    assert tops == sorted(tops) and tops[-1] > 100 * tops[0]
+    for top, time in zip(tops, samples.frame_times, strict=True):
+        assert f"{top:.2g}" in words(figure) and f"t = {time:.3g}" in words(figure)
+
+
+def test_summed_over_time_draws_the_mean_of_each_class():
+    samples = fake()
+    axes = figures.summed_over_time(samples, CLASSES).axes[0]
+    truth = samples.summed[:, 1::3].double().mean(1)
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), truth)
+    assert len(axes.collections) == 3 and axes.get_yscale() == "log"
+    samples.summed = 1 + samples.summed / samples.summed.max()
+    assert figures.summed_over_time(samples, CLASSES).axes[0].get_yscale() == "linear"
+
+
+def test_score_histogram_counts_all_and_orders_the_classes():
+    scores = torch.arange(1.0, 31.0)
+    labels = (torch.arange(30) // 10).flip(0)
+    figure = figures.score_histogram(scores, labels, CLASSES, "NFE 50")
+    assert sum(bar.get_height() for bar in figure.axes[0].patches) == 30
+    names = [text.get_text() for text in figure.axes[1].get_yticklabels()]
+    assert names[1:] == ["dog", "cat"] and "NFE 50" in words(figure)
+    assert len(figures.score_histogram(scores, None, []).axes) == 1
+    assert "1 not finite" in words(figures.score_histogram(scores.log().log(), None, []))
+
+
+def test_extremes_pick_the_ends_of_the_ranking():
+    samples = fake()
+    figure = figures.extremes(samples, CLASSES, count=3)
+    ranking = samples.variance.flatten(1).sum(1).argsort()
+    expected = [*ranking.flip(0)[:3].tolist(), *ranking[:3].tolist()]
+    maps = [image.get_array() for image in figure.axes[0].images if image.get_array().ndim == 2]
+    for shown, index in zip(maps, expected, strict=True):
+        np.testing.assert_allclose(shown, standard_deviation(samples.variance[index]))
+    best = figures.extremes(samples, CLASSES, 1, scores=torch.arange(24.0))
+    assert " 23 |" in words(best) and " 0 |" in words(best)
+
+
+def test_sweep_figure_scales_and_gaps(tmp_path):
+    rows = [
+        {"prior": prior, "solver": solver, "fid@5k": 10 + prior / 100}
+        for prior in (1, 10.0, 1000)
+        for solver in ("euler", "heun")
+    ]
+    rows += [
+        {"prior": 5, "solver": "euler"},
+        {"prior": 5, "solver": "heun", "fid@5k": float("nan")},
+    ]
+    figure = figures.sweep_figure(rows, ["prior", "solver"], ["fid@5k"])
+    number, name = figure.axes
+    assert number.get_xscale() == "log" and name.get_xscale() == "linear"
+    assert [text.get_text() for text in name.get_xticklabels()] == ["euler", "heun"]
+    np.testing.assert_allclose(number.lines[0].get_ydata(), [10.01, 10.1, 20.0])
+    assert "6 of 8 cells" in words(figure)
+    three = [{**row, "k": True, "fid@5k": "12.5"} for row in rows[:2]]
+    drawn(figures.sweep_figure(three, ["prior", "solver", "k"], ["fid@5k"]), tmp_path)
+    drawn(figures.sweep_figure(rows[-2:], ["prior"], ["fid@5k"]), tmp_path)
+
+
+def test_negative_and_broken_variances_are_said_not_hidden(tmp_path):
+    samples = fake()
+    samples.variance[0] = -1.0
+    samples.variance[1, 0, 0, 0] = float("nan")
+    samples.summed[-1, 0] = -1.0
+    for figure in (
+        figures.image_and_map(samples, CLASSES),
+        figures.over_time(samples, CLASSES),
+        figures.summed_over_time(samples, CLASSES),
+        figures.extremes(samples, CLASSES),
+    ):
+        assert "4.2 % of all variances are negative" in words(figure)
+        assert "1 images have variances that are not finite" in words(figure)
+        drawn(figure, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"count": 1, "steps": 1},
+        {"count": 3, "channels": 3, "height": 24, "width": 16, "labelled": False},
+        {"count": 30, "channels": 2, "height": 1, "width": 1},
+    ],
+)
+def test_odd_sets_still_make_a_report(tmp_path, options):
+    samples = fake(**options)
+    samples.variance.zero_()
+    samples.summed.zero_()
+    samples.frame_variance.zero_()
+    paths = board.write(tmp_path / "tensorboard", samples, {}, {}, [])
+    assert len(paths) == 6 and all(path.stat().st_size for path in paths)
+
+
+def test_more_classes_than_can_be_told_apart():
+    samples = fake(60)
+    samples.labels = torch.arange(60)
+    assert len(figures.summed_over_time(samples, []).axes[0].lines) == 1
+    assert len(figures.score_histogram(samples.summed[-1], samples.labels, []).axes) == 1
+    assert len(figures.sample_grid(samples.images, samples.labels, []).axes[0].images) == 60
+
+
+def test_texts_stay_on_the_page_and_apart():
+    """Nothing written is cut off, and no two texts of a sheet lie over each other."""
+    samples = fake()
+    for figure in (figures.over_time(samples, CLASSES), figures.extremes(samples, CLASSES)):
+        figure.canvas.draw()
+        page = figure.bbox
+        texts = [t for t in (*figure.texts, *figure.axes[0].texts) if t.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        assert all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= page.x1 and b.y1 <= page.y1 for b in boxes)
+        for place, box in enumerate(boxes):
+            overlaps = [texts[i].get_text() for i in range(place) if box.overlaps(boxes[i])]
+            assert not overlaps, (texts[place].get_text(), overlaps)
+
+
+def test_a_figure_does_not_depend_on_the_users_matplotlib(tmp_path):
+    import matplotlib
+
+    samples = fake()
+    plain = drawn(figures.image_and_map(samples, CLASSES), tmp_path)
+    with matplotlib.rc_context(
+        {"savefig.bbox": "tight", "font.size": 20, "image.origin": "lower"}
+    ):
+        figure = figures.image_and_map(samples, CLASSES)
+        assert (drawn(figure, tmp_path) == plain).all()
+        assert matplotlib.rcParams["font.size"] == 20
+    assert plain.shape[:2] == tuple(int(side * DPI) for side in figure.get_size_inches()[::-1])
+
+
+METRICS = {"fid@5k/classifier": 12.5, "is@5k/classifier": 7.25, "broken": float("nan")}
+HPARAMS = {"model": {"name": "flow", "ema": True}, "steps": 20, "seeds": [1, 2], "skip": None}
+
+
+def board_of(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    return events.Reload()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A board and what it was made of: samples, PNG files, folder."""
+    samples, folder = fake(), tmp_path_factory.mktemp("run") / "tensorboard"
+    return samples, board.write(folder, samples, METRICS, HPARAMS, CLASSES), folder
+
+
+def test_board_writes_what_tensorboard_reads(written):
+    samples, paths, folder = written
+    assert [path.parent for path in paths] == [folder.parent / "figures"] * 6
+    events = board_of(folder)
+    tags = events.Tags()
+    assert set(tags["scalars"]) == {*METRICS, "uncertainty/summed_variance"}
+    assert events.Scalars("fid@5k/classifier")[0].value == 12.5
+    curve = [event.value for event in events.Scalars("uncertainty/summed_variance")]
+    np.testing.assert_allclose(curve, samples.summed.mean(1), rtol=1e-6)
+    assert tags["histograms"] == ["uncertainty/score"]
+    assert {tag.split("/")[-1] for tag in tags["images"]} == {path.stem for path in paths}
+    shown = events.Images("samples/samples")[0]
+    assert (shown.height, shown.width) == imread(paths[0]).shape[:2]
+
+
+def test_hparams_row_carries_the_real_metrics(written):
+    folder = written[-1]
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == []
+    events = board_of(folder)
+    content = events.PluginTagToContent(metadata.PLUGIN_NAME)
+    experiment = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG])
+    start = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG])
+    named = [info.name.tag for info in experiment.metric_infos]
+    # TensorBoard fills a metric's column from the scalar of the same name.
+    assert named == list(METRICS) and set(named) <= set(events.Tags()["scalars"])
+    row = {key: value.number_value or value.string_value for key, value in start.hparams.items()}
+    flow = {"model.name": "flow", "model.ema": "true"}
+    assert row == {**flow, "steps": 20, "seeds": "[1, 2]", "skip": "null"}
+    assert metadata.SESSION_END_INFO_TAG in content
+
+
+def test_a_second_report_replaces_the_first_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    training = tmp_path / "tensorboard" / "events.out.tfevents.1.host.2.0"
+    training.parent.mkdir()
+    training.write_bytes(b"")
+    for value in (1.0, 2.0):
+        board.write(training.parent, fake(3), {"fid@3": value}, {}, CLASSES)
+    assert training.exists() and len(list(training.parent.iterdir())) == 2
+    assert [event.value for event in board_of(training.parent).Scalars("fid@3")] == [2.0]
+
+
+def test_scores_replace_the_summed_variance(tmp_path):
+    scores = torch.linspace(100, 200, 24)
+    board.write(
+        tmp_path / "tb", fake(), {}, {}, CLASSES, scores=scores, figures_dir=tmp_path / "p"
+    )
+    histogram = board_of(tmp_path / "tb").Histograms("uncertainty/score")[0].histogram_value
+    assert (histogram.min, histogram.max, histogram.num) == (100, 200, 24)
+    assert (tmp_path / "p" / "extremes.png").exists()

@@ -1,0 +1,296 @@
+"""Data sources against hand-written files: pixels, order, labels, splits; no network."""
+
+import inspect
+import json
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torchvision import datasets
+
+from bayesdiff.data import sources
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "data"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    tried = []
+
+    def connect(_socket, address):
+        tried.append(address)
+        raise OSError("the tests have no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: connect(None, a))
+    yield
+    assert tried == []
+
+
+def pixels(seed, shape=(6, 6)):
+    return np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
+
+
+def png(array):
+    buffer = BytesIO()
+    Image.fromarray(array).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_png(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(array))
+
+
+def write_zip(path, images, meta=None):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in images.items():
+            archive.writestr(name, png(array))
+        if meta is not None:
+            archive.writestr("dataset.json", json.dumps(meta))
+    return path
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + array.tobytes())
+
+
+def write_mnist(raw, train=20, test=10):
+    for prefix, n, seed in (("train", train, 0), ("t10k", test, 1)):
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", pixels(seed, (n, 28, 28)))
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", (np.arange(n) % 10).astype(np.uint8))
+
+
+def test_digits_are_scaled_exactly_and_split_by_class():
+    from sklearn.datasets import load_digits
+
+    data = sources.digits()
+    assert (data.num_classes, data.channels, data.image_size) == (10, 1, 8)
+    assert len(data.test_images) == 300
+    assert data.images.dtype == torch.uint8
+    assert torch.bincount(data.test_labels).float().sub(30).abs().max() <= 1
+    truth = load_digits()
+    expected = sorted(
+        (int(y), bytes(round(v * 255 / 16) for v in x.flatten()))
+        for x, y in zip(truth.images.astype(int), truth.target, strict=True)
+    )
+    images = torch.cat([data.images, data.test_images])
+    labels = torch.cat([data.labels, data.test_labels])
+    got = sorted((int(y), x.numpy().tobytes()) for x, y in zip(images, labels, strict=True))
+    assert got == expected
+    assert sources.digits().fingerprint == data.fingerprint
+
+
+# torchvision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
+def test_mnist_family_reads_raw_files(tmp_path, dataset):
+    write_mnist(tmp_path / dataset / "raw")
+    data = sources.torchvision_images("m", str(tmp_path), dataset)
+    assert torch.equal(data.images, torch.from_numpy(pixels(0, (20, 1, 28, 28))))
+    assert torch.equal(data.test_images, torch.from_numpy(pixels(1, (10, 1, 28, 28))))
+    assert data.labels.tolist() == [*range(10), *range(10)]
+    assert data.classes == tuple(getattr(datasets, dataset).classes)
+
+
+def test_missing_files_are_downloaded_once_and_said_so(tmp_path, monkeypatch, caplog):
+    fetched = []
+
+    def fetch(url, download_root, filename, md5):
+        fetched.append(filename)
+        write_mnist(Path(download_root))
+
+    monkeypatch.setattr(datasets.mnist, "download_and_extract_archive", fetch)
+    with caplog.at_level(logging.INFO):
+        data = sources.torchvision_images("m", tmp_path, "MNIST")
+    assert len(data.images) == 20
+    assert len(fetched) == 4
+    assert str(tmp_path / "MNIST" / "raw") in caplog.text
+    sources.torchvision_images("m", tmp_path, "MNIST")
+    assert len(fetched) == 4
+
+
+def test_cifar_is_channels_first(tmp_path, monkeypatch):
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    truth = {"data_batch_1": pixels(0, (12, 3072)), "test_batch": pixels(1, (11, 3072))}
+    for name, x in truth.items():
+        labels = [i % 10 for i in range(len(x))]
+        (base / name).write_bytes(pickle.dumps({"data": x, "labels": labels}))
+    names = [f"class {i}" for i in range(10)]
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    # The real lists carry MD5 sums, which is what makes torchvision's pickles safe to read.
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [["data_batch_1", None]])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", None]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": None}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+    data = sources.torchvision_images("c", tmp_path, "CIFAR10")
+    assert torch.equal(data.images, torch.from_numpy(truth["data_batch_1"]).view(12, 3, 32, 32))
+    assert data.images.is_contiguous()
+    assert data.test_labels.tolist() == [*range(10), 0]
+    assert data.classes == tuple(names)
+
+
+# folder ------------------------------------------------------------------------------------
+
+
+def test_flat_grey_folder_has_no_labels(tmp_path):
+    for i in range(10):
+        write_png(tmp_path / f"{i}.png", pixels(i))
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "._0.png").write_bytes(b"resource fork")
+    data = sources.folder("f", tmp_path, test_fraction=0.2)
+    assert (data.num_classes, data.labels, data.channels, data.image_size) == (0, None, 1, 6)
+    assert (len(data.images), len(data.test_images)) == (8, 2)
+    truth = {pixels(i).tobytes() for i in range(10)}
+    together = torch.cat([data.images, data.test_images])
+    assert {x.numpy().tobytes() for x in together} == truth
+
+
+def test_class_folders_in_sorted_order(tmp_path):
+    for i in range(10):
+        write_png(tmp_path / ["dog", "cat"][i % 2] / f"{i}.png", pixels(i, (6, 6, 3)))
+    data = sources.folder("f", tmp_path, test_fraction=0.2)
+    assert data.classes == ("cat", "dog")
+    assert data.test_labels.tolist() == [0, 1]
+    for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
+        for x, y in zip(images, labels, strict=True):
+            matches = [
+                i for i in range(10) if np.array_equal(pixels(i, (6, 6, 3)), x.permute(1, 2, 0))
+            ]
+            assert len(matches) == 1
+            assert int(y) == [1, 0][matches[0] % 2]
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_train_beside_test_is_used_as_is(tmp_path, held_out):
+    for part, n in (("train", 6), (held_out, 2)):
+        for i in range(n):
+            write_png(tmp_path / part / "ab"[i % 2] / f"{i}.png", pixels(i + 10 * n))
+    # The test set lacks nothing but may lack a class.
+    (tmp_path / held_out / "b" / "1.png").unlink()
+    data = sources.folder("f", tmp_path)
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test_labels.tolist() == [0]
+    assert torch.equal(data.test_images[0, 0], torch.from_numpy(pixels(20)))
+
+
+def test_lone_train_folder_is_not_a_class_but_one_among_others_is(tmp_path):
+    for i in range(4):
+        write_png(tmp_path / "one" / "train" / "ab"[i % 2] / f"{i}.png", pixels(i))
+        write_png(tmp_path / "two" / ["train", "bus"][i % 2] / f"{i}.png", pixels(i))
+    assert sources.folder("f", tmp_path / "one").classes == ("a", "b")
+    assert sources.folder("f", tmp_path / "two").classes == ("bus", "train")
+
+
+def test_linked_class_folders_are_followed(tmp_path):
+    for i in range(4):
+        write_png(tmp_path / "store" / f"{i}.png", pixels(i))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "store")
+    assert len(sources.folder("f", tmp_path / "set").images) == 3
+
+
+def test_palette_and_bilevel_files_keep_their_pixels(tmp_path):
+    colour = pixels(0, (6, 6, 3)) // 128 * 255
+    Image.fromarray(colour).quantize(8).save(tmp_path / "p.png")
+    write_png(tmp_path / "q.png", colour)
+    data = sources.folder("f", tmp_path, test_fraction=0.5)
+    assert torch.equal(data.images, data.test_images)
+    bits = pixels(0) // 128 * 255
+    (tmp_path / "bits").mkdir()
+    Image.fromarray(bits).convert("1").save(tmp_path / "bits" / "a.png")
+    write_png(tmp_path / "bits" / "b.png", bits)
+    data = sources.folder("f", tmp_path / "bits", test_fraction=0.5)
+    assert torch.equal(data.images, data.test_images)
+
+
+def test_jpeg_is_decoded_as_pillow_does(tmp_path):
+    for i in range(2):
+        Image.fromarray(pixels(i, (8, 8, 3))).save(tmp_path / f"{i}.JPG", "jpeg")
+    data = sources.folder("f", tmp_path)
+    truth = {np.asarray(Image.open(tmp_path / f"{i}.JPG")).tobytes() for i in range(2)}
+    got = [x.permute(1, 2, 0).numpy().tobytes() for x in (data.images[0], data.test_images[0])]
+    assert set(got) == truth
+
+
+def test_order_survives_the_threads(tmp_path):
+    images = {f"{i:04d}.png": np.full((2, 2), i % 251, np.uint8) for i in range(1000)}
+    path = write_zip(tmp_path / "many.zip", images)
+    data = sources.zip_images("z", path, path)
+    assert data.images[:, 0, 0, 0].tolist() == [i % 251 for i in range(1000)]
+
+
+# zip ---------------------------------------------------------------------------------------
+
+
+def test_zip_is_read_in_order_of_names_with_labels(tmp_path):
+    names = ["00001/b.png", "00000/z.png", "00000/a.png", "00001/a.png"]
+    meta = {"labels": [[n, i] for i, n in enumerate(names)]}
+    write_zip(tmp_path / "x.zip", {n: pixels(i) for i, n in enumerate(names)}, meta)
+    data = sources.zip_images("z", tmp_path / "x.zip", tmp_path / "x.zip")
+    assert data.labels.tolist() == [2, 1, 3, 0]  # as sorted(names) finds them
+    assert data.classes == ("0", "1", "2", "3")
+    for x, y in zip(data.images, data.labels, strict=True):
+        assert torch.equal(x[0], torch.from_numpy(pixels(int(y))))
+    assert sorted(os.listdir(tmp_path)) == ["x.zip"]  # nothing is unpacked
+
+
+@pytest.mark.parametrize("meta", [None, {"labels": None}])
+def test_zip_without_labels(tmp_path, meta):
+    write_zip(tmp_path / "x.zip", {f"{i}.png": pixels(i, (4, 4, 3)) for i in range(10)}, meta)
+    data = sources.zip_images("z", tmp_path / "x.zip", test_fraction=0.3)
+    assert (data.labels, data.test_labels, data.num_classes) == (None, None, 0)
+    assert (len(data.images), len(data.test_images), data.channels) == (7, 3, 3)
+
+
+def test_zip_names_classes_and_takes_a_second_zip(tmp_path):
+    images = {f"{i}.png": pixels(i) for i in range(3)}
+    meta = {"labels": [[n, i] for i, n in enumerate(images)], "classes": ["x", "y", "z"]}
+    train = write_zip(tmp_path / "a.zip", images, meta)
+    test = write_zip(tmp_path / "b.zip", {"9.png": pixels(9)}, {"labels": [["9.png", 1]]})
+    data = sources.zip_images("z", train, str(test))
+    assert data.classes == ("x", "y", "z")
+    assert data.test_labels.tolist() == [1]
+    assert torch.equal(data.test_images[0, 0], torch.from_numpy(pixels(9)))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_config_holds_the_arguments_of_its_function(path):
+    data = OmegaConf.to_container(OmegaConf.load(path))["data"]
+    config = data["source"]
+    module, function = config.pop("_target_").rsplit(".", 1)
+    assert module == sources.__name__
+    signature = inspect.signature(getattr(sources, function))
+    assert set(config) == set(signature.parameters)
+    assert data["name"] == path.stem
+    assert (config["name"], config["root"]) == ("${data.name}", "${data.root}")
+    for key, parameter in signature.parameters.items():
+        if parameter.default is not parameter.empty and key not in {"name", "root"}:
+            assert config[key] == parameter.default
+    if "dataset" in config:
+        assert hasattr(datasets, config["dataset"])
+
+
+def test_importing_the_sources_is_cheap():
+    code = (
+        "import sys, bayesdiff.data.sources;"
+        "heavy = {'torchvision', 'sklearn', 'matplotlib', 'scipy'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)

@@ -1,0 +1,20 @@
+"""Train, fit the posterior, sample with uncertainty, score and report: see README.md."""
+
+import hydra
+from omegaconf import DictConfig
+
+from bayesdiff.cli import one_line_errors
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Run every stage whose artefact is missing."""
+    from bayesdiff import pipeline
+
+    with one_line_errors():
+        pipeline.run(cfg)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
