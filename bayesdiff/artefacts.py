@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def key_of(*parts: Any) -> str:
     """16 hex digits that change with any value in the parts (anything JSON can hold)."""
@@ -47,6 +50,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             f"cannot write to {path.parent} ({error.strerror}); choose another output_dir"
         ) from error
     os.close(handle)
+    os.chmod(name, 0o666 & ~_UMASK)  # mkstemp's own mode hides results from colleagues
     temporary = Path(name)
     try:
         write(temporary)
@@ -55,10 +59,18 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomic(path, lambda file: _write_text(file, text))
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write readable JSON atomically."""
-    text = json.dumps(value, indent=2, default=str) + "\n"
-    write_atomic(path, lambda file: file.write_text(text) and None)
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -73,7 +85,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_arrays(path: Path, key: str, arrays: Mapping[str, Tensor | None]) -> None:
     """Write tensors and the key of what they came from as one npz, atomically."""
     present = {name: value.cpu().numpy() for name, value in arrays.items() if value is not None}
-    write_atomic(path, lambda file: np.savez(file, key=np.array(key), **present))
+    write_atomic(
+        path, lambda file: np.savez(file, allow_pickle=False, key=np.array(key), **present)
+    )
 
 
 def read_arrays(path: Path, key: str) -> dict[str, Tensor] | None:
@@ -126,7 +140,7 @@ def load_weights(model: nn.Module, path: Path) -> str:
         name = min(odd)
         raise UserError(
             f"checkpoint {path} belongs to another network: {name} is {_shape(state, name)} there "
-            f"and {_shape(own, name)} here; give the model, net and data options it was trained with"
+            f"and {_shape(own, name)} here; give the options it was trained with"
         )
     model.load_state_dict(state)
     return weights_key(model)

@@ -50,11 +50,7 @@ class Run:
 
 
 def build(cfg: DictConfig) -> Run:
-    """Make and check everything a run needs; no work is done and nothing is written but a probe.
-
-    Raises:
-        UserError: for anything in the configuration that cannot work.
-    """
+    """Make and check everything a run needs; what cannot work is a UserError here."""
     check_values(cfg)
     device = choose_device(str(cfg.trainer.accelerator))
     data = ImageDataModule(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from bayesdiff.checks import UserError
 
-
 _FULL_ERROR = bool(os.environ.get("HYDRA_FULL_ERROR"))
 
 

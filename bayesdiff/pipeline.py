@@ -1,8 +1,208 @@
-from omegaconf import DictConfig
-from bayesdiff.build import build
+"""fit -> curvature -> images -> maps -> score -> report; what exists and matches is not redone."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from bayesdiff.artefacts import key_of, read_json, weights_key, write_json, write_text
+from bayesdiff.build import Run, build, plain
+from bayesdiff.checks import UserError, at_least
+from bayesdiff.distributed import barrier, rank
+from bayesdiff.laplace.callback import LastLayerLaplace
+from bayesdiff.laplace.curvature import check_pass
+from bayesdiff.laplace.posterior import HeadPosterior, check_settings
+from bayesdiff.report import table
+from bayesdiff.solvers import Solver
+from bayesdiff.solvers.step import check_solver
+from bayesdiff.stages import make_images, make_maps, score
 from bayesdiff.training import fit
+from bayesdiff.uncertainty import Estimator, Samples
+
+log = logging.getLogger(__name__)
 
 
-def run(cfg: DictConfig) -> None:
-    r = build(cfg)
-    fit(r)
+@dataclass(frozen=True)
+class Result:
+    """What one run ends with.
+
+    Attributes:
+        folder: the cell's folder, inside the run folder.
+        metrics: flat scalars; names carry their conditions.
+        settings: the settings behind them, flat.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+
+
+def run(cfg: DictConfig) -> Result:
+    """Run every stage whose artefact is missing and return the metrics.
+
+    What the user can mend is a UserError, raised before any work where it can be known then.
+    """
+    this, solver, estimator, laplace = prepare(cfg)
+    weights = fit(this, laplace)
+    this.model.to(this.device).eval()
+    posterior = laplace.fit(this.model, this.data.data)
+    images_key = key_of(weights, plain(cfg.solver), cfg.seed, cfg.metrics.num_images)
+    cell_key = key_of(
+        images_key, settings_of(posterior), plain(cfg.uncertainty), plain(cfg.metrics)
+    )
+    names = [type(part).__name__.lower() for part in (solver, estimator)]
+    folder = this.folder / "-".join([*names, cell_key[:8]])
+    images = None
+    if cfg.metrics.num_images:
+        path = this.folder / f"images-{names[0]}-{images_key[:8]}.npz"
+        images = make_images(this, solver, cfg.metrics.num_images, path, images_key)
+    samples = make_maps(this, solver, estimator, posterior, folder / "samples.npz", cell_key)
+    result = Result(folder, {}, settings(cfg, this, posterior))
+    if rank() == 0:
+        metrics = scores_of(this, images, samples, folder, cell_key, images_key)
+        result = Result(folder, metrics | laplace.statistics(), result.settings)
+        report(this, result, samples, cell_key)
+    barrier()
+    return result
+
+
+def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
+    """Build and check everything, before any work is done.
+
+    Raises:
+        UserError: for anything that cannot work.
+    """
+    launch(cfg)
+    if cfg.metrics.features not in ("classifier", "inception"):
+        raise UserError(
+            f"unknown metrics.features {cfg.metrics.features!r}; choose classifier or inception"
+        )
+    at_least("metrics.num_images", cfg.metrics.num_images, 0)
+    at_least("metrics.batch_size", cfg.metrics.batch_size)
+    check_settings(**{k: cfg.laplace[k] for k in ("structure", *_NUMBERS)})
+    at_least("laplace.seed", cfg.laplace.seed, 0)
+    solver: Solver = instantiate(cfg.solver)
+    estimator: Estimator = instantiate(cfg.uncertainty)
+    at_least("solver.num_steps", solver.num_steps)
+    estimator.check(solver)
+    this = build(cfg)
+    check_pass(
+        cfg.laplace.draws,
+        cfg.laplace.num_images,
+        cfg.laplace.batch_size,
+        len(this.data.data.images),
+    )
+    model = this.model
+    check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
+    if cfg.metrics.num_images and cfg.metrics.features == "classifier":
+        if this.data.data.num_classes < 2:
+            raise UserError(
+                f"data set {this.data.data.name} has no labels for metrics.features=classifier; "
+                "use metrics=inception, or metrics.num_images=0 for no scores"
+            )
+    laplace = LastLayerLaplace(path=this.folder / "curvature.safetensors", **plain(cfg.laplace))
+    return this, solver, estimator, laplace
+
+
+_NUMBERS = ("sigma_noise", "prior_precision", "n_eff")
+
+
+def launch(cfg: DictConfig) -> None:
+    """Start the other processes of this machine, so that every stage is shared by all of them."""
+    devices = cfg.trainer.devices
+    if isinstance(devices, int) and devices > 1:
+        fabric = L.Fabric(
+            accelerator=cfg.trainer.accelerator,
+            devices=devices,
+            strategy=cfg.trainer.get("strategy", "ddp"),
+        )
+        fabric.launch()
+
+
+def settings_of(posterior: HeadPosterior) -> list[Any]:
+    """What the posterior depends on, with words like ``mle`` resolved."""
+    numbers = [posterior.sigma_noise, posterior.prior_precision, posterior.n_eff]
+    return [posterior.curvature.source, posterior.structure, *numbers]
+
+
+def settings(cfg: DictConfig, this: Run, posterior: HeadPosterior) -> dict[str, Any]:
+    """The settings a table or an HPARAMS row should show, flat."""
+    return {
+        "data": this.data.data.name,
+        "model": this.model.path.family,
+        "prediction": this.model.prediction,
+        "seed": cfg.seed,
+        "structure": posterior.structure,
+        "sigma_noise": posterior.sigma_noise,
+        "prior_precision": posterior.prior_precision,
+        "n_eff": posterior.n_eff,
+        **{f"solver.{k}": v for k, v in _named(cfg.solver).items()},
+        **{f"uncertainty.{k}": v for k, v in _named(cfg.uncertainty).items()},
+    }
+
+
+def _named(cfg: DictConfig) -> dict[str, Any]:
+    values = plain(cfg)
+    return {"name": values.pop("_target_").rsplit(".", 1)[-1].lower(), **values}
+
+
+def scores_of(
+    this: Run, images: Any, samples: Samples, folder: Path, cell_key: str, images_key: str
+) -> dict[str, float]:
+    """Image scores (shared by all cells of the same images) and statistics of the maps."""
+    from bayesdiff.metrics.uncertainty import variance_statistics
+
+    stored = read_json(folder / "metrics.json") or {}
+    if stored.get("key") == cell_key:
+        return stored["metrics"]
+    metrics: dict[str, float] = {}
+    if images is not None:
+        path = this.folder / f"scores-{images_key[:8]}.json"
+        key = key_of(images_key, plain(this.cfg.metrics), this.data.data.fingerprint)
+        shared = read_json(path) or {}
+        if shared.get("key") != key:
+            shared = {"key": key, "metrics": score(this, images)}
+            write_json(path, shared)
+        metrics |= shared["metrics"]
+    metrics["nfe"] = samples.nfe
+    statistics = variance_statistics(samples.variance, samples.labels)
+    return metrics | {f"uncertainty/{name}": value for name, value in statistics.items()}
+
+
+def report(this: Run, result: Result, samples: Samples, cell_key: str) -> None:
+    """Pictures, TensorBoard, metrics.json last: its presence says that all else is there."""
+    from bayesdiff.report import board
+
+    path = result.folder / "metrics.json"
+    if (read_json(path) or {}).get("key") != cell_key:
+        board.write(
+            result.folder / "tensorboard", samples, result.metrics, result.settings, this.classes
+        )
+        write_text(
+            result.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(this.cfg, resolve=True)
+        )
+        record = {
+            "key": cell_key,
+            "metrics": result.metrics,
+            "settings": result.settings,
+            "estimator": samples.estimator,
+            "weights": weights_key(this.model),
+        }
+        write_json(path, record)
+    rows = [
+        {"metric": name, "value": value}
+        for name, value in result.metrics.items()
+        if "class_" not in name
+    ]
+    table.show(f"{result.folder}", rows)
+    table.show(
+        "look at",
+        [
+            {"what": "pictures", "where": str(result.folder / "figures")},
+            {"what": "curves", "where": f"tensorboard --logdir {this.cfg.output_dir}"},
+        ],
+    )

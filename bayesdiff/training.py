@@ -10,14 +10,14 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from omegaconf import OmegaConf
 
-from bayesdiff.artefacts import load_weights, read_checkpoint, read_json, write_atomic, write_json
+from bayesdiff.artefacts import load_weights, read_checkpoint, read_json, write_json, write_text
 from bayesdiff.build import Run, is_main_process, plain, precision
 from bayesdiff.checks import UserError
 
 log = logging.getLogger(__name__)
 
 
-def fit(run: Run) -> str:
+def fit(run: Run, laplace: Callback) -> str:
     """Leave trained (averaged) weights in the model, training only as far as is needed.
 
     Returns:
@@ -40,7 +40,7 @@ def fit(run: Run) -> str:
             "to train again, or give fit=false ckpt_path=... to use it as it is"
         )
     started = time.perf_counter()
-    trainer = train(run, resume_from(run, last))
+    trainer = train(run, laplace, resume_from(run, last))
     seconds = time.perf_counter() - started
     weights = load_weights(run.model, last)
     if is_main_process():
@@ -78,15 +78,14 @@ def resume_from(run: Run, last: Path) -> Path | None:
     return path
 
 
-def train(run: Run, ckpt_path: Path | None) -> L.Trainer:
+def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
     """Run Lightning's trainer and return it.
 
     Raises:
         UserError: if this process was interrupted; the last checkpoint continues it.
     """
     if is_main_process():
-        text = OmegaConf.to_yaml(run.cfg, resolve=True)
-        write_atomic(run.folder / ".hydra" / "config.yaml", lambda f: f.write_text(text) and None)
+        write_text(run.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(run.cfg, resolve=True))
     L.seed_everything(run.cfg.seed, workers=True, verbose=False)
     folder = run.folder / "checkpoints"
     callbacks = [
@@ -104,7 +103,7 @@ def train(run: Run, ckpt_path: Path | None) -> L.Trainer:
     options: dict[str, Any] = {"precision": precision(run.cfg, run.device)}
     trainer: L.Trainer = instantiate(
         run.cfg.trainer,
-        callbacks=[*callbacks, Provenance(run)],
+        callbacks=[*callbacks, Provenance(run), laplace],
         logger=logger or False,
         default_root_dir=str(run.folder),
         _convert_="all",

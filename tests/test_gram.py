@@ -27,7 +27,7 @@ def conv(width, channels=1, k=3, **options):
     return nn.Conv2d(width, channels, k, padding=k // 2, **options).double()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     k=st.sampled_from([1, 3, 5]),
     width=st.integers(1, 4),

@@ -21,7 +21,8 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.gram import HeadGeometry, gram, gram_diagonal, head_matrix
+from bayesdiff.laplace.gram import gram, gram_diagonal
+from bayesdiff.laplace.head import HeadGeometry, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 
 

@@ -2,178 +2,21 @@
 
 The head is linear in its weights, so for a Gaussian likelihood the GGN of all its weights is
 ``I_C (x) G / sigma^2`` with ``G = sum phi phi^T`` over images and pixels, phi the k x k feature
-patch with a trailing 1 (MacKay, "A practical Bayesian framework for backpropagation networks",
-Neural Computation 1992, eq. 2.9; Daxberger et al., "Laplace Redux", NeurIPS 2021, eq. 8).
+patch with a trailing 1 (Bishop, "Pattern Recognition and Machine Learning", 2006, eq. 3.54).
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayesdiff.checks import UserError
+from bayesdiff.laplace.head import HeadGeometry, apply_head, head_matrix
+
+__all__ = ["HeadGeometry", "apply_head", "gram", "gram_diagonal", "head_matrix"]
 
 # Doubles of padded features handled at once: they stay in the cache for all shifts.
 _CHUNK = 1_000_000
 
-Offset = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class HeadGeometry:
-    """How a head reads its features.
-
-    Attributes:
-        features: D, channels (conv) or width (linear) of the features.
-        kernel_size: k of a k x k convolution, 0 for a linear head.
-        bias: whether phi ends with a 1.
-    """
-
-    features: int
-    kernel_size: int
-    bias: bool
-
-    @classmethod
-    def of(cls, head: nn.Module) -> "HeadGeometry":
-        """Read the geometry of ``head``.
-
-        Raises:
-            UserError: if the head is not a linear layer or a plain "same" convolution.
-        """
-        if isinstance(head, nn.Linear):
-            return cls(head.in_features, 0, head.bias is not None)
-        if not isinstance(head, nn.Conv2d):
-            raise UserError(
-                f"the head is a {type(head).__name__}; last-layer Laplace needs an nn.Conv2d or"
-                " nn.Linear as the network's last layer"
-            )
-        _check_conv(head)
-        return cls(head.in_channels, head.kernel_size[0], head.bias is not None)
-
-    @property
-    def taps(self) -> int:
-        """Feature vectors per patch: k * k, or 1 for a linear head."""
-        return max(self.kernel_size, 1) ** 2
-
-    @property
-    def size(self) -> int:
-        """P, the length of the patch vector phi."""
-        return self.taps * self.features + int(self.bias)
-
-    def check(self, features: Tensor) -> None:
-        """Refuse features that do not fit this head.
-
-        Raises:
-            UserError: if their channels (or last axis, for a linear head) are not D.
-        """
-        axis = 1 if self.kernel_size else -1
-        fits = features.ndim == 4 if self.kernel_size else features.ndim >= 2
-        if not fits or features.shape[axis] != self.features:
-            wanted = "(B, D, h, w)" if self.kernel_size else "(B, ..., D)"
-            raise UserError(
-                f"features must be {wanted} with D = {self.features}, got"
-                f" {tuple(features.shape)}; pass what the network feeds its head"
-            )
-
-
-def _check_conv(head: nn.Conv2d) -> None:
-    """Refuse every convolution that is not stride 1, dense, zero-padded and size-preserving.
-
-    Raises:
-        UserError: if it is not; the line names every wrong setting.
-    """
-    k = head.kernel_size[0]
-    same = ("same", (k // 2, k // 2)) + (("valid",) if k == 1 else ())
-    wrong = [
-        f"{name}={value!r} (needs {needed!r})"
-        for name, value, needed, ok in (
-            ("kernel_size", head.kernel_size, "odd k x k", head.kernel_size == (k, k) and k % 2),
-            ("stride", head.stride, 1, head.stride == (1, 1)),
-            ("dilation", head.dilation, 1, head.dilation == (1, 1) or k == 1),
-            ("groups", head.groups, 1, head.groups == 1),
-            ("padding", head.padding, k // 2, head.padding in same),
-            ("padding_mode", head.padding_mode, "zeros", head.padding_mode == "zeros" or k == 1),
-        )
-        if not ok
-    ]
-    if wrong:
-        raise UserError(f"the convolution head cannot be treated: {', '.join(wrong)}")
-
-
-def head_matrix(head: nn.Module) -> Tensor:
-    """Weights and bias of the head as one matrix, float64 ``(C_out, P)``, in phi's order."""
-    HeadGeometry.of(head)
-    weight: Tensor = head.weight  # type: ignore[assignment]
-    parts = [weight.detach().flatten(1)]
-    if isinstance(head.bias, Tensor):
-        parts.append(head.bias.detach()[:, None])
-    return torch.cat(parts, 1).double()
-
-
-def apply_head(head: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
-    """Outputs of the head under M sets of weights, without a loop and without touching the head.
-
-    Args:
-        head: gives the geometry only; its own weights are not used.
-        features: ``(m, B, D, h, w)``, or ``(m, B, ..., D)`` for a linear head; m is M, or 1 when
-            all draws see the same features.
-        weights: ``(M, C_out, P)``; cast to the dtype of the features.
-
-    Returns:
-        ``(M, B, C_out, h, w)``, or ``(M, B, ..., C_out)`` for a linear head.
-
-    Raises:
-        UserError: if the shapes do not fit the head or each other.
-    """
-    geometry = HeadGeometry.of(head)
-    draws, _, size = weights.shape
-    if size != geometry.size or len(features) not in {1, draws}:
-        raise UserError(
-            f"weights {tuple(weights.shape)} and features {tuple(features.shape)} do not fit: the"
-            f" head needs (M, C_out, {geometry.size}) and M or 1 sets of features"
-        )
-    geometry.check(features[0])
-    weights = weights.to(features)
-    kernel = weights[..., :-1] if geometry.bias else weights
-    if geometry.kernel_size:
-        out = _convolve(features, kernel, geometry.kernel_size)
-        return out + weights[:, None, :, -1, None, None] if geometry.bias else out
-    out = features.flatten(1, -2) @ kernel.mT
-    out = out + weights[:, None, :, -1] if geometry.bias else out
-    return out.unflatten(1, features.shape[1:-1])
-
-
-def _convolve(features: Tensor, kernel: Tensor, k: int) -> Tensor:
-    """Convolve ``(m, B, D, h, w)`` with ``(M, C_out, D k k)`` to ``(M, B, C_out, h, w)``."""
-    kernel = kernel.reshape(*kernel.shape[:2], features.shape[2], k, k)
-    if len(features) == len(kernel):
-        return convolve_separately(features, kernel)
-    out = F.conv2d(features[0], kernel.flatten(0, 1), padding=k // 2)
-    return out.unflatten(1, kernel.shape[:2]).transpose(0, 1)
-
-
-def convolve_separately(features: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve each set of features with its own few output channels.
-
-    One product gives every tap's response, then the taps are added where they belong: many times
-    faster than a grouped convolution and 3 times faster than a convolution to one channel.
-
-    Args:
-        features: ``(M, B, D, h, w)``.
-        kernel: ``(M, C, D, k, k)``.
-
-    Returns:
-        ``(M, B, C, h, w)``.
-    """
-    k = kernel.shape[-1]
-    # Output p adds the response of tap d at p + d; fold adds column d of q at q + d: mirrored.
-    taps = kernel.flip(3, 4).flatten(3).mT.flatten(1, 2)
-    responses = taps[:, None] @ features.flatten(3)
-    if k > 1:
-        size = features.shape[3:]
-        responses = F.fold(responses.flatten(0, 1), size, k, padding=k // 2)
-    return responses.reshape(*features.shape[:2], kernel.shape[1], *features.shape[3:])
+_Pair = tuple[int, int]
 
 
 @torch.no_grad()
@@ -227,16 +70,16 @@ def gram_diagonal(head: nn.Module, features: Tensor) -> Tensor:
 
 
 # A shift and the rows and columns of f(q) that take part; None: the whole plane.
-_Term = tuple[Offset, Offset | None, Offset | None]
+_Term = tuple[_Pair, _Pair | None, _Pair | None]
 
 
-def _offsets(k: int) -> list[Offset]:
+def _offsets(k: int) -> list[_Pair]:
     """Kernel offsets (dy, dx) in the order of ``F.unfold``."""
     reach = range(-(k // 2), k // 2 + 1)
     return [(y, x) for y in reach for x in reach]
 
 
-def _plan(k: int, height: int, width: int) -> dict[Offset, list[tuple[int, _Term]]]:
+def _plan(k: int, height: int, width: int) -> dict[_Pair, list[tuple[int, _Term]]]:
     """Signed correlations whose sum is the block of each pair of kernel offsets a <= b.
 
     With q = p + d the block is the correlation at shift s = d' - d over all q, minus the rows
@@ -249,7 +92,7 @@ def _plan(k: int, height: int, width: int) -> dict[Offset, list[tuple[int, _Term
             s = (other[0] - d[0], other[1] - d[1])
             rows, columns = _outside(d[0], s[0], height), _outside(d[1], s[1], width)
             all_rows, all_columns = _inside(s[0], height), _inside(s[1], width)
-            strips: list[tuple[int, Offset, Offset]] = [
+            strips: list[tuple[int, _Pair, _Pair]] = [
                 (-1, rows, all_columns),
                 (-1, all_rows, columns),
                 (1, rows, columns),
@@ -260,12 +103,12 @@ def _plan(k: int, height: int, width: int) -> dict[Offset, list[tuple[int, _Term
     return plan
 
 
-def _inside(s: int, size: int) -> Offset:
+def _inside(s: int, size: int) -> _Pair:
     """The interval of q in [0, size) with q + s in [0, size)."""
     return max(0, -s), min(size, size - s)
 
 
-def _outside(d: int, s: int, size: int) -> Offset:
+def _outside(d: int, s: int, size: int) -> _Pair:
     """The part of ``_inside(s, size)`` with q - d outside [0, size)."""
     start, stop = _inside(s, size)
     return (start, min(stop, d)) if d >= 0 else (max(start, size + d), stop)
@@ -286,7 +129,7 @@ def _correlate(padded: Tensor, term: _Term, correlation: Tensor) -> None:
 
 
 def _assemble(
-    plan: dict[Offset, list[tuple[int, _Term]]],
+    plan: dict[_Pair, list[tuple[int, _Term]]],
     sums: dict[_Term, Tensor],
     total: Tensor,
     images: int,

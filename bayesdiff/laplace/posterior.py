@@ -62,11 +62,10 @@ class HeadPosterior:
         Raises:
             UserError: if a setting is unusable or the precision matrix is singular.
         """
-        if structure not in {"full", "diag"}:
-            raise UserError(f"structure must be full or diag, got {structure!r}")
-        noise = _number("sigma_noise", sigma_noise, "mle", curvature.sigma_mle)
-        prior = _number("prior_precision", prior_precision, "evidence", 1.0)
-        images = _number("n_eff", n_eff, None, curvature.num_images)
+        check_settings(structure, sigma_noise, prior_precision, n_eff)
+        noise = curvature.sigma_mle if sigma_noise == "mle" else float(sigma_noise)
+        prior = 1.0 if prior_precision == "evidence" else float(prior_precision)
+        images = float(curvature.num_images if n_eff is None else n_eff)
         posterior = cls(curvature, structure, noise, prior, images)  # type: ignore[arg-type]
         if prior_precision == "evidence":
             posterior = replace(posterior, prior_precision=posterior._evidence_prior())
@@ -132,8 +131,8 @@ class HeadPosterior:
     def log_evidence(self) -> float:
         """Log marginal likelihood in closed form, all constants included.
 
-        Prior mean 0; the likelihood counts ``n_eff / num_images`` times. Laplace's formula as in
-        MacKay 1992, eq. 4.7; equals laplace-torch's ``log_marginal_likelihood``.
+        Prior mean 0; the likelihood counts ``n_eff / num_images`` times (Bishop, eq. 3.86).
+        Equals laplace-torch's ``log_marginal_likelihood``.
         """
         curvature, tau = self.curvature, self.prior_precision
         weight = self.n_eff / curvature.num_images
@@ -145,7 +144,7 @@ class HeadPosterior:
         return weight * log_likelihood - 0.5 * (log_ratio + scatter)
 
     def _evidence_prior(self) -> float:
-        """The tau that maximises the evidence: root of tau |m|^2 = C sum a / (a + tau).
+        """The tau that maximises the evidence: tau |m|^2 = C sum a / (a + tau), Bishop, eq. 3.92.
 
         The left side rises and the right side falls in tau, so the root is the only one.
 
@@ -219,8 +218,22 @@ class HeadPosterior:
         return {}
 
 
-def _number(name: str, value: float | str | None, word: str | None, meaning: float) -> float:
-    """The number a setting stands for, given the word that stands for ``meaning``."""
-    cure = "give a number above 0" + (f", or {word}" if word else "")
-    number = meaning if value == word else value
-    return float(positive(name, number, cure))  # type: ignore[arg-type]
+def check_settings(
+    structure: str,
+    sigma_noise: float | str = "mle",
+    prior_precision: float | str = 1.0,
+    n_eff: float | None = None,
+) -> None:
+    """Refuse settings that no curvature could make a posterior of, before any work is done.
+
+    Raises:
+        UserError: if a setting is unusable.
+    """
+    if structure not in {"full", "diag"}:
+        raise UserError(f"laplace.structure must be full or diag, got {structure!r}")
+    if sigma_noise != "mle":
+        positive("laplace.sigma_noise", sigma_noise, "give a number above 0, or mle")  # type: ignore[arg-type]
+    if prior_precision != "evidence":
+        positive("laplace.prior_precision", prior_precision, "give a number above 0, or evidence")  # type: ignore[arg-type]
+    if n_eff is not None:
+        positive("laplace.n_eff", n_eff, "give a number of images above 0, or null")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayesdiff.artefacts import write_atomic
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.gram import HeadGeometry
+from bayesdiff.laplace.head import HeadGeometry
 
 _FORMAT = "bayesdiff-curvature-1"
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesdiff.laplace.gram import HeadGeometry, convolve_separately
+from bayesdiff.laplace.head import HeadGeometry, convolve_separately
 
 # Floats of one block of outputs, or of squared features: they are used while in the cache.
 _CHUNK_OUTPUTS = 2_500_000

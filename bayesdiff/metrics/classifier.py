@@ -98,7 +98,7 @@ def train_classifier(
         torch.manual_seed(seed)
         stride = 4 if max(images.shape[-2:]) > 32 else 2
         network = Classifier(images.shape[1], num_classes, stride=stride)
-    network = network.to(device, memory_format=torch.channels_last).train()
+    network = network.to(memory_format=torch.channels_last).to(device).train()
     batches = _batches(len(images), epochs, torch.Generator().manual_seed(seed))
     _fit(network, images.to(device), labels.to(device), batches, progress)
     network.eval()
@@ -140,11 +140,9 @@ def load_or_train(
         )
     epochs = _epochs(len(data.images)) if epochs is None else epochs
     path = cache_path(cache_dir, data.fingerprint, seed, epochs)
-    if path.exists():
-        try:
-            return load_classifier(path).to(device, memory_format=torch.channels_last)
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            log.warning("%s is not readable (%s); training it again", path, error)
+    cached = _read_cache(path)
+    if cached is not None:
+        return cached.to(device)
     network = train_classifier(
         data.images,
         data.labels,
@@ -194,12 +192,22 @@ def load_classifier(path: Path | str) -> Classifier:
     return network.to(memory_format=torch.channels_last).eval()
 
 
+def _read_cache(path: Path) -> Classifier | None:
+    if not path.exists():
+        return None
+    try:
+        return load_classifier(path)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        log.warning("%s is not readable (%s); training it again", path, error)
+        return None
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the hardware multiplies in it (about twice as fast), else None."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     # Without these instructions bfloat16 is emulated, and slower than float32.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if device.type == "cpu" and fast else None
 

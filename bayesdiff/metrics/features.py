@@ -254,7 +254,7 @@ def _inception_weights(weights_path: Path | str | None) -> dict[str, Tensor]:
         raise UserError(
             f"metrics.weights_path={weights_path} does not exist; give a copy of {INCEPTION_FILE}"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the reader meets arbitrary bytes and may raise anything
         raise UserError(
             f"metrics.weights_path={weights_path} is not a plain weights file; "
             f"give a copy of {INCEPTION_FILE}"

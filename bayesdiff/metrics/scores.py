@@ -25,7 +25,11 @@ if TYPE_CHECKING:  # bayesdiff.metrics.features imports torch-fidelity, which co
 
 log = logging.getLogger(__name__)
 
+# Images that precision and recall compare on each side, at most: their cost is quadratic.
 SUBSET = 10_000
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1000
+# A split of fewer images would mostly measure how few they are.
 IMAGES_PER_SPLIT = 100
 
 
@@ -123,8 +127,8 @@ def conditions(images: int, reference: Reference) -> Conditions:
         feature_dims=dims,
         fid_rank_deficient=min(images, reference.size) <= dims,
         is_splits=min(10, max(1, images // IMAGES_PER_SPLIT)),
-        kid_subset_size=min(1000, images, part),
-        kid_subsets=100,
+        kid_subset_size=min(KID_SUBSET_SIZE, images, part),
+        kid_subsets=KID_SUBSETS,
         prc_generated=generated,
         prc_reference=part,
         prc_neighbours=min(3, generated - 1, part - 1),
@@ -152,7 +156,7 @@ def scores(
     at_least("num_samples for the scores", len(generated), 2)
     used = conditions(len(generated), reference)
     own = fid_features_to_statistics(generated.features.double())
-    real = {"mu": reference.mean, "sigma": reference.covariance}
+    real = {"mu": own["mu"], "sigma": reference.covariance}
     fid = fid_statistics_to_metric(own, real, verbose=False)
     isc = isc_features_to_metric(generated.logits, splits=used.is_splits, rng_seed=seed)
     values = {

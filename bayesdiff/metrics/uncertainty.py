@@ -71,7 +71,7 @@ def agreement(
         "pixel_rank": (_mean, (_pixel_ranks(a, b),)),
         "spread_ratio": (_median_ratio, (_log_ratios(a, b),)),
     }
-    found = {}
+    found: dict[str, float] = {}
     for name, (statistic, values) in figures.items():
         low, high = bootstrap_interval(statistic, *values, seed=seed, draws=draws, level=level)
         found |= {name: float(statistic(*values)), f"{name}_low": low, f"{name}_high": high}
@@ -149,7 +149,9 @@ def variance_statistics(variance: Tensor, labels: Tensor | None = None) -> dict[
     classes, index = labels.to(sums.device).unique(return_inverse=True)
     totals = torch.zeros(len(classes), dtype=sums.dtype, device=sums.device)
     means = totals.index_add(0, index, sums) / index.bincount()
-    return found | {f"class_{k}": mean for k, mean in zip(classes.tolist(), means.tolist())}
+    return found | {
+        f"class_{k}": mean for k, mean in zip(classes.tolist(), means.tolist(), strict=True)
+    }
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -162,23 +164,29 @@ def _ranks(values: Tensor) -> Tensor:
     # The last place of a run of ties is one before the next run's first place.
     ends = new.roll(-1, dims=-1)
     last = place.where(ends, values.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
-    return torch.empty_like(first, dtype=torch.float64).scatter(-1, order, (first + last) / 2.0)
+    ranks = (first + last).double() / 2
+    # A NaN has no rank; it makes the correlation NaN instead of counting as the largest value.
+    return torch.empty_like(ranks).scatter(-1, order, ranks).where(~values.isnan(), torch.nan)
 
 
-def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _check_shapes(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim < 2:
         raise ValueError(
             f"maps must be two equal shapes (N, ...), got {tuple(a.shape)} and {tuple(b.shape)}"
         )
+
+
+def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    _check_shapes(a, b)
     return a.double().flatten(1).sum(1), b.double().flatten(1).sum(1)
 
 
 def _pixel_ranks(a: Tensor, b: Tensor) -> Tensor:
-    _sums(a[:0], b[:0])
+    _check_shapes(a, b)
     return torch.cat(
         [
             spearman(part_a.flatten(1), part_b.flatten(1))
-            for part_a, part_b in zip(a.split(1024), b.split(1024))
+            for part_a, part_b in zip(a.split(1024), b.split(1024), strict=True)
         ]
     )
 

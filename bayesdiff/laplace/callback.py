@@ -1,0 +1,100 @@
+"""Last-layer Laplace as a Lightning callback, after training or on its own."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from bayesdiff.artefacts import key_of, weights_key
+from bayesdiff.distributed import barrier, rank
+from bayesdiff.laplace.curvature import fit_curvature
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.laplace.record import Curvature
+
+
+class LastLayerLaplace(Callback):
+    """Fits the posterior of the head when training ends, and logs what it found.
+
+    Works with any ``GenerativeModel`` whose data module holds ``data.images`` and ``data.labels``;
+    put it behind the weight-averaging callback, and it sees the averaged weights.
+
+    Example::
+
+        laplace = LastLayerLaplace(prior_precision="evidence")
+        Trainer(callbacks=[laplace]).fit(model, datamodule=data)
+        laplace.posterior.predictive_variance(features)
+
+    Args:
+        path: where the curvature is kept; None keeps it in memory.
+        structure: ``full`` or ``diag``.
+        sigma_noise: number or ``mle``.
+        prior_precision: number or ``evidence``.
+        n_eff: images the likelihood counts; None for those of the pass.
+        curvature: options of ``fit_curvature``.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        structure: str = "full",
+        sigma_noise: float | str = "mle",
+        prior_precision: float | str = 1.0,
+        n_eff: float | None = None,
+        **curvature: Any,
+    ) -> None:
+        self.path = path
+        self.settings = {
+            "structure": structure,
+            "sigma_noise": sigma_noise,
+            "prior_precision": prior_precision,
+            "n_eff": n_eff,
+        }
+        self.pass_options = curvature
+        self.posterior: HeadPosterior | None = None
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fit the posterior of the trained weights."""
+        data = trainer.datamodule.data  # type: ignore[attr-defined]
+        self.fit(pl_module, data)
+        for logger in trainer.loggers:
+            logger.log_metrics(self.statistics(), step=trainer.global_step)
+
+    def fit(self, model: Any, data: Any) -> HeadPosterior:
+        """Posterior for the model's present weights; a kept curvature of the same is reused."""
+        source = "-".join([weights_key(model), data.fingerprint, key_of(self.pass_options)])
+        curvature = self._stored(source)
+        if curvature is None:
+            curvature = fit_curvature(
+                model, data.images, data.labels, source=source, **self.pass_options
+            )
+            if self.path is not None and rank() == 0:
+                curvature.save(self.path)
+            barrier()
+        self.posterior = HeadPosterior.fit(curvature, **self.settings)
+        return self.posterior
+
+    def statistics(self) -> dict[str, float]:
+        """What the fit found, as flat scalars for a logger."""
+        if self.posterior is None:
+            return {}
+        low, high = self.posterior.eigenvalue_range
+        return {
+            "laplace/eigenvalue_min": low,
+            "laplace/eigenvalue_max": high,
+            "laplace/effective_parameters": self.posterior.effective_parameters,
+            "laplace/parameters": self.posterior.num_parameters,
+            "laplace/log_evidence": self.posterior.log_evidence(),
+            "laplace/sigma_noise": self.posterior.sigma_noise,
+            "laplace/prior_precision": self.posterior.prior_precision,
+            "laplace/n_eff": self.posterior.n_eff,
+        }
+
+    def _stored(self, source: str) -> Curvature | None:
+        if self.path is None or not self.path.is_file():
+            return None
+        curvature = Curvature.load(self.path)
+        if curvature.source.rpartition("-")[0] != source.rpartition("-")[0]:
+            curvature.require_source(source)
+        # The same weights and data, but another number of draws or images: made anew.
+        return curvature if curvature.source == source else None

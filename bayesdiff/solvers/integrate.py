@@ -1,0 +1,119 @@
+"""The one loop over steps, and the two random inputs of a trajectory."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bayesdiff.models import GenerativeModel
+from bayesdiff.solvers.step import Step
+
+Observe = Callable[[Step, Tensor], None]
+
+
+class Field:
+    """The model at fixed labels and guidance: features and outputs for images at a time.
+
+    Guidance combines features, not outputs: head(w phi_c + (1 - w) phi_u) equals
+    w g_c + (1 - w) g_u because the head is affine and the weights sum to one; a posterior of the
+    head then sees the one feature vector that its weights really meet.
+
+    Attributes:
+        evaluations: network evaluations so far, per image of the batch.
+    """
+
+    def __init__(
+        self, model: GenerativeModel, labels: Tensor | None, batch: int, guidance: float = 1.0
+    ) -> None:
+        self.model = model
+        self.labels = labels
+        self.batch = batch
+        self.guidance = guidance
+        self.evaluations = 0
+
+    def features(self, x: Tensor, t: float) -> Tensor:
+        """Input of the head for n copies of the batch, ``(n B, C, H, W) -> (n B, D, h, w)``."""
+        copies = len(x) // self.batch
+        times = torch.full((len(x),), t, device=x.device)
+        labels = None if self.labels is None else self.labels.repeat(copies)
+        x = x.contiguous(memory_format=torch.channels_last)
+        guided = self.model.net.features(x, times, labels)
+        self.evaluations += copies
+        if self.guidance == 1 or labels is None:
+            return guided
+        self.evaluations += copies
+        free = self.model.net.features(x, times, None)
+        return self.guidance * guided + (1 - self.guidance) * free
+
+    def output(self, features: Tensor) -> Tensor:
+        """Prediction of the trained head, ``(B, D, h, w) -> (B, C, H, W)``."""
+        return self.model.net.fold(self.model.net.head(features))
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """Prediction for images ``(B, C, H, W)`` at time ``t``."""
+        return self.output(self.features(x, t))
+
+
+def integrate(
+    field: Callable[[Tensor, float], Tensor],
+    steps: Iterable[Step],
+    x: Tensor,
+    noise: Callable[[], Tensor],
+    observe: Observe | None = None,
+) -> Tensor:
+    """Follow the steps from ``x`` and return the last state, of the field's output shape.
+
+    Args:
+        field: network output for a state at a time.
+        steps: a solver's coefficients.
+        x: starting noise ``(..., B, C, H, W)``.
+        noise: fresh standard noise for a step that needs it.
+        observe: called with every step and the state after it.
+    """
+    for step in steps:
+        x = advance(step, x, evaluate(field, step, x))
+        if step.noise:
+            x = x + step.noise * noise()
+        if observe is not None:
+            observe(step, x)
+    return x
+
+
+def evaluate(field: Callable[[Tensor, float], Tensor], step: Step, x: Tensor) -> list[Tensor]:
+    """Network outputs g_i of one step."""
+    outputs: list[Tensor] = []
+    for t, row in zip(step.times, step.inputs, strict=True):
+        outputs.append(field(combine(row, x, outputs), t))
+    return outputs
+
+
+def advance(step: Step, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """New state before its fresh noise."""
+    return combine(step.output, x, outputs)
+
+
+def combine(row: Sequence[float], x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """row[0] x + sum_j row[1 + j] outputs[j]."""
+    total = x if row[0] == 1 else row[0] * x
+    for weight, output in zip(row[1:], outputs, strict=True):
+        total = total + weight * output
+    return total
+
+
+class SampleNoise:
+    """Standard noise of sample number i that depends on (seed, i) alone.
+
+    One CPU generator per sample: the same images for any batch size, device or device count.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
+        # Mersenne twister seeds are 32 bits wide; mixing keeps (seed, index) pairs apart.
+        self.generators = [
+            torch.Generator().manual_seed((seed * 2_654_435_761 + index * 40_503 + 17) % 2**32)
+            for index in indices
+        ]
+        self.shape = tuple(shape)
+
+    def __call__(self) -> Tensor:
+        """The next standard normal tensor ``(B, C, H, W)``."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])

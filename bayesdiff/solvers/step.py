@@ -1,0 +1,94 @@
+"""A solver is coefficients: every step is affine in the state and the network outputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from bayesdiff.checks import UserError, at_least
+from bayesdiff.paths import ProbabilityPath
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step x -> x' with one or more network evaluations g_0, g_1, ...
+
+    Evaluation i sees u_i = inputs[i][0] x + sum_j inputs[i][1 + j] g_j (j < i) at ``times[i]``;
+    then x' = output[0] x + sum_j output[1 + j] g_j + noise z with z ~ N(0, I).
+    With one evaluation that is x' = a x + b g(x, t) + c z.
+
+    Attributes:
+        times: time of each evaluation.
+        inputs: lower triangular coefficients of the evaluations' inputs.
+        output: coefficients (a, b_0, b_1, ...) of the new state.
+        noise: c, standard deviation of the fresh noise.
+        end: time of the new state.
+    """
+
+    times: tuple[float, ...]
+    inputs: tuple[tuple[float, ...], ...]
+    output: tuple[float, ...]
+    noise: float
+    end: float
+
+
+class Solver(Protocol):
+    """A sampler: how many steps, and the coefficients of each.
+
+    Attributes:
+        family: family of the paths it can follow, ``flow`` or ``diffusion``.
+        num_steps: steps from noise to data.
+        guidance: classifier-free guidance scale, 1 for none.
+    """
+
+    family: str
+    num_steps: int
+    guidance: float
+
+    def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
+        """Coefficients of the steps between consecutive ``times`` (n + 1 increasing numbers)."""
+        ...
+
+
+def uniform_times(num_steps: int, skip_interval: int = 1) -> list[float]:
+    """Times 0, 1 / n, ..., 1; with a skip interval k every k-th of them and 1."""
+    kept = list(range(0, num_steps, skip_interval)) + [num_steps]
+    return [k / num_steps for k in kept]
+
+
+def check_solver(solver: Solver, path: ProbabilityPath, conditional: bool) -> None:
+    """Refuse a solver that does not fit the model.
+
+    Raises:
+        UserError: for another family, too many steps for a discrete schedule, or guidance of an
+            unconditional model.
+    """
+    name = type(solver).__name__.lower()
+    if solver.family != path.family:
+        fitting = {"flow": "euler, heun", "diffusion": "ddim, ddpm"}[path.family]
+        raise UserError(
+            f"solver={name} is for {solver.family} models, this model is a {path.family} model; "
+            f"choose from {fitting}"
+        )
+    at_least("solver.num_steps", solver.num_steps)
+    if path.num_steps_max is not None and solver.num_steps > path.num_steps_max:
+        raise UserError(
+            f"solver.num_steps={solver.num_steps} is more than the {path.num_steps_max} steps of "
+            "the path's schedule; choose fewer"
+        )
+    if isinstance(solver.guidance, bool) or not isinstance(solver.guidance, (int, float)):
+        raise UserError(f"solver.guidance must be a number, got {solver.guidance!r}; 1 is none")
+    if not 0 <= solver.guidance < float("inf"):
+        raise UserError(f"solver.guidance must be 0 or more, got {solver.guidance}; 1 is none")
+    if solver.guidance != 1 and not conditional:
+        raise UserError(
+            f"solver.guidance={solver.guidance} needs a class-conditional model trained with "
+            "model.class_dropout > 0; use solver.guidance=1"
+        )
+
+
+def coefficients(path: ProbabilityPath, times: Sequence[float]) -> list[tuple[float, float]]:
+    """Pairs (alpha, sigma) at the times, as Python floats."""
+    c = path.coefficients(torch.tensor(times, dtype=torch.float64))
+    return list(zip(c.alpha.tolist(), c.sigma.tolist(), strict=True))
