@@ -1,0 +1,23 @@
+"""Run every combination of the given values: see README.md.
+
+python sweep.py -m laplace.prior_precision=1,10,100
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from bayesdiff.cli import one_line_errors
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="sweep")
+def main(cfg: DictConfig) -> float | None:
+    """Run one cell of the sweep."""
+    from bayesdiff import sweep
+
+    with one_line_errors():
+        return sweep.run_cell(cfg)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -12,7 +12,7 @@ def main(cfg: DictConfig) -> None:
     from bayesdiff import pipeline
 
     with one_line_errors():
-        pipeline.run(cfg)
+        pipeline.show(pipeline.run(cfg), cfg.output_dir)
 
 
 if __name__ == "__main__":

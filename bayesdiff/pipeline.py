@@ -193,16 +193,20 @@ def report(this: Run, result: Result, samples: Samples, cell_key: str) -> None:
             "weights": weights_key(this.model),
         }
         write_json(path, record)
-    rows = [
-        {"metric": name, "value": value}
-        for name, value in result.metrics.items()
-        if "class_" not in name
-    ]
-    table.show(f"{result.folder}", rows)
-    table.show(
-        "look at",
-        [
-            {"what": "pictures", "where": str(result.folder / "figures")},
-            {"what": "curves", "where": f"tensorboard --logdir {this.cfg.output_dir}"},
-        ],
-    )
+
+
+_SHOWN: tuple[str, ...] = (
+    "fid@", "is@", "kid@", "precision@", "recall@", "real/fid@", "classifier_test_accuracy", "nfe",
+    "uncertainty/mean", "laplace/effective_parameters", "laplace/sigma_noise",
+)  # fmt: skip
+
+
+def show(result: Result, logdir: str) -> None:
+    """The closing table, short, and where to look next."""
+    if rank():
+        return
+    metrics = [name for shown in _SHOWN for name in result.metrics if name.startswith(shown)]
+    rows = [{"metric": name, "value": result.metrics[name]} for name in metrics]
+    rows.append({"metric": "pictures", "value": str(result.folder / "figures")})
+    rows.append({"metric": "curves", "value": f"tensorboard --logdir {logdir}"})
+    table.show(result.folder.name, rows)

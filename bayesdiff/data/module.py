@@ -55,12 +55,13 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             UserError: if the processes cannot share the batch evenly.
         """
-        if self.batch_size % self.trainer.world_size:
+        trainer: L.Trainer = self.trainer  # type: ignore[assignment]
+        if self.batch_size % trainer.world_size:
             raise UserError(
-                f"batch_size {self.batch_size} cannot be shared by {self.trainer.world_size} "
+                f"data.batch_size={self.batch_size} cannot be shared by {trainer.world_size} "
                 "processes; choose a multiple"
             )
-        return TrainingBatches(self)
+        return TrainingBatches(self, trainer)
 
     def val_dataloader(self) -> "ValidationBatches":
         """At most 1,024 test images in fixed batches; every process sees them all."""
@@ -87,9 +88,10 @@ class ValidationBatches:
 class TrainingBatches:
     """Iterates one epoch; the order depends on seed and epoch alone, so a resumed run agrees."""
 
-    def __init__(self, module: ImageDataModule) -> None:
+    def __init__(self, module: ImageDataModule, trainer: L.Trainer) -> None:
         self.module = module
-        device = module.trainer.strategy.root_device
+        self.trainer = trainer
+        device = trainer.strategy.root_device
         self.images = module.data.images.to(device)
         self.labels = None if module.data.labels is None else module.data.labels.to(device)
 
@@ -97,7 +99,7 @@ class TrainingBatches:
         return len(self.images) // self.module.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        module, trainer = self.module, self.module.trainer
+        module, trainer = self.module, self.trainer
         generator = torch.Generator().manual_seed(1_000_003 * module.seed + trainer.current_epoch)
         order = torch.randperm(len(self.images), generator=generator)
         mirrored = torch.rand(len(self.images), generator=generator) < 0.5

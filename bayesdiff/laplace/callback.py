@@ -44,7 +44,7 @@ class LastLayerLaplace(Callback):
         **curvature: Any,
     ) -> None:
         self.path = path
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "structure": structure,
             "sigma_noise": sigma_noise,
             "prior_precision": prior_precision,

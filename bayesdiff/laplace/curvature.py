@@ -1,7 +1,7 @@
 """One pass over the data: the Gram matrix of the head's features, and the residuals."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.module import to_model_range
@@ -40,7 +40,7 @@ def fit_curvature(
         seed: fixes subset and draws.
     """
     check_pass(draws, num_images, batch_size, len(images))
-    head: nn.Module = model.net.head  # type: ignore[assignment]
+    head = model.net.head
     geometry = HeadGeometry.of(head)
     device = next(model.parameters()).device
     count = num_images or len(images)

@@ -13,8 +13,10 @@ from bayesdiff.laplace.head import HeadGeometry, apply_head, head_matrix
 
 __all__ = ["HeadGeometry", "apply_head", "gram", "gram_diagonal", "head_matrix"]
 
+# Pixels in one float32 sum; larger sums lose accuracy, smaller ones speed.
+_PIXELS = 4096
 # Doubles of padded features handled at once: they stay in the cache for all shifts.
-_CHUNK = 1_000_000
+_DOUBLES = 1_000_000
 
 _Pair = tuple[int, int]
 
@@ -25,8 +27,11 @@ def gram(head: nn.Module, features: Tensor) -> Tensor:
 
     A convolution never unfolds its patches: the block of the kernel offsets d and d' is
     ``sum_p f(p + d) f(p + d')^T``, so it depends on the shift d' - d but for a border strip.
-    ``2 k (k - 1) + 1`` shifts replace ``k^2 (k^2 + 1) / 2`` blocks. Products are float64
-    because eigenvalues span six decades and float32 sums lose the small ones.
+
+    Float32 features on a CPU are multiplied in float32, in sums of at most 4096 pixels that are
+    added in float64: 1e-7 of the largest diagonal entry per batch, independent from batch to
+    batch, 1e-4 of an eigenvalue 1e5 times below the largest. Pass ``features.double()`` for
+    float64 products at five times the price. Other devices always use float64.
 
     Args:
         head: the last layer; only its geometry is read.
@@ -37,21 +42,50 @@ def gram(head: nn.Module, features: Tensor) -> Tensor:
     if not geometry.kernel_size:
         rows = features.reshape(-1, geometry.features).double()
         return _with_ones(rows.T @ rows, rows.sum(0), len(rows), geometry)
-    planes = features.permute(0, 2, 3, 1)
-    height, width = planes.shape[1:3]
-    plan = _plan(geometry.kernel_size, height, width)
-    terms = {term for block in plan.values() for _, term in block}
-    sums = {term: planes.new_zeros(2 * [geometry.features], dtype=torch.float64) for term in terms}
-    total = planes.new_zeros(planes.shape[1:], dtype=torch.float64)
-    margin = geometry.kernel_size - 1
-    images = max(1, _CHUNK // ((height + margin) * (width + margin) * geometry.features))
-    for chunk in planes.split(images):
+    k, (height, width) = geometry.kernel_size, features.shape[2:]
+    plan = _plan(k, height, width)
+    single = features.device.type == "cpu" and features.dtype != torch.float64
+    planes = _shifts_single(features.float(), k) if single else _shifts_double(features, k)
+    sums: dict[_Term, Tensor] = {}
+    for term in {term for block in plan.values() for _, term in block}:
+        (dy, dx), rows_of_q, _ = term
+        sums[term] = planes[dy, dx + k - 1] if rows_of_q is None else _strip(features, term)
+    total = features.sum(0, dtype=torch.float64).permute(1, 2, 0)
+    return _assemble(plan, sums, total, len(features), geometry)
+
+
+def _shifts_single(features: Tensor, k: int) -> Tensor:
+    """Correlations ``(k, 2 k - 1, D, D)`` at the shifts dy = 0..k-1, |dx| < k, float32 products.
+
+    They are the weight gradient of a convolution whose output gradient is its own input.
+    """
+    channels, height, width = features.shape[1:]
+    shape, reach = (channels, channels, k, 2 * k - 1), k - 1
+    sums = features.new_zeros(shape, dtype=torch.float64)
+    images, rows = max(1, _PIXELS // (height * width)), max(1, _PIXELS // width)
+    for chunk in features.split(images):
+        padded = F.pad(chunk, (reach, reach, 0, reach))
+        for top in range(0, height, rows):
+            band = chunk[:, :, top : top + rows]
+            window = padded[:, :, top : top + rows + reach]
+            sums += nn.grad.conv2d_weight(window, shape, band)
+    return sums.permute(2, 3, 0, 1)
+
+
+def _shifts_double(features: Tensor, k: int) -> Tensor:
+    """The same with float64 products, one per shift."""
+    channels, height, width = features.shape[1:]
+    sums = features.new_zeros(k, 2 * k - 1, channels, channels, dtype=torch.float64)
+    reach = k - 1
+    images = max(1, _DOUBLES // ((height + reach) * (width + reach) * channels))
+    for chunk in features.permute(0, 2, 3, 1).split(images):
         # Zeros to the right and below: no flat shift carries a pixel onto a wrong one.
-        padded = F.pad(chunk.double(), (0, 0, 0, margin, 0, margin))
-        for term, correlation in sums.items():
-            _correlate(padded, term, correlation)
-        total += padded[:, :height, :width].sum(0)
-    return _assemble(plan, sums, total, len(planes), geometry)
+        flat = F.pad(chunk.double(), (0, 0, 0, reach, 0, reach)).flatten(0, 2)
+        for dy in range(k):
+            for dx in range(-reach if dy else 0, k):
+                shift = dy * (width + reach) + dx
+                sums[dy, dx + reach].addmm_(flat[: len(flat) - shift].T, flat[shift:])
+    return sums
 
 
 @torch.no_grad()
@@ -114,18 +148,14 @@ def _outside(d: int, s: int, size: int) -> _Pair:
     return (start, min(stop, d)) if d >= 0 else (max(start, size + d), stop)
 
 
-def _correlate(padded: Tensor, term: _Term, correlation: Tensor) -> None:
-    """Add sum_q f(q) f(q + s)^T of one term, ``(B, h, w, D)`` into ``(D, D)``."""
+def _strip(features: Tensor, term: _Term) -> Tensor:
+    """Sum of f(q) f(q + s)^T over some rows and columns of q, ``(B, D, h, w) -> (D, D)``."""
     (dy, dx), rows, columns = term
-    if rows is None or columns is None:
-        flat = padded.flatten(0, 2)
-        shift = dy * padded.shape[2] + dx
-        left, right = flat[: len(flat) - shift], flat[shift:]
-    else:
-        (top, bottom), (start, stop) = rows, columns
-        left = padded[:, top:bottom, start:stop].flatten(0, 2)
-        right = padded[:, top + dy : bottom + dy, start + dx : stop + dx].flatten(0, 2)
-    correlation.addmm_(left.T, right)
+    (top, bottom), (start, stop) = rows or (0, 0), columns or (0, 0)
+    left = features[:, :, top:bottom, start:stop]
+    right = features[:, :, top + dy : bottom + dy, start + dx : stop + dx]
+    left, right = (side.transpose(0, 1).double().flatten(1) for side in (left, right))
+    return left @ right.T
 
 
 def _assemble(

@@ -58,9 +58,6 @@ class HeadPosterior:
             prior_precision: positive number, or "evidence" for the value that maximises
                 ``log_evidence``.
             n_eff: weight of the likelihood in images; None takes the images of the pass.
-
-        Raises:
-            UserError: if a setting is unusable or the precision matrix is singular.
         """
         check_settings(structure, sigma_noise, prior_precision, n_eff)
         noise = curvature.sigma_mle if sigma_noise == "mle" else float(sigma_noise)

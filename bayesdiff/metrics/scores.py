@@ -156,7 +156,7 @@ def scores(
     at_least("num_samples for the scores", len(generated), 2)
     used = conditions(len(generated), reference)
     own = fid_features_to_statistics(generated.features.double())
-    real = {"mu": own["mu"], "sigma": reference.covariance}
+    real = {"mu": reference.mean, "sigma": reference.covariance}
     fid = fid_statistics_to_metric(own, real, verbose=False)
     isc = isc_features_to_metric(generated.logits, splits=used.is_splits, rng_seed=seed)
     values = {

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import lightning as L
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
+from bayesdiff.networks import Network
 from bayesdiff.paths import PREDICTIONS, ProbabilityPath
 from bayesdiff.paths.prediction import mix
 
@@ -62,7 +64,7 @@ class GenerativeModel(L.LightningModule):
         if not 0 <= class_dropout < 1:
             raise UserError(f"model.class_dropout must be in [0, 1), got {class_dropout}")
         at_least("model.warmup_steps", warmup_steps, 0)
-        self.net = net.to(memory_format=torch.channels_last)
+        self.net = cast(Network, net.to(memory_format=torch.channels_last))
         self.path = path
         self.prediction = prediction
         self.num_classes = num_classes

@@ -29,8 +29,7 @@ class _ResidualBlock(nn.Module):
             else nn.Conv2d(channels_in, channels_out, 1)
         )
         # Each block starts as the identity: deep stacks then train from the first step.
-        nn.init.zeros_(self.conv_2.weight)
-        nn.init.zeros_(self.conv_2.bias)
+        _zero(self.conv_2)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         hidden = self.conv_1(F.silu(self.norm_1(x)))
@@ -49,8 +48,7 @@ class _SelfAttention(nn.Module):
         self.norm = nn.GroupNorm(_groups(channels), channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        _zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))
@@ -197,3 +195,8 @@ class UNet(nn.Module):
 
 def _groups(channels: int) -> int:
     return math.gcd(8, channels)
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

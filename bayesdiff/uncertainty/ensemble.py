@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayesdiff.checks import at_least
 from bayesdiff.laplace.gram import apply_head
@@ -94,9 +94,8 @@ class MemberField:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Outputs ``(M, B, C, H, W)``."""
         net = self.field.model.net
-        head: nn.Module = net.head  # type: ignore[assignment]
         features = self.field.features(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
-        output = apply_head(head, features, self.weights)
+        output = apply_head(net.head, features, self.weights)
         return net.fold(output.flatten(0, 1)).unflatten(0, (len(output), -1))
 
 

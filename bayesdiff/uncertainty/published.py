@@ -115,12 +115,12 @@ def _with_variance(
     weights b_i, and the trailing 1 of the bias with them, before the variance is taken.
     """
     outputs: list[Tensor] = []
-    joint: Tensor | None = None
+    weighted: list[Tensor] = []
     for t, row, b in zip(step.times, step.inputs, step.output[1:], strict=True):
         features = field.features(combine(row, x, outputs), t)
         outputs.append(field.output(features))
-        joint = b * features if joint is None else joint + b * features
+        weighted.append(b * features)
     ones = sum(step.output[1:])
-    gam2 = posterior.predictive_variance(joint, ones=ones)
+    gam2 = posterior.predictive_variance(torch.stack(weighted).sum(0), ones=ones)
     channels = x[0].numel() // gam2[0].numel()
     return outputs, field.model.net.fold(gam2.expand(-1, channels, -1, -1))

@@ -1,0 +1,23 @@
+"""What every network here offers: a body of features and a last layer of its own."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Network(Protocol):
+    """forward = fold(head(features(x, t, y))); the head is what becomes Bayesian."""
+
+    head: nn.Module
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Input of the head, ``(B, C, H, W), (B,), (B,) -> (B, D, h, w)``."""
+        ...
+
+    def fold(self, output: Tensor) -> Tensor:
+        """Head channels back to pixels, ``(B, C_out, h, w) -> (B, C, H, W)``."""
+        ...
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Prediction of the images' shape."""
+        ...
