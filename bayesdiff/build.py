@@ -11,9 +11,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.artefacts import key_of, write_atomic
-from bayesdiff.checks import UserError, at_least, positive
+from bayesdiff.checks import UserError, at_least, positive, share
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.device import autocast_dtype
+from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.models import GenerativeModel
 
 # Trainer options that change the weights; devices and strategy must not.
@@ -73,7 +74,7 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     """The model for this data, with freshly initialised weights.
 
     Raises:
-        UserError: if the class count or the solver's kind does not fit.
+        UserError: if the class count, the head or the optimiser's options do not fit.
     """
     images = data.data
     classes: Any = cfg.model.num_classes
@@ -81,7 +82,7 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
         classes = images.num_classes or None
     if classes is not None:
         at_least("model.num_classes", classes)
-        if classes < images.num_classes or not images.num_classes:
+        if classes != images.num_classes:
             raise UserError(
                 f"model.num_classes={classes} but {images.name} has {images.num_classes} classes; "
                 "use model.num_classes=auto, or null for an unconditional model"
@@ -95,7 +96,13 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
         _convert_="all",
     )
     path = instantiate(cfg.path)
-    return instantiate(cfg.model, net=net, path=path, num_classes=classes, _convert_="all")
+    model = instantiate(cfg.model, net=net, path=path, num_classes=classes, _convert_="all")
+    HeadGeometry.of(model.net.head)
+    try:
+        instantiate(cfg.model.optimizer, _convert_="all")(model.parameters())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.optimizer does not work: {error}; correct its options") from error
+    return model
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -104,11 +111,19 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         UserError: one line with the value and the cure.
     """
-    at_least("seed", cfg.seed, 0)
+    seed = at_least("seed", cfg.seed, 0)
+    if seed >= 2**32:
+        raise UserError(f"seed must be below 2**32 = {2**32}, got {seed}")
     at_least("data.batch_size", cfg.data.batch_size)
+    for name in ("fit", "data.flip"):
+        if not isinstance(value := OmegaConf.select(cfg, name), bool):
+            raise UserError(f"{name} must be true or false, got {value!r}")
     positive("model.optimizer.lr", cfg.model.optimizer.lr)
-    if cfg.trainer.max_epochs is not None and cfg.trainer.max_epochs != -1:
-        at_least("trainer.max_epochs", cfg.trainer.max_epochs)
+    for name in ("model.class_dropout", "net.dropout", "callbacks.ema.decay"):
+        if (value := OmegaConf.select(cfg, name)) is not None:
+            share(name, value)
+    limit = "max_epochs" if cfg.trainer.get("max_steps", -1) in (-1, None) else "max_steps"
+    at_least(f"trainer.{limit}", cfg.trainer[limit])
     if not cfg.fit and not cfg.ckpt_path:
         raise UserError("fit=false needs a checkpoint; give ckpt_path=/path/to/last.ckpt")
 

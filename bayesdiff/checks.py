@@ -29,3 +29,14 @@ def at_least(name: str, value: int, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
     return value
+
+
+def share(name: str, value: float) -> float:
+    """Return ``value`` if it is a number in [0, 1).
+
+    Raises:
+        UserError: if it is not; the message is one line with name, value and cure.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UserError(f"{name} must be a number from 0 to below 1, got {value!r}")
+    return value

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from bayesdiff.checks import UserError
 
-_FULL_ERROR = bool(os.environ.get("HYDRA_FULL_ERROR"))
+_FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 @contextmanager
@@ -23,13 +23,21 @@ def one_line_errors() -> Generator[None, None, None]:
     if _FULL_ERROR:
         yield
         return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands errors on instead of printing them.
+    # Around Hydra: it then hands errors on instead of printing them. Inside its task the switch
+    # is off again, or the processes that a task starts would take it for the user's wish.
+    outer = os.environ.pop("HYDRA_FULL_ERROR", None)
+    if outer is None:
+        os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from the last checkpoint")
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if outer is not None:
+            os.environ["HYDRA_FULL_ERROR"] = outer
 
 
 def explain(error: BaseException) -> str:

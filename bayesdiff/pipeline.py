@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.artefacts import key_of, read_json, weights_key, write_json, write_text
-from bayesdiff.build import Run, build, plain
+from bayesdiff.build import Run, build, choose_device, is_main_process, plain
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.curvature import check_pass
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
+from bayesdiff.laplace.record import Curvature
 from bayesdiff.report import table
 from bayesdiff.solvers import Solver
 from bayesdiff.solvers.step import check_solver
@@ -71,18 +75,8 @@ def run(cfg: DictConfig) -> Result:
 
 
 def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
-    """Build and check everything, before any work is done.
-
-    Raises:
-        UserError: for anything that cannot work.
-    """
-    launch(cfg)
-    if cfg.metrics.features not in ("classifier", "inception"):
-        raise UserError(
-            f"unknown metrics.features {cfg.metrics.features!r}; choose classifier or inception"
-        )
-    at_least("metrics.num_images", cfg.metrics.num_images, 0)
-    at_least("metrics.batch_size", cfg.metrics.batch_size)
+    """Build and check everything, before any work is done; then start the other processes."""
+    devices = check_devices(cfg)
     check_settings(**{k: cfg.laplace[k] for k in ("structure", *_NUMBERS)})
     at_least("laplace.seed", cfg.laplace.seed, 0)
     solver: Solver = instantiate(cfg.solver)
@@ -98,27 +92,78 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     )
     model = this.model
     check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
-    if cfg.metrics.num_images and cfg.metrics.features == "classifier":
-        if this.data.data.num_classes < 2:
-            raise UserError(
-                f"data set {this.data.data.name} has no labels for metrics.features=classifier; "
-                "use metrics=inception, or metrics.num_images=0 for no scores"
-            )
+    check_metrics(cfg.metrics, this)
     laplace = LastLayerLaplace(path=this.folder / "curvature.safetensors", **plain(cfg.laplace))
+    if laplace.path.is_file():
+        Curvature.load(laplace.path)
+    launch(cfg, devices)
     return this, solver, estimator, laplace
 
 
 _NUMBERS = ("sigma_noise", "prior_precision", "n_eff")
 
 
-def launch(cfg: DictConfig) -> None:
+def check_metrics(cfg: DictConfig, this: Run) -> None:
+    """Refuse scores that could not be computed once the images are there.
+
+    Raises:
+        UserError: for bad values, data without labels, or Inception weights that are not there.
+    """
+    at_least("metrics.batch_size", cfg.batch_size)
+    at_least("metrics.seed", cfg.seed, 0)
+    if cfg.features not in ("classifier", "inception"):
+        raise UserError(
+            f"unknown metrics.features {cfg.features!r}; choose classifier or inception"
+        )
+    if at_least("metrics.num_images", cfg.num_images, 0) == 1:
+        raise UserError("metrics.num_images=1 cannot be scored; give 2 or more, or 0 for no scores")
+    if cfg.num_images and cfg.features == "inception" and is_main_process():
+        from bayesdiff.metrics.features import inception_extractor
+
+        inception_extractor(cfg.weights_path)
+    if cfg.num_images and cfg.features == "classifier" and this.data.data.num_classes < 2:
+        raise UserError(
+            f"data set {this.data.data.name} has no labels for metrics.features=classifier; "
+            "use metrics=inception, or metrics.num_images=0 for no scores"
+        )
+
+
+def check_devices(cfg: DictConfig) -> int:
+    """Number of processes this run will use on this machine.
+
+    Raises:
+        UserError: if they are not there, cannot share a batch, or could not be started.
+    """
+    device, devices = choose_device(str(cfg.trainer.accelerator)), plain(cfg.trainer.devices)
+    there = torch.cuda.device_count() if device.type == "cuda" else None
+    if devices == "auto" or devices == -1 and there:
+        devices = there or 1
+    count = at_least("trainer.devices", len(devices) if isinstance(devices, list) else devices)
+    if there is not None and count > there:
+        raise UserError(f"trainer.devices={devices} but there are {there} GPUs here; use fewer")
+    strategy = cfg.trainer.get("strategy", "auto")
+    if count > 1 and strategy not in ("auto", "ddp"):
+        raise UserError(f"trainer.strategy={strategy} cannot share the stages; use trainer=ddp")
+    if at_least("data.batch_size", cfg.data.batch_size) % count:
+        raise UserError(
+            f"data.batch_size={cfg.data.batch_size} cannot be shared by {count} processes; "
+            "choose a multiple"
+        )
+    many = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if count > 1 and many:
+        # Lightning starts its processes by repeating the command, which is the whole sweep.
+        raise UserError(
+            f"trainer.devices={devices} does not work with -m; run python train.py trainer=ddp "
+            "first, the sweep then finds the finished training"
+        )
+    return count
+
+
+def launch(cfg: DictConfig, devices: int) -> None:
     """Start the other processes of this machine, so that every stage is shared by all of them."""
-    devices = cfg.trainer.devices
-    if isinstance(devices, int) and devices > 1:
+    if devices > 1:
         fabric = L.Fabric(
-            accelerator=cfg.trainer.accelerator,
-            devices=devices,
-            strategy=cfg.trainer.get("strategy", "ddp"),
+            accelerator=cfg.trainer.accelerator, devices=plain(cfg.trainer.devices), strategy="ddp"
         )
         fabric.launch()
 

@@ -1,6 +1,7 @@
 """The fit stage: train, resume, or recognise a finished training."""
 
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from omegaconf import OmegaConf
 
-from bayesdiff.artefacts import load_weights, read_checkpoint, read_json, write_json, write_text
+from bayesdiff.artefacts import (
+    load_weights,
+    read_checkpoint,
+    read_json,
+    write_atomic,
+    write_json,
+    write_text,
+)
 from bayesdiff.build import Run, is_main_process, plain, precision
 from bayesdiff.checks import UserError
 
@@ -28,7 +36,9 @@ def fit(run: Run, laplace: Callback) -> str:
     """
     last = run.folder / "checkpoints" / "last.ckpt"
     if not run.cfg.fit:
-        return load_weights(run.model, Path(run.cfg.ckpt_path))
+        path = last if run.cfg.ckpt_path == "last" else Path(run.cfg.ckpt_path)
+        require_same_kind(run, path)
+        return load_weights(run.model, path)
     record = read_json(run.folder / "fit.json") or {}
     if record.get("key") == run.key and last.is_file():
         weights = load_weights(run.model, last)
@@ -39,21 +49,57 @@ def fit(run: Run, laplace: Callback) -> str:
             f"{last} is not the checkpoint that fit.json beside it names; delete {run.folder} "
             "to train again, or give fit=false ckpt_path=... to use it as it is"
         )
-    started = time.perf_counter()
-    trainer = train(run, laplace, resume_from(run, last))
-    seconds = time.perf_counter() - started
-    weights = load_weights(run.model, last)
-    if is_main_process():
-        finished = {
-            "key": run.key,
-            "weights": weights,
+    resume = resume_from(run, last)
+    finished: dict[str, Any] = {"key": run.key}
+    if resume is not None and is_finished(run, resume):
+        # Stopped between the last epoch and fit.json. Lightning would now train nothing and leave
+        # the raw weights in place of the averaged ones.
+        if resume != last and is_main_process():
+            write_atomic(last, lambda file: shutil.copyfile(resume, file))
+        weights = load_weights(run.model, resume)
+    else:
+        started = time.perf_counter()
+        trainer = train(run, laplace, resume)
+        finished |= {
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
-            "seconds": round(seconds, 1),
+            "seconds": round(time.perf_counter() - started, 1),
             **{name: float(value) for name, value in trainer.callback_metrics.items()},
         }
-        write_json(run.folder / "fit.json", finished)
+        weights = load_weights(run.model, last)
+    if is_main_process():
+        write_json(run.folder / "fit.json", finished | {"weights": weights})
     return weights
+
+
+def is_finished(run: Run, path: Path) -> bool:
+    """Whether a checkpoint of this run has all the epochs or steps that were asked for."""
+    trainer, checkpoint = run.cfg.trainer, read_checkpoint(path)
+    epochs, steps = trainer.get("max_epochs") or -1, trainer.get("max_steps") or -1
+    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return 0 < epochs <= done or 0 < steps <= checkpoint["global_step"]
+
+
+def require_same_kind(run: Run, path: Path) -> None:
+    """Refuse a checkpoint whose network predicts something else, which no shape would betray.
+
+    Raises:
+        UserError: if it says so; checkpoints of other programs say nothing.
+    """
+    config = _note(path).get("config") or {}
+    for name in ("model.prediction", "path"):
+        here, there = (plain(OmegaConf.select(c, name)) for c in (run.cfg, OmegaConf.create(config)))
+        if config and here != there:
+            raise UserError(
+                f"checkpoint {path} was trained with {name}={there}, not {here}; "
+                "give the model and path options it was trained with"
+            )
+
+
+def _note(path: Path) -> dict[str, Any]:
+    """What `Provenance` left in a checkpoint; empty for those of other programs."""
+    note = read_checkpoint(path).get("bayesdiff")
+    return note if isinstance(note, dict) else {}
 
 
 def resume_from(run: Run, last: Path) -> Path | None:
@@ -68,7 +114,7 @@ def resume_from(run: Run, last: Path) -> Path | None:
         return None
     if wanted == "last" and not last.is_file():
         raise UserError(f"ckpt_path=last but there is no {last}; leave ckpt_path out to begin")
-    key = read_checkpoint(path).get("bayesdiff", {}).get("key")
+    key = _note(path).get("key")
     if key != run.key:
         raise UserError(
             f"checkpoint {path} is of run {key}, this is run {run.key}: other data, model or "
@@ -91,9 +137,10 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
     callbacks = [
         instantiate(c, **_place(c, folder)) for c in (run.cfg.callbacks or {}).values() if c
     ]
-    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+    if not any(isinstance(c, ModelCheckpoint) and c.filename == "last" for c in callbacks):
         raise UserError(
-            "callbacks.checkpoint is switched off, but later stages read the checkpoint"
+            "callbacks.checkpoint is switched off or renamed, but later stages read last.ckpt; "
+            "leave it as it is, and add further callbacks under other names"
         )
     # Averaging first: every other callback then sees the averaged weights where Lightning does.
     callbacks.sort(key=lambda callback: not isinstance(callback, EMAWeightAveraging))
@@ -109,14 +156,15 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
         _convert_="all",
         **options,
     )
-    trainer.fit(
-        run.model,
-        datamodule=run.data,
-        ckpt_path=None if ckpt_path is None else str(ckpt_path),
-        weights_only=True,
-    )
-    if trainer.interrupted:
-        raise UserError("training was interrupted; the same command continues it")
+    try:
+        trainer.fit(
+            run.model,
+            datamodule=run.data,
+            ckpt_path=None if ckpt_path is None else str(ckpt_path),
+            weights_only=True,
+        )
+    except SystemExit as error:  # Lightning's answer to Ctrl-C
+        raise UserError("training was interrupted; the same command continues it") from error
     return trainer
 
 
@@ -129,7 +177,18 @@ class Provenance(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the note; plain values only, so that loading it needs no code."""
+        """Add the note; plain values only, so that loading it needs no code.
+
+        Raises:
+            UserError: if the last step made the weights infinite or NaN; the file of the epoch
+                before is then still there.
+        """
+        for name, value in checkpoint["state_dict"].items():
+            if not value.isfinite().all():
+                raise UserError(
+                    f"{name} is not finite after step {trainer.global_step}; the last good "
+                    "checkpoint is kept, lower model.optimizer.lr or trainer.gradient_clip_val"
+                )
         checkpoint["bayesdiff"] = self.note
 
 

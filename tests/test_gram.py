@@ -27,7 +27,7 @@ def conv(width, channels=1, k=3, **options):
     return nn.Conv2d(width, channels, k, padding=k // 2, **options).double()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     k=st.sampled_from([1, 3, 5]),
     width=st.integers(1, 4),
@@ -45,7 +45,7 @@ def test_gram_equals_unfolded_patches_for_every_shape(
     features = torch.randn(batch, width, height, columns, dtype=torch.float64) + 0.5
     if last:
         features = features.contiguous(memory_format=torch.channels_last)
-    rows = patches(head, features)
+    rows, before = patches(head, features), features.clone()
     result = gram(head, features)
     torch.testing.assert_close(result, rows.T @ rows, rtol=1e-12, atol=1e-11)
     assert torch.equal(result, result.T)
@@ -53,6 +53,7 @@ def test_gram_equals_unfolded_patches_for_every_shape(
     torch.testing.assert_close(diagonal, result.diagonal(), rtol=1e-12, atol=1e-11)
     single = gram(head, features.float())
     torch.testing.assert_close(single, result, rtol=1e-5, atol=1e-4)
+    assert torch.equal(features, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -77,7 +78,7 @@ def test_gram_of_a_linear_head(shape, bias):
     torch.testing.assert_close(diagonal, (rows * rows).sum(0), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("size", "images"), [(28, 32), (112, 2), (1, 500)])
+@pytest.mark.parametrize(("size", "images"), [(28, 32), (70, 3), (1, 500)])
 @pytest.mark.parametrize("k", [1, 3])
 def test_float32_products_are_accurate_to_1e_6_of_the_diagonal(k, size, images):
     torch.manual_seed(0)
@@ -88,18 +89,18 @@ def test_float32_products_are_accurate_to_1e_6_of_the_diagonal(k, size, images):
 
 
 def test_float32_products_keep_the_smallest_eigenvalues():
-    """Smooth, correlated features: the variance of no direction moves by more than 5e-3."""
+    """Smooth, correlated features: the variance of no direction moves by more than 1e-3."""
     torch.manual_seed(1)
     basis = torch.linalg.qr(torch.randn(16, 16)).Q
     latent = F.avg_pool2d(torch.randn(32, 16, 32, 32), 5, stride=1)
-    latent = latent * torch.logspace(0, -2.5, 16)[:, None, None]
+    latent = latent * torch.logspace(0, -1.7, 16)[:, None, None]
     features, head = torch.einsum("ij,bjhw->bihw", basis, latent) + 0.02, conv(16)
     exact = gram(head, features.double())
     values, vectors = torch.linalg.eigh(exact)
     assert values[-1] / values[0] > 1e6
     whitening = vectors / values.sqrt()
     error = whitening.T @ (gram(head, features) - exact) @ whitening
-    assert torch.linalg.eigvalsh((error + error.T) / 2).abs().max() < 5e-3
+    assert torch.linalg.eigvalsh((error + error.T) / 2).abs().max() < 1e-3
 
 
 def test_float64_products_keep_eigenvalues_over_ten_decades():

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
 
+_HEAD_WIDTH = 32  # channels per attention head, where there are that many
+
 
 class _ResidualBlock(nn.Module):
     """Two 3x3 convolutions, modulated by the embedding, ``(B, C, h, w) -> (B, D, h, w)``."""
@@ -42,9 +44,9 @@ class _ResidualBlock(nn.Module):
 class _SelfAttention(nn.Module):
     """Multi-head self-attention over all positions, ``(B, C, h, w)`` to the same."""
 
-    def __init__(self, channels: int, head_width: int = 32) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_width)
+        self.heads = max(1, channels // _HEAD_WIDTH)
         self.norm = nn.GroupNorm(_groups(channels), channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -116,6 +118,7 @@ class UNet(nn.Module):
         super().__init__()
         at_least("net.blocks", blocks)
         at_least("net.patch", patch)
+        _check_options(channels, attention, head_kernel, dropout)
         divisor = patch * 2 ** (len(channels) - 1)
         if image_size % divisor:
             raise UserError(
@@ -195,6 +198,32 @@ class UNet(nn.Module):
 
 def _groups(channels: int) -> int:
     return math.gcd(8, channels)
+
+
+def _check_options(
+    channels: Sequence[int], attention: bool, head_kernel: int, dropout: float
+) -> None:
+    """Refuse what would only fail in the first forward pass, or after training.
+
+    Raises:
+        UserError: for widths, a head kernel or a dropout that cannot work.
+    """
+    if not channels:
+        raise UserError("net.channels is empty; give the width of each level, like [64,128]")
+    for width in channels:
+        at_least("net.channels", width)
+    if channels[0] % 2:
+        raise UserError(f"net.channels[0]={channels[0]} must be even, for sines and cosines of t")
+    heads = max(1, channels[-1] // _HEAD_WIDTH)
+    if attention and channels[-1] % heads:
+        raise UserError(
+            f"net.channels[-1]={channels[-1]} cannot be shared by {heads} attention heads; "
+            f"choose a multiple of {_HEAD_WIDTH}, or net.attention=false"
+        )
+    if not at_least("net.head_kernel", head_kernel) % 2:
+        raise UserError(f"net.head_kernel={head_kernel} must be odd to keep the image's size")
+    if isinstance(dropout, bool) or not 0 <= dropout < 1:
+        raise UserError(f"net.dropout must be in [0, 1), got {dropout}")
 
 
 def _zero(layer: nn.Module) -> None:

@@ -17,25 +17,25 @@ from bayesdiff.solvers.step import uniform_times
 
 
 class SampleGrid(Callback):
-    """A grid of images, class by class, every few epochs and after the last one.
+    """Grids of images, class by class, evenly over the training and after the last epoch.
 
     Always the same starting noise, few steps, and the averaged weights where there are some.
 
     Args:
-        every_n_epochs: epochs between grids.
+        grids: how many over the whole training, so that short epochs are not slowed by pictures.
         num_steps: solver steps; a grid costs ``rows * classes`` trajectories of them.
         rows: images per class.
     """
 
-    def __init__(self, every_n_epochs: int = 1, num_steps: int = 10, rows: int = 4) -> None:
-        self.every_n_epochs = at_least("callbacks.samples.every_n_epochs", every_n_epochs)
+    def __init__(self, grids: int = 8, num_steps: int = 10, rows: int = 4) -> None:
+        self.grids = at_least("callbacks.samples.grids", grids)
         self.num_steps = at_least("callbacks.samples.num_steps", num_steps)
         self.rows = at_least("callbacks.samples.rows", rows)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the grid here, where Lightning has swapped the averaged weights in."""
-        epoch = trainer.current_epoch + 1
-        due = epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        epoch, last = trainer.current_epoch + 1, max(trainer.max_epochs or 1, 1)
+        due = epoch == last or epoch * self.grids // last > (epoch - 1) * self.grids // last
         if trainer.sanity_checking or rank() or not due:
             return
         data = trainer.datamodule.data  # type: ignore[attr-defined]

@@ -1,11 +1,13 @@
 """Runge-Kutta solvers of the flow's ordinary differential equation dx/dt = v(x, t)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from bayesdiff.checks import UserError
 from bayesdiff.paths import ProbabilityPath, convert
 from bayesdiff.solvers.step import Step
 
@@ -30,7 +32,10 @@ class RungeKutta:
     nodes: ClassVar[tuple[float, ...]]
 
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
-        """Coefficients of the steps between consecutive times."""
+        """Coefficients of the steps between consecutive times.
+
+        Noise says nothing of the velocity at t = 0, nor data at t = 1: a ``UserError`` there.
+        """
         return [
             self._step(path, prediction, start, end)
             for start, end in zip(times[:-1], times[1:], strict=True)
@@ -41,6 +46,12 @@ class RungeKutta:
         at = [start + c * h for c in self.nodes]
         c = path.coefficients(torch.tensor(at, dtype=torch.float64))
         p, q = (values.tolist() for values in convert(prediction, "velocity", c))
+        for t, numbers in zip(at, zip(p, q, strict=True), strict=True):
+            if not all(map(math.isfinite, numbers)):
+                raise UserError(
+                    f"model.prediction={prediction} leaves the velocity at t={t:g} open, which "
+                    f"solver={type(self).__name__.lower()} needs; use model.prediction=velocity"
+                )
         size = len(at) + 1
         state = torch.eye(size, dtype=torch.float64)[0]  # coefficients of x itself
         slopes: list[torch.Tensor] = []

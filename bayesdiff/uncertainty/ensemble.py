@@ -18,7 +18,7 @@ class Ensemble:
     """Variance over members that keep one weight draw along the whole trajectory.
 
     Members share starting noise, sampler noise and the weight draws of all images, so their spread
-    is the weights' doing alone; the variance over them is unbiased (spec estimator ENS).
+    is the weights' doing alone; the variance over them is unbiased.
 
     With a skip interval k, members take one step where the image takes k. Weights are kept along
     the way, so their spread converges as steps get finer and a coarse grid estimates the same

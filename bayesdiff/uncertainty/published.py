@@ -14,7 +14,7 @@ from bayesdiff.uncertainty.samples import Recorder, Samples, Trajectory, check_s
 
 @dataclass(frozen=True)
 class Published:
-    """BayesDiff's moments (Kou et al. 2024): fresh weights at every step, spec equation E2.
+    """BayesDiff's moments (Kou et al. 2024): fresh weights at every step.
 
     For x' = a x + b g + c z, with mean m, variance V and the realised sample x_t:
 
@@ -67,15 +67,15 @@ class Published:
             outputs, gam2 = _with_variance(field, step, x, posterior)
             noise = step.noise * start.draw() if step.noise else torch.zeros_like(x)
             scaled = step.output[0] ** 2 * variance + step.noise**2
+            expected = _effective(step, outputs)
             if number % self.skip_interval:
-                mean = combine((step.output[0], 1.0), mean, [_effective(step, outputs)])
                 variance = scaled
             else:
-                expected, covariance = self._moments(field, step, mean, variance, generator)
-                if number == 0:  # V = 0: the draws would all be x itself.
-                    expected = _effective(step, outputs)
-                mean = combine((step.output[0], 1.0), mean, [expected])
+                covariance = torch.zeros_like(x)
+                if variance.any():  # else all draws would be x itself
+                    expected, covariance = self._moments(field, step, mean, variance, generator)
                 variance = scaled + 2 * step.output[0] * covariance + gam2
+            mean = combine((step.output[0], 1.0), mean, [expected])
             x = advance(step, x, outputs) + noise
             recorder(step.end, x, variance)
         name = f"published, S = {self.mc_samples}, skip {self.skip_interval}"
@@ -90,8 +90,6 @@ class Published:
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """E[g] and Cov(x, g) for g = sum_i b_i g_i, each ``(B, C, H, W)``."""
-        if not variance.any():
-            return torch.zeros_like(mean), torch.zeros_like(mean)
         shape = (self.mc_samples, *mean.shape)
         z = torch.randn(shape, generator=generator).to(mean.device)
         shifted = (variance.clamp(min=0).sqrt() * z).flatten(0, 1)

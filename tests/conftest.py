@@ -1,0 +1,104 @@
+"""One composer of small configurations, and one small finished run that many tests read."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+SMALLEST = (
+    "net=tiny",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "trainer.max_epochs=1",
+    "+trainer.limit_train_batches=2",
+    "+trainer.limit_val_batches=1",
+    "+trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=1",
+    "callbacks.progress=null",
+    "callbacks.samples=null",
+    "solver.num_steps=3",
+    "laplace.num_images=64",
+    "metrics.num_images=12",
+    "uncertainty.num_images=4",
+    "uncertainty.batch_size=2",
+)
+
+Compose = Callable[..., DictConfig]
+# One pass over the digits is enough for a feature space of tests.
+QUICK_CLASSIFIER = ("bayesdiff.metrics.classifier._epochs", lambda size: 1)
+
+
+def smallest(output_dir: Path, *overrides: str) -> list[str]:
+    """Overrides of a run of seconds; the given ones come last and win."""
+    published = "uncertainty=published" in overrides
+    draws = "uncertainty.mc_samples=2" if published else "uncertainty.members=2"
+    return [*SMALLEST, draws, f"output_dir={output_dir}", *overrides]
+
+
+def compose_list(overrides: list[str]) -> DictConfig:
+    """The configuration that train.py would get from these arguments."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra_compose("train", overrides)
+
+
+@pytest.fixture
+def compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compose:
+    """``compose(*overrides)``: the smallest run, in a folder of its own."""
+    monkeypatch.setattr(*QUICK_CLASSIFIER)
+    return lambda *overrides: compose_list(smallest(tmp_path, *overrides))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        output_dir: holds the run folder, and the cache of classifier and reference.
+        folder: the run folder.
+        cell: the folder of its samples.
+    """
+
+    output_dir: Path
+    folder: Path
+    cell: Path
+    metrics: dict[str, float]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def copy_to(self, output_dir: Path) -> "Trained":
+        """The same run in another place, so that a test can change it."""
+        shutil.copytree(self.output_dir, output_dir, dirs_exist_ok=True)
+        return Trained(
+            output_dir,
+            output_dir / self.folder.name,
+            output_dir / self.folder.name / self.cell.name,
+            self.metrics,
+        )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The smallest run on digits, every stage real, pictures included."""
+    from bayesdiff import pipeline
+
+    output_dir = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*QUICK_CLASSIFIER)
+        result = pipeline.run(compose_list(smallest(output_dir)))
+    return Trained(output_dir, result.folder.parent, result.folder, result.metrics)
+
+
+@pytest.fixture
+def copied(trained: Trained, tmp_path: Path) -> Trained:
+    """A copy of the finished run where ``compose`` looks."""
+    return trained.copy_to(tmp_path)

@@ -1,0 +1,440 @@
+"""The curvature pass against a plain loop in float64, and the callback that runs it."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+
+from bayesdiff.checks import UserError
+from bayesdiff.data.images import ImageData
+from bayesdiff.data.module import ImageDataModule
+from bayesdiff.laplace import curvature as curvature_module
+from bayesdiff.laplace.callback import LastLayerLaplace
+from bayesdiff.laplace.curvature import fit_curvature
+from bayesdiff.laplace.gram import head_matrix
+from bayesdiff.laplace.record import Curvature
+from bayesdiff.models import GenerativeModel
+from bayesdiff.networks import UNet
+from bayesdiff.paths import CondOT, VariancePreserving
+
+
+class Spied(nn.Module):
+    """A U-Net that remembers what it was asked; features and head in float64."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.head = net, net.head.double()
+        self.seen = []
+
+    def features(self, x, t, y=None):
+        features = self.net.features(x, t, y).double()
+        self.seen.append((x, t, y, features))
+        return features
+
+    def fold(self, output):
+        return self.net.fold(output)
+
+    def forward(self, x, t, y=None):
+        return self.fold(self.head(self.features(x, t, y)))
+
+
+class SpiedPath:
+    """A path that remembers the times at which it was asked for coefficients."""
+
+    def __init__(self, path):
+        self.path, self.seen = path, []
+        self.family, self.last_time = path.family, path.last_time
+
+    def coefficients(self, t):
+        self.seen.append(t)
+        return self.path.coefficients(t)
+
+
+def unet(patch=1, size=4, channels=1, classes=3, **options):
+    torch.manual_seed(0)
+    net = UNet(channels, size, classes, (4, 8), blocks=1, patch=patch, **options)
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def tiny(patch=1, size=4, channels=1, path=None, prediction="velocity", classes=3, **options):
+    net = Spied(unet(patch, size, channels, classes, **options))
+    path = path or CondOT()
+    return GenerativeModel(net, path, prediction, torch.optim.SGD, classes)
+
+
+def pictures(count=7, channels=1, size=4):
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (count, channels, size, size), generator=generator).byte()
+    return images, torch.arange(count) % 3
+
+
+@torch.no_grad()
+def plain_loop(model):
+    """Gram matrix and squared error of everything the network saw, pixel by pixel.
+
+    The noise is recovered from x_t, so the residual does not rest on the code under test.
+    """
+    head = model.net.head
+    k = head.kernel_size[0]
+    total, squared = 0.0, 0.0
+    for x_t, t, _, features in model.net.seen:
+        for i in range(len(x_t)):
+            rows = F.unfold(features[i : i + 1], k, padding=k // 2)[0].T
+            for row in rows:
+                phi = torch.cat([row, row.new_ones(1)]) if head.bias is not None else row
+                total = total + torch.outer(phi, phi)
+            output = model.net.fold(head(features[i : i + 1]))
+            squared = squared + residual(model, x_t[i], float(t[i]), output[0])
+    return total, float(squared)
+
+
+def residual(model, x_t, t, output):
+    """Squared error for a flow whose image is known, x_t = t x_1 + (1 - t) x_0."""
+    x_1 = model.truth[tuple(x_t.shape)](x_t, t)
+    x_0 = (x_t.double() - t * x_1) / (1 - t)
+    return (output - (x_1 - x_0)).square().sum()
+
+
+def with_one_image(model, images):
+    """All images alike: the loop then knows x_1 whatever the order."""
+    picture = images[:1].expand(len(images), -1, -1, -1).contiguous()
+    x_1 = picture[0].double() / 127.5 - 1
+    model.truth = {tuple(x_1.shape): lambda x_t, t: x_1}
+    return picture
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": 8, "patch": 2},
+        {"size": 8, "head_kernel": 1, "patch": 2, "channels": 3},
+        {"size": 8, "patch": 2, "channels": 3},
+    ],
+    ids=["3x3", "patch", "1x1-rgb", "patch-rgb"],
+)
+def test_the_pass_equals_a_plain_loop_over_images_and_pixels(options):
+    model = tiny(**options)
+    size, channels = options.get("size", 4), options.get("channels", 1)
+    images, labels = pictures(5, channels, size)
+    images = with_one_image(model, images)
+    found = fit_curvature(model, images, labels, source="a", batch_size=2)
+    gram, squared = plain_loop(model)
+    torch.testing.assert_close(found.gram, gram, rtol=1e-10, atol=1e-10 * float(gram.max()))
+    assert found.squared_error == pytest.approx(squared, rel=1e-4)
+    assert found.num_outputs == images.numel() and found.num_images == 5
+    assert found.sigma_mle == pytest.approx(math.sqrt(squared / images.numel()), rel=1e-4)
+    assert torch.equal(found.mean, head_matrix(model.net.head))
+    assert found.gram.dtype == torch.float64 and torch.equal(found.gram, found.gram.T)
+    if model.net.head.bias is not None:
+        positions = (size // options.get("patch", 1)) ** 2
+        assert found.gram[-1, -1] == 5 * positions
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_the_matrix_is_the_hessian_of_the_loss(patch):
+    """Half the summed squared error in the head's weights: I_C (x) G, by autograd."""
+    model = tiny(patch, 4 * patch)
+    images, labels = pictures(3, size=4 * patch)
+    found = fit_curvature(model, images, labels, source="a", batch_size=2)
+    head, seen = model.net.head, model.net.seen
+    shape, outputs = head.weight.shape, len(head.weight)
+
+    def loss(flat):
+        matrix = flat.view(outputs, -1)
+        weight, bias = matrix[:, :-1].reshape(shape), matrix[:, -1]
+        return sum(
+            0.5 * model.net.fold(F.conv2d(features.clone(), weight, bias, padding=1)).sub(0.3)
+            .square().sum()
+            for *_, features in seen
+        )  # fmt: skip
+
+    hessian = torch.autograd.functional.hessian(loss, head_matrix(head).flatten())
+    expected = torch.block_diag(*[found.gram] * outputs)
+    torch.testing.assert_close(hessian, expected, rtol=1e-9, atol=1e-9 * float(found.gram.max()))
+
+
+def test_draws_are_divided_out():
+    """The sum over all draws, divided by their number: the same scale, less noise."""
+    images, labels = pictures()
+    model = tiny()
+    images = with_one_image(model, images)
+    once = fit_curvature(model, images, labels, source="a", batch_size=4)
+    model.net.seen.clear()
+    thrice = fit_curvature(model, images, labels, source="a", batch_size=4, draws=3)
+    assert len(model.net.seen) == 2 * 3
+    gram, squared = plain_loop(model)
+    torch.testing.assert_close(thrice.gram, gram / 3, rtol=1e-10, atol=1e-9)
+    assert thrice.squared_error == pytest.approx(squared / 3, rel=1e-4)
+    assert (thrice.num_images, thrice.num_outputs) == (once.num_images, once.num_outputs)
+    assert thrice.gram[-1, -1] == once.gram[-1, -1]
+    assert thrice.gram.trace() == pytest.approx(once.gram.trace(), rel=0.3)
+    inputs = [x for x, *_ in model.net.seen]
+    assert all(not torch.equal(a, b) for a, b in zip(inputs[:2], inputs[1:3], strict=True))
+
+
+@pytest.mark.parametrize("path", [CondOT(), VariancePreserving("cosine")], ids=["flow", "vp"])
+def test_times_are_uniform_and_the_network_sees_those_of_the_path(path):
+    """Stratified in each batch, never beyond the path's last training time."""
+    spied = SpiedPath(path)
+    model = tiny(path=spied, prediction="v")
+    images, labels = pictures(64)
+    fit_curvature(model, images, labels, source="a", batch_size=32, draws=2)
+    for (_, t, _, _), asked in zip(model.net.seen, spied.seen, strict=True):
+        torch.testing.assert_close(t, asked)
+        assert t.max() <= path.last_time and t.min() >= 0
+        gaps = t.sort().values.diff() / path.last_time
+        torch.testing.assert_close(gaps, torch.full((31,), 1 / 32), rtol=1e-3, atol=1e-5)
+        assert not torch.equal(t, t.sort().values), "times are not tied to the order of images"
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_batches_and_add_up_to_the_same_sums(monkeypatch, processes):
+    images, labels = pictures(11)
+    model = tiny()
+    alone = fit_curvature(model, images, labels, source="a", batch_size=3, draws=2)
+    parts = []
+    for rank in range(processes):
+        monkeypatch.setattr(curvature_module, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(curvature_module, "world_size", lambda: processes)
+        model.net.seen.clear()
+        parts.append(fit_curvature(model, images, labels, source="a", batch_size=3, draws=2))
+        assert 0 < len(model.net.seen) < 8
+    total = sum(part.gram for part in parts)
+    torch.testing.assert_close(total, alone.gram, rtol=1e-12, atol=1e-10)
+    squared = sum(part.squared_error for part in parts)
+    assert squared == pytest.approx(alone.squared_error, rel=1e-12)
+    for part in parts:
+        assert (part.num_images, part.num_outputs) == (11, images.numel())
+
+
+def test_a_subset_is_random_and_of_the_asked_size():
+    images, labels = pictures(9)
+    values = torch.arange(9, dtype=torch.uint8)
+    model = tiny()
+    found = fit_curvature(model, images, labels, source="a", num_images=4, seed=1)
+    assert found.num_images == 4 and found.num_outputs == 4 * 16
+    assert sum(len(x) for x, *_ in model.net.seen) == 4
+    chosen = model.net.seen[0][2]
+    fit_curvature(model, images, values.long() % 3, source="a", num_images=4, seed=2)
+    assert not torch.equal(chosen, model.net.seen[1][2])
+
+
+def test_labels_reach_the_network_with_their_images():
+    """Label and image are taken by one order: image i is grey level 80 * (i mod 3)."""
+    labels = torch.arange(12) % 3
+    images = (80 * labels).byte().view(12, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    model = tiny()
+    fit_curvature(model, images, labels, source="a", batch_size=5)
+    for x_t, t, y, _ in model.net.seen:
+        late = t > 0.9
+        grey = ((x_t.mean((1, 2, 3)) / t + 1) * 127.5 / 80)[late]
+        assert torch.equal(grey.round().long(), y[late])
+    seen = torch.cat([y for _, _, y, _ in model.net.seen])
+    assert torch.equal(seen.sort().values, labels.sort().values)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_data_or_models_without_labels_are_passed_none(classes):
+    images, labels = pictures(4)
+    model = tiny(classes=classes)
+    fit_curvature(model, images, None if classes else labels, source="a")
+    assert [y for _, _, y, _ in model.net.seen] == [None]
+
+
+def test_the_model_is_left_in_the_mode_it_was_in():
+    images, labels = pictures(4)
+    for training in (True, False):
+        model = tiny(dropout=0.5).train(training)
+        weights = [p.clone() for p in model.parameters()]
+        first = fit_curvature(model, images, labels, source="a")
+        assert model.training is training and model.net.net.up[0].training is training
+        again = fit_curvature(model, images, labels, source="a")
+        assert torch.equal(first.gram, again.gram), "dropout is off, and draws are fixed"
+        assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_other_seeds_give_other_sums():
+    images, labels = pictures(4)
+    grams = [fit_curvature(tiny(), images, labels, source="a", seed=s).gram for s in (0, 0, 1)]
+    assert torch.equal(grams[0], grams[1]) and not torch.equal(grams[0], grams[2])
+
+
+def test_single_precision_is_close_to_double():
+    """The U-Net as users run it; features of 1e-7 accuracy give sums of the same."""
+    net = unet(patch=2, size=8)
+    images, labels = pictures(6, size=8)
+    single = GenerativeModel(net, CondOT(), "velocity", torch.optim.SGD, 3)
+    found = fit_curvature(single, images, labels, source="a")
+    double = GenerativeModel(Spied(unet(2, 8)), CondOT(), "velocity", torch.optim.SGD, 3)
+    exact = fit_curvature(double, images, labels, source="a")
+    torch.testing.assert_close(
+        found.gram, exact.gram, rtol=1e-4, atol=1e-5 * float(exact.gram.max())
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"draws": 0}, "laplace.draws"),
+        ({"batch_size": 0}, "laplace.batch_size"),
+        ({"num_images": 0}, "laplace.num_images"),
+        ({"num_images": 8}, "laplace.num_images=8"),
+        ({"num_images": 2.5}, "laplace.num_images"),
+    ],
+)
+def test_a_pass_that_cannot_work_is_refused(options, named):
+    images, labels = pictures(7)
+    with pytest.raises(UserError, match=named) as refused:
+        fit_curvature(tiny(), images, labels, source="a", **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_features_that_are_not_finite_are_refused():
+    model = tiny()
+    model.net.net.norm.weight.data[0] = math.nan
+    images, labels = pictures(3)
+    with pytest.raises(UserError, match="not finite"):
+        fit_curvature(model, images, labels, source="a")
+
+
+@pytest.fixture
+def data():
+    images, labels = pictures(12, size=8)
+    built = ImageData.build(
+        "made", images[:8], labels[:8], images[8:], labels[8:], ("a", "b", "c")
+    )
+    return ImageDataModule(built, batch_size=4)
+
+
+def trainable():
+    net = unet(patch=2, size=8)
+    return GenerativeModel(
+        net, CondOT(), "velocity", lambda p: torch.optim.AdamW(p, 1e-3), 3, warmup_steps=0
+    )
+
+
+def trained(folder, data, callback, logger=False):
+    model = trainable()
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=logger,
+        log_every_n_steps=1,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=data)
+    return model
+
+
+def count_passes(monkeypatch):
+    passes = []
+
+    def counted(*args, **options):
+        passes.append(options)
+        return fit_curvature(*args, **options)
+
+    monkeypatch.setattr("bayesdiff.laplace.callback.fit_curvature", counted)
+    return passes
+
+
+def test_the_callback_fits_the_trained_weights_and_logs_what_it_found(tmp_path, data):
+    path = tmp_path / "curvature.safetensors"
+    logger = TensorBoardLogger(tmp_path)
+    callback = LastLayerLaplace(path, prior_precision=2.0, n_eff=100, draws=2, batch_size=4)
+    model = trained(tmp_path, data, callback, logger)
+    again = fit_curvature(
+        model, data.data.images, data.data.labels, source="a", draws=2, batch_size=4
+    )
+    torch.testing.assert_close(callback.posterior.curvature.gram, again.gram)
+    assert torch.equal(callback.posterior.curvature.mean, head_matrix(model.net.head))
+    assert torch.equal(Curvature.load(path).gram, callback.posterior.curvature.gram)
+    statistics = callback.statistics()
+    eigenvalues = torch.linalg.eigvalsh(again.gram).clamp(min=0) * 100 / 8 / again.sigma_mle**2
+    assert statistics["laplace/parameters"] == 9 * 4 + 1 == len(eigenvalues)
+    assert statistics["laplace/effective_parameters"] == pytest.approx(
+        float((eigenvalues / (eigenvalues + 2)).sum()), rel=1e-4
+    )
+    assert statistics["laplace/eigenvalue_max"] == pytest.approx(
+        float(eigenvalues.max()), rel=1e-4
+    )
+    assert statistics["laplace/sigma_noise"] == pytest.approx(again.sigma_mle, rel=1e-5)
+    assert statistics["laplace/prior_precision"] == 2 and statistics["laplace/n_eff"] == 100
+    logger.experiment.flush()
+    logged = scalars(logger.log_dir)
+    assert logged.keys() >= statistics.keys()
+    for name, value in statistics.items():
+        assert logged[name] == pytest.approx(value, rel=1e-5, abs=1e-30)
+
+
+def scalars(folder):
+    """Last value of every scalar that TensorBoard finds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(folder)
+    events.Reload()
+    return {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"]}
+
+
+def test_a_kept_curvature_of_the_same_weights_is_used_again(tmp_path, data, monkeypatch):
+    path = tmp_path / "curvature.safetensors"
+    passes = count_passes(monkeypatch)
+    model = trainable()
+    first = LastLayerLaplace(path, prior_precision=1.0).fit(model, data.data)
+    written = path.stat().st_mtime_ns
+    second = LastLayerLaplace(path, structure="diag", sigma_noise=0.5, prior_precision="evidence")
+    posterior = second.fit(model, data.data)
+    assert len(passes) == 1 and path.stat().st_mtime_ns == written
+    assert torch.equal(posterior.curvature.gram, first.curvature.gram)
+    assert posterior.structure == "diag" and posterior.sigma_noise == 0.5
+
+
+def test_other_draws_or_images_are_a_new_pass(tmp_path, data, monkeypatch):
+    path = tmp_path / "curvature.safetensors"
+    passes = count_passes(monkeypatch)
+    model = trainable()
+    for options in ({}, {"draws": 2}, {"num_images": 5}, {"seed": 1}):
+        LastLayerLaplace(path, **options).fit(model, data.data)
+        kept = Curvature.load(path)
+        assert kept.draws == options.get("draws", 1)
+        assert kept.num_images == options.get("num_images", 8)
+    assert len(passes) == 4
+
+
+def test_the_curvature_of_another_checkpoint_or_data_set_is_refused(tmp_path, data, monkeypatch):
+    path = tmp_path / "curvature.safetensors"
+    passes = count_passes(monkeypatch)
+    model = trainable()
+    LastLayerLaplace(path).fit(model, data.data)
+    kept = path.read_bytes()
+    changed = trainable()
+    next(changed.parameters()).data[0] += 1e-3
+    with pytest.raises(UserError, match="recompute it for this checkpoint"):
+        LastLayerLaplace(path).fit(changed, data.data)
+    images, labels = pictures(12, size=8)
+    other = ImageData.build("made", images, labels, images, labels, ("a", "b", "c"))
+    with pytest.raises(UserError, match="recompute it for this checkpoint"):
+        LastLayerLaplace(path, draws=2).fit(model, other)
+    assert path.read_bytes() == kept and len(passes) == 1
+
+
+def test_without_a_path_the_curvature_stays_in_memory(tmp_path, data):
+    callback = LastLayerLaplace()
+    assert callback.statistics() == {}
+    posterior = callback.fit(trainable(), data.data)
+    assert posterior is callback.posterior and callback.statistics()
+    assert not list(tmp_path.iterdir())
+    features = torch.randn(2, 4, 4, 4)
+    assert posterior.predictive_variance(features).shape == (2, 1, 4, 4)
