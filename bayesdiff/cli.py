@@ -42,7 +42,7 @@ def one_line_errors() -> Generator[None, None, None]:
 
 def explain(error: BaseException) -> str:
     """One line for an error of ours, of Hydra or of OmegaConf."""
-    from hydra.errors import MissingConfigException
+    from hydra.errors import InstantiationException, MissingConfigException
 
     cause: BaseException | None = error
     while cause is not None:
@@ -52,11 +52,20 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"unknown {group} {name!r}; choose from {', '.join(sorted(error.options))}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        key = re.search(r"full_key: (\S+)", str(error))
+        return f"{key.group(1) if key else 'a value'} does not work: {_line(error.__cause__)}"
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", str(error))
     if unknown:
         return f"unknown option {unknown.group(1) or unknown.group(2)!r}{_cure(str(error))}"
-    return " ".join(lines)
+    return _line(error)
+
+
+def _line(error: BaseException) -> str:
+    """The message on one line, without what OmegaConf says for programmers."""
+    text = re.sub(r"\s*object_type=\S+", "", str(error) or type(error).__name__)
+    text = re.sub(r"\s*full_key: (\S+)", r" (in \1)", text)
+    return " ".join(text.split())
 
 
 def _cure(text: str) -> str:

@@ -166,6 +166,8 @@ def launch(cfg: DictConfig, devices: int) -> None:
             accelerator=cfg.trainer.accelerator, devices=plain(cfg.trainer.devices), strategy="ddp"
         )
         fabric.launch()
+        if rank():  # one voice is enough
+            logging.getLogger("bayesdiff").setLevel(logging.WARNING)
 
 
 def settings_of(posterior: HeadPosterior) -> list[Any]:

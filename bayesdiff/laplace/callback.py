@@ -7,9 +7,11 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from bayesdiff.artefacts import key_of, weights_key
+from bayesdiff.checks import UserError
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.laplace.curvature import fit_curvature
-from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
 
 
@@ -50,8 +52,23 @@ class LastLayerLaplace(Callback):
             "prior_precision": prior_precision,
             "n_eff": n_eff,
         }
+        check_settings(**self.settings)
         self.pass_options = curvature
         self.posterior: HeadPosterior | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse before training what would fail after it.
+
+        Raises:
+            UserError: if the images or a usable head are missing.
+        """
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(getattr(datamodule, "data", None), "images", None) is None:
+            raise UserError(
+                "LastLayerLaplace needs the images in datamodule.data.images; "
+                "call trainer.fit(model, datamodule=...) with such a data module"
+            )
+        HeadGeometry.of(pl_module.net.head)  # type: ignore[union-attr,arg-type]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit the posterior of the trained weights."""

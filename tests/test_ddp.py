@@ -1,0 +1,138 @@
+"""Two processes on CPU give what one process gives: curvature, images, maps, and weights."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Trained, compose_list, smallest
+
+from bayesdiff import pipeline
+from bayesdiff.artefacts import read_checkpoint
+from bayesdiff.laplace.record import Curvature
+from bayesdiff.metrics import classifier
+from bayesdiff.report import board
+
+TWO = ("trainer=ddp", "trainer.devices=2")
+# Several batches of everything, and numbers of them that two processes cannot share evenly.
+BATCHES = ("laplace.batch_size=24", "metrics.batch_size=5", "uncertainty.batch_size=1")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Sums over pixels round differently with another number of threads."""
+    monkeypatch.setattr(board, "write", lambda *args, **kwargs: [])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train_py(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run the real command in ``folder``."""
+    inherited = {k: v for k, v in os.environ.items() if not re.search("RANK|WORLD_|^PL_|HYDRA", k)}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=folder,
+        env=inherited | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def files(folder: Path) -> list[str]:
+    """Names of all files; those of TensorBoard hold a time and a process number."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(re.sub(r"tfevents\..*?(\.report)?$", r"tfevents\1", name) for name in names)
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
+    fixed = ["fit=false", f"ckpt_path={trained.checkpoint}", *BATCHES]
+    cache = shutil.copytree(trained.output_dir / "cache", tmp_path / "cache")
+    # The command would train the classifier for longer than the tests do.
+    (quick,) = cache.glob("classifier-*")
+    this = pipeline.build(compose_list(smallest(tmp_path)))
+    images = this.data.data
+    epochs = classifier._epochs(len(images.images))
+    shutil.copy(quick, classifier.cache_path(cache, images.fingerprint, 0, epochs))
+
+    one = pipeline.run(compose_list(smallest(tmp_path, *fixed, f"run_dir={tmp_path}/one")))
+    done = train_py(tmp_path, *smallest(tmp_path, *fixed, *TWO, f"run_dir={tmp_path}/two"))
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"\bnfe\b", done.stdout)) == 1
+    assert "Traceback" not in done.stderr
+
+    two = tmp_path / "two"
+    single, shared = (
+        Curvature.load(folder / "curvature.safetensors") for folder in (tmp_path / "one", two)
+    )
+    assert shared.source == single.source
+    torch.testing.assert_close(shared.gram, single.gram, rtol=1e-9, atol=0)
+    assert shared.squared_error == pytest.approx(single.squared_error, rel=1e-9)
+    (first,), (second,) = ((tmp_path / n).glob("images-*.npz") for n in ("one", "two"))
+    assert first.name == second.name
+    assert np.array_equal(arrays(first)["images"], arrays(second)["images"])
+    maps = arrays(two / one.folder.name / "samples.npz")
+    for name, value in arrays(one.folder / "samples.npz").items():
+        if name == "variance" or name.startswith(("summed", "frame_variance")):
+            np.testing.assert_allclose(maps[name], value, rtol=1e-5)
+        else:
+            assert np.array_equal(maps[name], value), name
+    names = [name for name in files(two) if "figures/" not in name and ".report" not in name]
+    assert names == files(tmp_path / "one")
+
+
+def test_the_same_weights_from_a_shared_training(tmp_path):
+    options = ["trainer.max_epochs=2", "callbacks.ema.decay=0.9", "metrics.num_images=0"]
+    options += ["model.warmup_steps=2", "data.flip=true"]
+    done = train_py(tmp_path, *smallest(tmp_path / "two", *options, *TWO))
+    assert done.returncode == 0, done.stderr
+    one = pipeline.run(compose_list(smallest(tmp_path / "one", *options))).folder.parent
+    two = tmp_path / "two" / one.name
+    first, second = (
+        read_checkpoint(f / "checkpoints" / "last.ckpt")["state_dict"] for f in (one, two)
+    )
+    model = pipeline.build(compose_list(smallest(tmp_path, *options))).model
+    moved = [(first[name] - start).abs().max() for name, start in model.state_dict().items()]
+    assert max(moved) > 1e-3
+    for name, value in first.items():
+        # A bias in front of a norm has no gradient; Adam makes steps of its rounding errors.
+        atol = 1e-3 if name.endswith(".bias") else 1e-5
+        torch.testing.assert_close(second[name], value, rtol=0, atol=atol, msg=name)
+    x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5)
+    outputs = []
+    for state in (first, second):
+        model.load_state_dict(state)
+        outputs.append(model.eval()(x, t, torch.arange(4)))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert len(list((two / "tensorboard").glob("events.*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (["data.batch_size=127"], ["data.batch_size=127", "2 processes", "multiple"]),
+        (["trainer.strategy=fsdp"], ["trainer.strategy=fsdp", "trainer=ddp"]),
+        (["trainer.devices=0"], ["trainer.devices", "got 0"]),
+        (["trainer.devices=two"], ["trainer.devices", "'two'"]),
+    ],
+)
+def test_refused_before_processes_start(overrides, fragments, tmp_path, monkeypatch):
+    def launched(*_):
+        raise AssertionError("processes were started")
+
+    monkeypatch.setattr(pipeline, "launch", launched)
+    with pytest.raises(pipeline.UserError) as error:
+        pipeline.prepare(compose_list(smallest(tmp_path, *TWO, *overrides)))
+    assert all(fragment in str(error.value) for fragment in fragments), str(error.value)

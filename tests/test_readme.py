@@ -1,0 +1,81 @@
+"""Every command of the README works, at smoke size and without a network."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, compose_list, smallest
+from test_sources import pixels, write_mnist, write_png, write_zip
+
+from bayesdiff import pipeline
+from bayesdiff.checks import UserError
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+LINES = [line.split("#")[0].strip() for line in "\n".join(BLOCKS).splitlines()]
+COMMANDS = [line for line in LINES if line]
+
+
+def arguments(script):
+    return [line.split()[2:] for line in COMMANDS if line.startswith(f"python {script}")]
+
+
+def test_the_readme_has_commands_of_every_kind():
+    kinds = {"make", "python", "tensorboard"}
+    assert {shlex.split(line)[0] for line in COMMANDS} == kinds
+    assert len(arguments("train.py")) >= 10 and len(arguments("sweep.py")) >= 3
+
+
+def test_every_make_command_is_a_target():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in COMMANDS:
+        if line.startswith("make"):
+            assert line.split()[1] in targets, line
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for name in ("MNIST", "FashionMNIST"):
+        write_mnist(root / name / "raw", train=160, test=40)
+    for number in range(180):
+        write_png(root / "images" / "ab"[number % 2] / f"{number}.png", pixels(number, (8, 8)))
+    images = {f"{n}.png": pixels(n, (8, 8)) for n in range(180)}
+    write_zip(root / "images.zip", images, {"labels": [[name, 0] for name in images]})
+    return root
+
+
+def runnable(given, data_root):
+    """The command's own arguments, with data where the README says path/to."""
+    values = [value.replace("path/to/images", str(data_root / "images")) for value in given]
+    return [value.replace("=10,", "=1,").split(",")[0] for value in values if value != "-m"]
+
+
+@pytest.mark.parametrize("given", arguments("train.py") + arguments("sweep.py"), ids=" ".join)
+def test_command_runs(given, data_root, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("BAYESDIFF_DATA", str(data_root))
+    monkeypatch.setattr("bayesdiff.metrics.classifier._epochs", lambda size: 1)
+    if "--cfg" in given or "trainer=ddp" in given:
+        given = [value for value in given if value not in ("--cfg", "job", "trainer.devices=2")]
+        given = [value for value in given if value != "trainer=ddp"]  # test_ddp runs it for real
+    overrides = runnable(given, data_root)
+    overrides = [o.replace("path/to/last.ckpt", str(trained.checkpoint)) for o in overrides]
+    if "data=zip" in overrides:
+        overrides.append("metrics.num_images=0")  # one class only: nothing to classify
+    cfg = compose_list(smallest(tmp_path, "solver.num_steps=6", *overrides))
+    if "ckpt_path=last" in overrides:
+        with pytest.raises(UserError, match="ckpt_path=last but there is no"):
+            pipeline.run(cfg)
+        return
+    result = pipeline.run(cfg)
+    assert (result.folder / "metrics.json").is_file()
+    assert list((result.folder / "figures").glob("*.png"))
+
+
+def test_tensorboard_reads_what_a_run_wrote(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained.cell / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] and events.Tags()["images"]
+    assert Path(trained.folder / "tensorboard").is_dir()

@@ -1,0 +1,97 @@
+"""Sweeps: trained once, cells addressed by content, failures kept apart."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, compose_list, smallest
+
+from bayesdiff import sweep
+from bayesdiff.checks import UserError
+
+KEY = "laplace.prior_precision"
+
+
+def run_sweep(output_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "sweep.py", "-m", *smallest(output_dir, *overrides)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def table_of(output_dir: Path) -> list[dict[str, str]]:
+    (path,) = output_dir.glob("sweeps/*/sweep.csv")
+    return list(csv.DictReader(path.open()))
+
+
+@pytest.fixture(scope="module")
+def swept(trained, tmp_path_factory):
+    """A sweep with one bad cell, over a training that is there already."""
+    copy = trained.copy_to(tmp_path_factory.mktemp("sweep"))
+    before = (copy.folder / "curvature.safetensors").stat().st_mtime_ns
+    done = run_sweep(copy.output_dir, f"{KEY}=1,10,-1")
+    return copy, done, before
+
+
+def test_a_bad_cell_leaves_the_others_and_a_non_zero_exit(swept):
+    copy, done, _ = swept
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: 1 of 3 cells failed") and "got -1" in last
+    assert "Traceback" not in done.stderr
+    rows = table_of(copy.output_dir)
+    assert [row[KEY] for row in rows] == ["1.0", "10.0", "-1.0"]
+    assert [row["status"] for row in rows] == ["done", "done", "failed"]
+
+
+def test_no_second_training_and_no_second_pass(swept):
+    copy, _, before = swept
+    assert (copy.folder / "curvature.safetensors").stat().st_mtime_ns == before
+    assert len(list(copy.output_dir.glob("digits-flow-*"))) == 1
+    assert len(list(copy.folder.glob("images-*.npz"))) == 1  # the prior does not move the images
+
+
+def test_variance_falls_with_the_prior_and_scores_stay(swept):
+    rows = table_of(swept[0].output_dir)[:2]
+    assert float(rows[0]["uncertainty/mean"]) > float(rows[1]["uncertainty/mean"])
+    fid = next(name for name in rows[0] if name.startswith("fid@"))
+    assert rows[0][fid] == rows[1][fid]
+
+
+def test_figure_and_hparams_rows_with_real_metrics(swept):
+    copy, _, _ = swept
+    assert list(copy.output_dir.glob("sweeps/*/sweep.png"))
+    for row in table_of(copy.output_dir)[:2]:
+        assert list((Path(row["folder"]) / "tensorboard").glob("events*"))
+
+
+def test_started_again_only_what_is_missing_runs(swept):
+    copy, _, _ = swept
+    stamps = {path: path.stat().st_mtime_ns for path in copy.folder.rglob("*.npz")}
+    again = run_sweep(copy.output_dir, f"{KEY}=1,10,-1")
+    assert again.returncode == 1  # the bad value is still bad
+    assert {path: path.stat().st_mtime_ns for path in copy.folder.rglob("*.npz")} == stamps
+    assert len(list(copy.output_dir.glob("sweeps/*"))) == 1
+
+
+def test_cells_with_many_devices_are_refused_with_the_cure(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAYESDIFF_SWEEP", str(tmp_path))
+    cfg = compose_list(smallest(tmp_path, "trainer=ddp"))
+    with pytest.raises(UserError, match="one device.*train.py trainer=ddp"):
+        sweep.refuse_many_devices(cfg)
+
+
+def test_swept_keys_are_those_that_vary():
+    rows = [{"overrides": ["a=1", "b=2"]}, {"overrides": ["a=3", "b=2"]}]
+    assert sweep.swept_keys(rows) == ["a"]
+    assert sweep.swept_keys(rows[:1]) == ["a", "b"]
+
+
+def test_failed_rows_have_a_place_in_the_table():
+    row = {"overrides": ["a=x"], "status": "failed", "seconds": 1.0, "error": "why"}
+    flat = sweep.flatten(row, ["a"])
+    assert flat == {
+        "a": "x", "status": "failed", "seconds": 1.0, "folder": "", "error": "why",
+    }  # fmt: skip
+    assert json.dumps(flat)
