@@ -11,8 +11,10 @@ help: ## show this list
 
 # The stamp is older than pyproject.toml only after an edit, so a second call costs nothing.
 $(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("bayesdiff needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "installing into .venv: several minutes and 6 GB the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 setup: $(READY) ## make .venv and install the package with its tools

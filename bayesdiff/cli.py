@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from bayesdiff.checks import UserError
 
+# Hydra raises a plain ValueError for model=3.
+_NUMBER_FOR_NAME = "Config group override must be a string"
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -30,7 +32,10 @@ def one_line_errors() -> Generator[None, None, None]:
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        known = isinstance(error, (UserError, HydraException, OmegaConfBaseException))
+        if not known and _NUMBER_FOR_NAME not in str(error):
+            raise
         sys.exit(f"error: {explain(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from the last checkpoint")
@@ -52,6 +57,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"unknown {group} {name!r}; choose from {', '.join(sorted(error.options))}"
+    if _NUMBER_FOR_NAME in str(error):
+        return f"{_line(error)}; choose by name, as in model=flow, --help lists the names"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         key = re.search(r"full_key: (\S+)", str(error))
         return f"{key.group(1) if key else 'a value'} does not work: {_line(error.__cause__)}"

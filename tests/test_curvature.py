@@ -193,7 +193,7 @@ def test_times_are_uniform_and_the_network_sees_those_of_the_path(path):
         assert t.max() <= path.last_time and t.min() >= 0
         gaps = t.sort().values.diff() / path.last_time
         torch.testing.assert_close(gaps, torch.full((31,), 1 / 32), rtol=1e-3, atol=1e-5)
-        assert not torch.equal(t, t.sort().values), "times are not tied to the order of images"
+        assert (t.diff() < 0).sum() > 5, "times are not tied to the order of images"
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -395,6 +395,7 @@ def test_what_would_fail_after_training_is_refused_before(tmp_path, data):
     with pytest.raises(UserError, match="laplace.sigma_noise"):
         LastLayerLaplace(sigma_noise=-1.0)
     trainer = L.Trainer(
+        max_epochs=1,
         accelerator="cpu",
         callbacks=[LastLayerLaplace()],
         logger=False,

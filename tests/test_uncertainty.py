@@ -633,6 +633,28 @@ def test_the_record_over_time_ends_with_the_map_itself(estimator):
     assert torch.equal(samples.labels, labels)
 
 
+@pytest.mark.parametrize("skip", [1, 4])
+@pytest.mark.parametrize("kind", [Ensemble, Published])
+def test_frames_are_the_states_of_the_shown_image(kind, skip):
+    """Also where members, or the variance, take coarser steps than the image."""
+    net, posterior, _ = curved()
+    states = {}
+    start = start_of(model_of(net, LINEAR, "v"), DDPM(20), 3, (1, 3, 3))
+    with torch.no_grad():
+        integrate(
+            start.field(),
+            start.steps(),
+            start.draw(),
+            start.draw,
+            lambda step, x: states.update({round(step.end, 6): x}),
+        )
+    start = start_of(model_of(net, LINEAR, "v"), DDPM(20), 3, (1, 3, 3))
+    samples = kind(skip_interval=skip)(start, posterior)
+    for time, frame in zip(samples.frame_times.tolist(), samples.frames, strict=True):
+        assert torch.equal(frame, states[round(time, 6)])
+    assert len(samples.frames) == (5 if kind is Ensemble and skip == 4 else 9)
+
+
 def test_seeds_of_an_estimator_change_maps_and_nothing_else():
     net, posterior, _ = curved()
 

@@ -57,15 +57,13 @@ class Ensemble:
         x_0 = start.draw()
         steps, fine = start.steps(self.skip_interval), start.steps()
         noises = [start.draw() if step.noise else x_0 for step in fine]
-        states: dict[float, Tensor] = {}
-        image = integrate(
-            field,
-            fine,
-            x_0,
-            _replay(noises, fine),
-            lambda step, x: states.update({step.end: x}),
-        )
         recorder = Recorder(len(steps))
+        states: dict[float, Tensor] = {}
+
+        def keep(step: Step, x: Tensor) -> None:
+            states[step.end] = x[: recorder.images].clone()
+
+        image = integrate(field, fine, x_0, _replay(noises, fine), keep)
         spread = torch.zeros_like(image)
 
         def observe(step: Step, x: Tensor) -> None:

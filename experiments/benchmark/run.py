@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
             "repeats": repeats,
-            "peak_process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
         "table": rows + last["table"],
     }

@@ -1,5 +1,6 @@
 """Curvature pass, training and sweep against what they are made of, side by side in one run."""
 
+import resource
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
+from last_layer import peak_mib
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -85,6 +87,8 @@ def curvature_pass(repeats: int, images: int = 64) -> list[dict[str, Any]]:
                     "ours_seconds": ours,
                     "theirs_seconds": alone,
                     "ratio": ours / alone,
+                    "ours_peak_mib": peak_mib(whole),
+                    "theirs_peak_mib": peak_mib(features_alone),
                 }
             )
     return rows
@@ -147,6 +151,8 @@ def training(repeats: int, batches: int = 8) -> dict[str, Any]:
         "ours_seconds": fast,
         "theirs_seconds": slow,
         "ratio": slow / fast,
+        "ours_peak_mib": peak_mib(ours),
+        "theirs_peak_mib": peak_mib(plain),
     }
 
 
@@ -170,6 +176,7 @@ def sweep(repeats: int) -> dict[str, Any]:
         "ours_seconds": ours,
         "theirs_seconds": theirs,
         "ratio": ours / theirs,
+        "largest_process_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
     }
 
 

@@ -1,0 +1,540 @@
+"""Bad input ends in one line that names the value and the cure, before any training."""
+
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Compose, Trained
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+
+from bayesdiff import build, pipeline, training
+from bayesdiff.artefacts import read_checkpoint, weights_key
+from bayesdiff.checks import UserError
+from bayesdiff.cli import explain, one_line_errors
+from bayesdiff.laplace import callback
+from bayesdiff.laplace.record import Curvature
+from bayesdiff.models import GenerativeModel
+
+DIFFUSION = ("model=diffusion", "solver.num_steps=3")
+PUBLISHED = ("uncertainty=published",)
+
+# Overrides, as on the command line, and what the line must contain.
+CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
+    # Names
+    ("model=gan", ["unknown model 'gan'", "diffusion, flow"]),
+    ("model=3", ["choose by name", "model=flow"]),
+    ("data=svhn", ["unknown data 'svhn'", "digits", "folder"]),
+    ("solver=rk4", ["unknown solver 'rk4'", "euler"]),
+    ("net=huge", ["unknown net 'huge'", "unet28"]),
+    ("path=ve", ["unknown path 've'", "cond_ot"]),
+    ("laplace=kron", ["unknown laplace 'kron'", "diag, full"]),
+    ("uncertainty=mc_dropout", ["unknown uncertainty 'mc_dropout'", "ensemble, published"]),
+    ("metrics=clip", ["unknown metrics 'clip'", "inception"]),
+    ("trainer=tpu", ["unknown trainer 'tpu'", "ddp"]),
+    ("experiment=nothing", ["unknown experiment 'nothing'", "demo"]),
+    ("sampler=euler", ["unknown option 'sampler'", "--cfg job"]),
+    ("laplace.prior=1", ["unknown option 'laplace.prior'", "--cfg job"]),
+    ("solver.eta=0.5", ["unknown option 'solver.eta'", "--cfg job"]),
+    (
+        (*PUBLISHED, "uncertainty.members=8"),
+        ["unknown option 'uncertainty.members'", "ensemble and published have their own"],
+    ),
+    ("+solver.order=2", ["solver does not work", "'order'"]),
+    ("laplace.structure=kron", ["laplace.structure", "full or diag", "'kron'"]),
+    ("metrics.features=dino", ["unknown metrics.features 'dino'", "classifier or inception"]),
+    ("model.prediction=score", ["unknown model.prediction 'score'", "velocity, noise, data, v"]),
+    ("model.time_sampling=beta", ["unknown model.time_sampling 'beta'", "logit_normal"]),
+    (
+        (*DIFFUSION, "+path.schedule=x"),
+        ["unknown path.schedule 'x'", "linear, scaled_linear, cosine"],
+    ),
+    ((*DIFFUSION, "solver=ddpm", "solver.variance=big"), ["unknown solver.variance 'big'", "small"]),
+    # Pairs that do not fit
+    ("solver=ddim", ["solver=ddim is for diffusion models", "euler, heun"]),
+    ((*DIFFUSION, "solver=heun"), ["solver=heun is for flow models", "ddim, ddpm"]),
+    (
+        (*DIFFUSION, "solver.num_steps=1001"),
+        ["solver.num_steps=1001", "1000 steps", "choose fewer"],
+    ),
+    (
+        ("model.num_classes=null", "solver.guidance=2"),
+        ["solver.guidance=2 needs a class-conditional model", "solver.guidance=1"],
+    ),
+    (
+        ("model.class_dropout=0", "solver.guidance=2"),
+        ["solver.guidance=2", "model.class_dropout > 0"],
+    ),
+    ("model.num_classes=5", ["model.num_classes=5", "10 classes", "auto"]),
+    ("model.num_classes=20", ["model.num_classes=20", "10 classes", "auto"]),
+    ("uncertainty.skip_interval=4", ["uncertainty.skip_interval=4", "solver.num_steps=3"]),
+    ("data.root=/tmp", ["data.root=/tmp", "digits", "data=mnist"]),
+    ("data.batch_size=5000", ["5000", "1497 training images", "smaller"]),
+    ("laplace.num_images=5000", ["laplace.num_images=5000", "1497", "null"]),
+    ("net.channels=[8,8,8,8,8]", ["8 is not divisible by 16", "net.channels"]),
+    ("net.head_kernel=2", ["kernel_size", "(2, 2)"]),
+    # Numbers out of range
+    ("laplace.sigma_noise=0", ["laplace.sigma_noise", "got 0", "mle"]),
+    ("laplace.sigma_noise=-0.1", ["laplace.sigma_noise", "got -0.1", "mle"]),
+    ("laplace.sigma_noise=nan", ["laplace.sigma_noise", "nan", "mle"]),
+    ("laplace.prior_precision=0", ["laplace.prior_precision", "got 0", "evidence"]),
+    ("laplace.prior_precision=-1", ["laplace.prior_precision", "got -1", "evidence"]),
+    ("laplace.prior_precision=inf", ["laplace.prior_precision", "inf", "evidence"]),
+    ("laplace.n_eff=0", ["laplace.n_eff", "got 0", "null"]),
+    ("laplace.n_eff=-5", ["laplace.n_eff", "got -5", "null"]),
+    ("laplace.draws=0", ["laplace.draws", "got 0", ">= 1"]),
+    ("laplace.num_images=0", ["laplace.num_images", "got 0"]),
+    ("laplace.batch_size=0", ["laplace.batch_size", "got 0"]),
+    ("laplace.seed=-1", ["laplace.seed", "got -1"]),
+    ("solver.num_steps=0", ["solver.num_steps", "got 0"]),
+    ("solver.num_steps=-3", ["solver.num_steps", "got -3"]),
+    ("solver.num_steps=2.5", ["solver.num_steps", "got 2.5"]),
+    ("solver.guidance=-1", ["solver.guidance", "got -1", "1 is none"]),
+    ((*DIFFUSION, "solver.eta=1.5"), ["solver.eta", "between 0 and 1", "1.5"]),
+    ((*DIFFUSION, "solver.eta=-0.1"), ["solver.eta", "between 0 and 1", "-0.1"]),
+    ("uncertainty.skip_interval=0", ["uncertainty.skip_interval", "got 0"]),
+    ("uncertainty.skip_interval=-1", ["uncertainty.skip_interval", "got -1"]),
+    ("uncertainty.members=1", ["uncertainty.members", ">= 2", "got 1"]),
+    ("uncertainty.num_images=0", ["uncertainty.num_images", "got 0"]),
+    ("uncertainty.batch_size=0", ["uncertainty.batch_size", "got 0"]),
+    ((*PUBLISHED, "uncertainty.mc_samples=0"), ["uncertainty.mc_samples", "got 0"]),
+    ((*PUBLISHED, "uncertainty.skip_interval=9"), ["uncertainty.skip_interval=9", "num_steps=3"]),
+    ("metrics.num_images=-1", ["metrics.num_images", "got -1"]),
+    ("metrics.num_images=1", ["metrics.num_images=1", "2 or more"]),
+    ("metrics.batch_size=0", ["metrics.batch_size", "got 0"]),
+    ("data.batch_size=0", ["data.batch_size", "got 0"]),
+    ("data.batch_size=-128", ["data.batch_size", "got -128"]),
+    ("model.optimizer.lr=0", ["model.optimizer.lr", "got 0"]),
+    ("model.optimizer.lr=-1e-3", ["model.optimizer.lr", "got -0.001"]),
+    ("model.optimizer.betas=[0.9,1.5]", ["model.optimizer", "1.5"]),
+    ("model.class_dropout=1", ["model.class_dropout", "got 1"]),
+    ("model.warmup_steps=-1", ["model.warmup_steps", "got -1"]),
+    ("net.dropout=2", ["net.dropout", "got 2"]),
+    ("net.blocks=0", ["net.blocks", "got 0"]),
+    ("callbacks.ema.decay=2", ["callbacks.ema.decay", "got 2"]),
+    ("trainer.max_epochs=0", ["trainer.max_epochs", "got 0"]),
+    ("trainer.max_epochs=-1", ["trainer.max_epochs", "got -1"]),
+    ("trainer.devices=0", ["trainer.devices", "got 0"]),
+    ("seed=-1", ["seed", "got -1"]),
+    ("seed=4294967296", ["seed", "below 2**32", "4294967296"]),
+    # Words where numbers belong, and the other way round
+    ("laplace.sigma_noise=abc", ["laplace.sigma_noise", "'abc'", "mle"]),
+    ("laplace.prior_precision=abc", ["laplace.prior_precision", "'abc'", "evidence"]),
+    ("laplace.draws=abc", ["laplace.draws", "'abc'"]),
+    ("solver.num_steps=abc", ["solver.num_steps", "'abc'"]),
+    ("solver.num_steps=inf", ["solver.num_steps", "inf"]),
+    ("solver.guidance=abc", ["solver.guidance", "'abc'"]),
+    ("solver.guidance=nan", ["solver.guidance", "nan"]),
+    ((*DIFFUSION, "solver.eta=abc"), ["solver.eta", "'abc'"]),
+    ("uncertainty.members=abc", ["uncertainty.members", "'abc'"]),
+    ("uncertainty.skip_interval=true", ["uncertainty.skip_interval", "True"]),
+    ("metrics.num_images=many", ["metrics.num_images", "'many'"]),
+    ("data.batch_size=abc", ["data.batch_size", "'abc'"]),
+    ("data.flip=maybe", ["data.flip", "true or false", "'maybe'"]),
+    ("model.optimizer.lr=abc", ["model.optimizer.lr", "'abc'"]),
+    ("model.optimizer.lr=nan", ["model.optimizer.lr", "nan"]),
+    ("model.class_dropout=abc", ["model.class_dropout", "'abc'"]),
+    ("model.num_classes=ten", ["model.num_classes", "'ten'"]),
+    ("trainer.max_epochs=abc", ["trainer.max_epochs", "'abc'"]),
+    ("trainer.precision=half", ["trainer does not work", "half", "32-true"]),
+    ("trainer.gradient_clip_val=abc", ["trainer does not work", "gradient_clip_val", "abc"]),
+    ("seed=abc", ["seed", "'abc'"]),
+    ("seed=1.5", ["seed", "1.5"]),
+    ("fit=no", ["fit must be true or false", "'no'"]),
+    ("seed=${sed}", ["'sed' not found", "seed"]),
+    ("data.root=${oc.env:NO_SUCH_VARIABLE}", ["NO_SUCH_VARIABLE", "not found"]),
+    # Devices, checkpoints, callbacks
+    ("trainer.accelerator=gpu", ["trainer.accelerator=gpu", "no GPU", "cpu"]),
+    ("trainer.accelerator=quantum", ["unknown trainer.accelerator 'quantum'", "auto, cpu or gpu"]),
+    ("ckpt_path=last", ["ckpt_path=last", "last.ckpt", "leave ckpt_path out"]),
+    ("ckpt_path=/no/such.ckpt", ["no checkpoint at /no/such.ckpt", "correct ckpt_path"]),
+    ("fit=false", ["fit=false needs a checkpoint", "ckpt_path="]),
+    (("fit=false", "ckpt_path=last"), ["no checkpoint at", "last.ckpt"]),
+    ("callbacks.checkpoint=null", ["callbacks.checkpoint is switched off", "last.ckpt"]),
+    ("callbacks.checkpoint.filename=best", ["callbacks.checkpoint", "last.ckpt"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_work(monkeypatch):
+    """Nothing below may start to train or to pass over the data, whatever else it does."""
+
+    def started(*_args, **_kwargs):
+        raise AssertionError("work was started")
+
+    monkeypatch.setattr(L.Trainer, "fit", started)
+    monkeypatch.setattr(callback, "fit_curvature", started)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def check_line(line: str, fragments: list[str]) -> None:
+    assert "\n" not in line and len(line) < 600, line
+    for fragment in fragments:
+        assert fragment in line, line
+
+
+def refused(compose: Compose, *overrides: str) -> str:
+    """The line that a user would see."""
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        pipeline.run(compose(*overrides))
+    message = str(stop.value.code)
+    assert message.startswith("error: ")
+    return message
+
+
+def name_of(case: object) -> str | None:
+    if isinstance(case, str):
+        return case
+    return " ".join(case) if isinstance(case, tuple) else ""
+
+
+@pytest.mark.parametrize(("overrides", "fragments"), CASES, ids=name_of)
+def test_refused_in_one_line(overrides, fragments, compose: Compose):
+    given = (overrides,) if isinstance(overrides, str) else overrides
+    check_line(refused(compose, *given), fragments)
+
+
+def png(size: int, value: int = 0, mode: str = "L") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (size, size), value).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def folder_of(tmp_path: Path, **files: bytes) -> list[str]:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for name, content in files.items():
+        (root / f"{name}.png").write_bytes(content)
+    return ["data=folder", f"data.root={root}", "metrics.num_images=0"]
+
+
+def zip_with_label(tmp_path: Path, label: int) -> list[str]:
+    path = tmp_path / "images.zip"
+    labels = ", ".join(f'["{n}.png", {label if n == 3 else n % 2}]' for n in range(8))
+    with zipfile.ZipFile(path, "w") as archive:
+        for n in range(8):
+            archive.writestr(f"{n}.png", png(8, n))
+        archive.writestr("dataset.json", f'{{"labels": [{labels}], "classes": ["a", "b"]}}')
+    return ["data=zip", f"data.root={path}", "metrics.num_images=0"]
+
+
+# Data sets, made when the test runs, and what the line must contain; test_bad_data.py has more.
+DATA: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
+    "missing folder": (
+        lambda tmp: ["data=folder", f"data.root={tmp / 'nowhere'}"],
+        ["nowhere does not exist", "give a folder"],
+    ),
+    "empty folder": (folder_of, ["no PNG or JPEG images", "data.root"]),
+    "corrupt image": (
+        lambda tmp: folder_of(tmp, a=png(8), b=png(8)[:40]),
+        ["b.png", "replace or remove"],
+    ),
+    "mixed sizes": (lambda tmp: folder_of(tmp, a=png(8), b=png(9)), ["8x8", "9x9", "resize"]),
+    "mixed colours": (
+        lambda tmp: folder_of(tmp, a=png(8), b=png(8, 0, "RGB")),
+        ["grey", "RGB", "convert"],
+    ),
+    "size the network cannot halve": (
+        lambda tmp: folder_of(tmp, a=png(9), b=png(9)),
+        ["9 is not divisible by 2", "net.channels"],
+    ),
+    "batch larger than the data": (
+        lambda tmp: folder_of(tmp, a=png(8), b=png(8)),
+        ["128", "1 training images", "smaller"],
+    ),
+    "no labels to score with": (
+        lambda tmp: [
+            *folder_of(tmp, a=png(8), b=png(8), c=png(8)),
+            "data.batch_size=2",
+            "laplace.num_images=null",
+            "metrics.num_images=10",
+        ],
+        ["no labels", "metrics=inception", "metrics.num_images=0"],
+    ),
+    "label out of range": (lambda tmp: zip_with_label(tmp, 7), ["label 7", "2 classes"]),
+    "negative label": (lambda tmp: zip_with_label(tmp, -1), ["label -1", "from 0"]),
+    "not a zip": (
+        lambda tmp: ["data=zip", f"data.root={__file__}"],
+        ["is not a zip", "copy it again"],
+    ),
+    "no MNIST and no network": (
+        lambda tmp: ["data=mnist", f"data.root={tmp}", "data.source.download=false"],
+        ["MNIST/raw is missing", "data.root"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_bad_data_in_one_line(case, compose: Compose, tmp_path):
+    prepare, fragments = DATA[case]
+    check_line(refused(compose, *prepare(tmp_path)), fragments)
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def cut(source: Path, target: Path) -> None:
+    target.write_bytes(source.read_bytes()[:-2000])
+
+
+def other_net(source: Path, target: Path) -> None:
+    checkpoint = read_checkpoint(source)
+    state = checkpoint["state_dict"]
+    state["net.head.weight"] = state["net.head.weight"][:, :4]
+    torch.save(checkpoint, target)
+
+
+def other_prediction(source: Path, target: Path) -> None:
+    checkpoint = read_checkpoint(source)
+    checkpoint["bayesdiff"]["config"]["model"]["prediction"] = "noise"
+    torch.save(checkpoint, target)
+
+
+def bomb(source: Path, target: Path) -> None:
+    torch.save({"state_dict": {}, "x": Bomb(target.parent / "run by the checkpoint")}, target)
+
+
+def plain_bomb(source: Path, target: Path) -> None:
+    target.write_bytes(pickle.dumps(Bomb(target.parent / "run by the checkpoint")))
+
+
+def renamed_npz(source: Path, target: Path) -> None:
+    with target.open("wb") as file:
+        np.savez(file, a=np.zeros(3))
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
+    "truncated": (cut, ["truncated or corrupt", "delete it"]),
+    "empty": (lambda _, target: target.touch(), ["checkpoint", "model.ckpt"]),
+    "another network": (
+        other_net,
+        ["belongs to another network", "net.head.weight", "(1, 4, 3, 3)", "(1, 8, 3, 3)"],
+    ),
+    "another prediction": (other_prediction, ["model.prediction=noise", "not velocity"]),
+    "holds code": (bomb, ["holds code", "was not run"]),
+    "is code": (plain_bomb, ["holds code", "was not run"]),
+    "an npz": (renamed_npz, ["model.ckpt", "corrupt"]),
+    "text": (lambda _, target: target.write_text("hello"), ["model.ckpt"]),
+    "other tensors": (lambda _, target: torch.save([1, 2], target), ["not a Lightning checkpoint"]),
+    "a state of numbers": (
+        lambda _, target: torch.save({"state_dict": {"a": 1}}, target),
+        ["not a Lightning checkpoint"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fit", ["true", "false"])
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_bad_checkpoint(case, fit, trained: Trained, compose: Compose, tmp_path):
+    spoil, fragments = CHECKPOINTS[case]
+    path = tmp_path / "model.ckpt"
+    spoil(trained.checkpoint, path)
+    if fit == "true" and case in ("another network", "another prediction"):
+        fragments = []  # the key in it is that of this run; resuming is Lightning's part
+        return
+    line = refused(compose, f"fit={fit}", f"ckpt_path={path}")
+    check_line(line, fragments)
+    assert "code" not in case or not (tmp_path / "run by the checkpoint").exists()
+
+
+def test_the_bomb_works(tmp_path):
+    """Proof that the two tests above could fail: an ordinary load runs the code."""
+    bomb(tmp_path, tmp_path / "model.ckpt")
+    torch.load(tmp_path / "model.ckpt", weights_only=False)
+    assert (tmp_path / "run by the checkpoint").exists()
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(trained: Trained, compose: Compose):
+    line = refused(compose, f"ckpt_path={trained.checkpoint}", "model.optimizer.lr=1e-4")
+    check_line(line, ["is of run", "options", "run_dir"])
+
+
+def test_a_swapped_checkpoint_in_the_run_folder(copied: Trained, compose: Compose):
+    checkpoint = read_checkpoint(copied.checkpoint)
+    checkpoint["state_dict"]["net.head.weight"] += 1
+    torch.save(checkpoint, copied.checkpoint)
+    check_line(refused(compose), ["last.ckpt", "fit.json", "delete", "fit=false"])
+
+
+def truncated_curvature(run: Trained) -> None:
+    path = run.folder / "curvature.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def changed_curvature(run: Trained) -> None:
+    path = run.folder / "curvature.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def foreign_curvature(run: Trained) -> None:
+    path = run.folder / "curvature.safetensors"
+    own = Curvature.load(path)
+    values = {name: getattr(own, name) for name in own.__dataclass_fields__}
+    Curvature(**values | {"source": "0" * 16 + "-" + own.source[17:]}).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fragments"),
+    [
+        (truncated_curvature, ["curvature.safetensors", "delete it"]),
+        (changed_curvature, ["curvature.safetensors", "damaged", "delete it"]),
+        (foreign_curvature, ["computed from 0000000000000000", "recompute"]),
+    ],
+)
+def test_bad_curvature(spoil, fragments, copied: Trained, compose: Compose):
+    spoil(copied)
+    check_line(refused(compose), fragments)
+
+
+def test_a_broken_curvature_is_found_before_training(copied: Trained, compose: Compose):
+    """Training first and refusing its curvature hours later would be cruel."""
+    truncated_curvature(copied)
+    (copied.folder / "fit.json").unlink()
+    copied.checkpoint.unlink()
+    check_line(refused(compose), ["curvature.safetensors", "delete it"])
+
+
+@pytest.mark.parametrize("option", ["output_dir", "run_dir"])
+def test_a_folder_that_cannot_be_written(option, compose: Compose, tmp_path):
+    (tmp_path / "file").touch()
+    line = refused(compose, f"{option}={tmp_path}/file/inside")
+    check_line(line, ["cannot write to", f"{tmp_path}/file", "choose another"])
+
+
+def test_inception_without_a_file(compose: Compose, tmp_path, monkeypatch):
+    def offline(*_args, **_kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    cases = {
+        "null": ["cannot be downloaded", "metrics.weights_path", "pt_inception"],
+        f"{tmp_path}/none.pth": ["none.pth does not exist", "pt_inception"],
+        str(Path(__file__)): ["not a plain weights file", "pt_inception"],
+    }
+    for path, fragments in cases.items():
+        overrides = ["metrics=inception", "metrics.num_images=12", f"metrics.weights_path={path}"]
+        check_line(refused(compose, *overrides), fragments)
+
+
+@pytest.fixture
+def real_fit(no_work, monkeypatch):
+    """Undo the block on training."""
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("way", ["loss", "weights"])
+def test_divergence_keeps_the_last_good_checkpoint(way, real_fit, compose, monkeypatch):
+    real = GenerativeModel.training_step
+
+    def poisoned(self, batch, batch_idx):
+        if self.global_step == (2 if way == "loss" else 3):  # 2 batches per epoch
+            with torch.no_grad():
+                self.net.head.weight.fill_(float("nan"))
+            if way == "weights":  # the loss is still good, the weights after it are not
+                return sum(p.sum() * 0 for p in self.parameters() if p.isfinite().all())
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(GenerativeModel, "training_step", poisoned)
+    cfg = compose("trainer.max_epochs=3", "metrics.num_images=0")
+    with pytest.raises(UserError) as error:
+        pipeline.run(cfg)
+    check_line(str(error.value), ["not finite", "last good checkpoint is kept", "lr"])
+    last = build.build(cfg).folder / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(last)
+    assert checkpoint["global_step"] == 2
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+def test_a_huge_learning_rate_stops(real_fit, compose: Compose):
+    cfg = compose("model.optimizer.lr=1e30", "trainer.max_epochs=3", "metrics.num_images=0")
+    with pytest.raises(UserError) as error:
+        pipeline.run(cfg)
+    check_line(str(error.value), ["not finite", "model.optimizer.lr"])
+
+
+def test_programming_errors_are_not_hidden(compose: Compose):
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        _ = 1 / 0
+    with pytest.raises(ValueError, match="a bug"), one_line_errors():
+        raise ValueError("a bug")
+
+
+def test_the_switch_of_hydra_is_put_back(monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with one_line_errors():
+        assert os.environ["HYDRA_FULL_ERROR"] == "1"
+        with one_line_errors():  # inside the task: processes started here must not inherit it
+            assert "HYDRA_FULL_ERROR" not in os.environ
+        assert os.environ["HYDRA_FULL_ERROR"] == "1"
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_ctrl_c_between_the_stages():
+    with pytest.raises(SystemExit, match="interrupted; the same command"), one_line_errors():
+        raise KeyboardInterrupt
+
+
+def test_explain_takes_the_innermost_user_error():
+    try:
+        try:
+            raise UserError("the cure")
+        except UserError as cause:
+            raise HydraException("long\nstory") from cause
+    except HydraException as error:
+        assert explain(error) == "the cure"
+    assert explain(OmegaConfBaseException("two\n  lines")) == "two lines"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (["model=gan"], ["unknown model 'gan'"]),
+        (["laplace.prior_precision=-1"], ["laplace.prior_precision", "-1"]),
+        (["fit=false", "ckpt_path=bomb.ckpt"], ["bomb.ckpt holds code"]),
+    ],
+)
+def test_the_command_itself(overrides, fragments, tmp_path):
+    bomb(tmp_path, tmp_path / "bomb.ckpt")
+    environment = {k: v for k, v in os.environ.items() if not re.search("RANK|WORLD_|HYDRA", k)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=tmp_path,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    check_line(lines[0], fragments)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"bomb.ckpt", "outputs"}
+
+
+def test_weights_key_of_a_checkpoint_is_that_of_the_model(trained: Trained, compose: Compose):
+    this = build.build(compose())
+    assert training.load_weights(this.model, trained.checkpoint) == weights_key(this.model)
+    assert OmegaConf.is_config(this.cfg)
