@@ -34,7 +34,7 @@ def weights_key(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path`` and move it into place: all or nothing.
 
     Raises:

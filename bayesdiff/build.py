@@ -12,10 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.artefacts import key_of, write_atomic
 from bayesdiff.checks import UserError, at_least, positive, share
-from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.device import autocast_dtype
-from bayesdiff.distributed import barrier, rank
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.models import GenerativeModel
 
@@ -57,7 +55,7 @@ def build(cfg: DictConfig) -> Run:
     check_values(cfg)
     device = choose_device(str(cfg.trainer.accelerator))
     data = ImageDataModule(
-        load_images(cfg),
+        instantiate(cfg.data.source),
         batch_size=cfg.data.batch_size,
         flip=cfg.data.flip,
         seed=cfg.seed,
@@ -70,16 +68,6 @@ def build(cfg: DictConfig) -> Run:
         write_atomic(folder / ".writable", lambda file: None)
         (folder / ".writable").unlink(missing_ok=True)
     return Run(cfg, data, model, device, key, folder)
-
-
-def load_images(cfg: DictConfig) -> ImageData:
-    """The images, read by one process first: it alone downloads what is missing."""
-    if rank():
-        barrier()
-    images = instantiate(cfg.data.source)
-    if not rank():
-        barrier()
-    return images
 
 
 def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:

@@ -18,6 +18,9 @@ def one_line_errors() -> Generator[None, None, None]:
     """Turn user errors and Hydra's own complaints into one line on stderr and exit status 1.
 
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead, as everywhere in Hydra.
+
+    Raises:
+        ValueError: one that is nobody's mistake in a value, as it is.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -32,9 +35,10 @@ def one_line_errors() -> Generator[None, None, None]:
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
-        known = isinstance(error, (UserError, HydraException, OmegaConfBaseException))
-        if not known and _NUMBER_FOR_NAME not in str(error):
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain(error)}")
+    except ValueError as error:
+        if _NUMBER_FOR_NAME not in str(error):
             raise
         sys.exit(f"error: {explain(error)}")
     except KeyboardInterrupt:

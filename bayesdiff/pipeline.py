@@ -22,7 +22,7 @@ from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.report import table
 from bayesdiff.solvers import Solver
-from bayesdiff.solvers.step import check_solver
+from bayesdiff.solvers.step import check_solver, uniform_times
 from bayesdiff.stages import make_images, make_maps, score
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Estimator, Samples
@@ -92,10 +92,12 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     )
     model = this.model
     check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
+    solver.steps(model.path, model.prediction, uniform_times(solver.num_steps))  # or refuse now
     check_metrics(cfg.metrics, this)
-    laplace = LastLayerLaplace(path=this.folder / "curvature.safetensors", **plain(cfg.laplace))
-    if laplace.path.is_file():
-        Curvature.load(laplace.path)
+    stored = this.folder / "curvature.safetensors"
+    laplace = LastLayerLaplace(path=stored, **plain(cfg.laplace))
+    if stored.is_file():
+        Curvature.load(stored)
     launch(cfg, devices)
     return this, solver, estimator, laplace
 
@@ -116,7 +118,7 @@ def check_metrics(cfg: DictConfig, this: Run) -> None:
             f"unknown metrics.features {cfg.features!r}; choose classifier or inception"
         )
     if at_least("metrics.num_images", cfg.num_images, 0) == 1:
-        raise UserError("metrics.num_images=1 cannot be scored; give 2 or more, or 0 for no scores")
+        raise UserError("metrics.num_images=1 cannot be scored; give 2 or more, or 0 for none")
     if cfg.num_images and cfg.features == "inception" and is_main_process():
         from bayesdiff.metrics.features import inception_extractor
 

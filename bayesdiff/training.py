@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def fit(run: Run, laplace: Callback) -> str:
         # Stopped between the last epoch and fit.json. Lightning would now train nothing and leave
         # the raw weights in place of the averaged ones.
         if resume != last and is_main_process():
-            write_atomic(last, lambda file: shutil.copyfile(resume, file))
+            write_atomic(last, partial(shutil.copyfile, resume))
         weights = load_weights(run.model, resume)
     else:
         started = time.perf_counter()
@@ -88,7 +89,8 @@ def require_same_kind(run: Run, path: Path) -> None:
     """
     config = _note(path).get("config") or {}
     for name in ("model.prediction", "path"):
-        here, there = (plain(OmegaConf.select(c, name)) for c in (run.cfg, OmegaConf.create(config)))
+        both = (run.cfg, OmegaConf.create(config))
+        here, there = (plain(OmegaConf.select(c, name)) for c in both)
         if config and here != there:
             raise UserError(
                 f"checkpoint {path} was trained with {name}={there}, not {here}; "

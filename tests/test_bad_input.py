@@ -58,10 +58,13 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("model.prediction=score", ["unknown model.prediction 'score'", "velocity, noise, data, v"]),
     ("model.time_sampling=beta", ["unknown model.time_sampling 'beta'", "logit_normal"]),
     (
-        (*DIFFUSION, "+path.schedule=x"),
+        (*DIFFUSION, "path.schedule=x"),
         ["unknown path.schedule 'x'", "linear, scaled_linear, cosine"],
     ),
-    ((*DIFFUSION, "solver=ddpm", "solver.variance=big"), ["unknown solver.variance 'big'", "small"]),
+    (
+        (*DIFFUSION, "solver=ddpm", "solver.variance=big"),
+        ["unknown solver.variance 'big'", "small"],
+    ),
     # Pairs that do not fit
     ("solver=ddim", ["solver=ddim is for diffusion models", "euler, heun"]),
     ((*DIFFUSION, "solver=heun"), ["solver=heun is for flow models", "ddim, ddpm"]),
@@ -334,7 +337,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
     "is code": (plain_bomb, ["holds code", "was not run"]),
     "an npz": (renamed_npz, ["model.ckpt", "corrupt"]),
     "text": (lambda _, target: target.write_text("hello"), ["model.ckpt"]),
-    "other tensors": (lambda _, target: torch.save([1, 2], target), ["not a Lightning checkpoint"]),
+    "other tensors": (
+        lambda _, target: torch.save([1, 2], target),
+        ["not a Lightning checkpoint"],
+    ),
     "a state of numbers": (
         lambda _, target: torch.save({"state_dict": {"a": 1}}, target),
         ["not a Lightning checkpoint"],

@@ -110,7 +110,10 @@ def test_the_same_weights_from_a_shared_training(tmp_path):
         # A bias in front of a norm has no gradient; Adam makes steps of its rounding errors.
         atol = 1e-3 if name.endswith(".bias") else 1e-5
         torch.testing.assert_close(second[name], value, rtol=0, atol=atol, msg=name)
-    x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5)
+    x, t = (
+        torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.full((4,), 0.5),
+    )
     outputs = []
     for state in (first, second):
         model.load_state_dict(state)

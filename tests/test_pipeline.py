@@ -1,4 +1,4 @@
-"""The whole pipeline on digits: what it leaves behind, what it does again, and what it must not."""
+"""The whole pipeline on digits: what it leaves, what it does again, and what it must not."""
 
 import json
 import time

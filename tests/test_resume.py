@@ -35,7 +35,9 @@ def tensors(value: object, name: str = "") -> dict[str, Tensor]:
     if torch.is_tensor(value):
         return {name: value}
     if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in tensors(item, f"{name}.{key}").items()}
+        return {
+            k: v for key, item in value.items() for k, v in tensors(item, f"{name}.{key}").items()
+        }
     return {}
 
 
@@ -74,7 +76,8 @@ def test_stopped_and_continued(precision, ckpt_path, compose: Compose, tmp_path,
     assert fit(compose(*mine, f"ckpt_path={ckpt_path}")) == whole
     assert steps == [6, 7, 8, 9, 10, 11]
     one, two = (
-        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "mine")
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")
+        for name in ("whole", "mine")
     )
     parts = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers")
     for part in parts[:2]:

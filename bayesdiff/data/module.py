@@ -101,7 +101,8 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[Batch]:
         module, trainer = self.module, self.trainer
         # A network that learns one batch by heart must meet the same batch in every epoch.
-        epoch = 0 if trainer.overfit_batches else trainer.current_epoch
+        overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
+        epoch = 0 if overfit else trainer.current_epoch
         generator = torch.Generator().manual_seed(1_000_003 * module.seed + epoch)
         order = torch.randperm(len(self.images), generator=generator)
         mirrored = torch.rand(len(self.images), generator=generator) < 0.5

@@ -199,8 +199,8 @@ def over_time(samples: "Samples", classes: Sequence[str], count: int = 4) -> "Fi
             scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top}
             put(axes, maps[column, row], x, y + size[1] + GAP, size, **scale)
     for row in range(count):
-        unnamed = samples.labels is None
-        name = f"sample {row}" if unnamed else class_name(samples.labels[row], classes)
+        labels = samples.labels
+        name = f"sample {row}" if labels is None else class_name(labels[row], classes)
         axes.text(
             left - 10, 26 + row * tall + size[1] / 2, fit(name, 104), ha="right", va="center"
         )

@@ -1,0 +1,233 @@
+"""Every option of every group composes and instantiates; every file says what it is for."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, compose_list
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from bayesdiff import build
+from bayesdiff.cli import explain
+from bayesdiff.data.module import ImageDataModule
+from bayesdiff.data.sources import digits
+from bayesdiff.laplace.posterior import check_settings
+from bayesdiff.paths import CondOT, VariancePreserving
+from bayesdiff.solvers.step import check_solver
+from bayesdiff.training import _place
+from bayesdiff.uncertainty.samples import check_skip_interval
+
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+SHARED = [path for path in FILES if "local" not in path.parts]
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def every(group: str):
+    assert options(group)
+    return pytest.mark.parametrize("name", options(group))
+
+
+def composed(*overrides: str) -> DictConfig:
+    cfg = compose_list(list(overrides))
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def small_data() -> ImageDataModule:
+    return ImageDataModule(digits(), batch_size=64)
+
+
+@every("model")
+def test_models(name, small_data):
+    cfg = composed(f"model={name}", "net=tiny")
+    model = build.build_model(cfg, small_data)
+    assert {"flow": CondOT, "diffusion": VariancePreserving}[name] is type(model.path)
+    check_solver(instantiate(cfg.solver), model.path, conditional=True)
+    assert model.num_classes == 10
+
+
+@every("net")
+@pytest.mark.parametrize("classes", [None, 10])
+def test_networks(name, classes):
+    size = {"unet28": 28, "unet32": 32}.get(name, 8)
+    channels = 3 if name == "unet32" else 1
+    options = {"in_channels": channels, "image_size": size, "num_classes": classes}
+    net = instantiate(composed(f"net={name}").net, **options, _convert_="all")
+    x = torch.randn(2, channels, size, size)
+    assert net.eval()(x, torch.rand(2), None).shape == x.shape
+
+
+@every("path")
+def test_paths(name):
+    path = instantiate(composed(f"path={name}").path)
+    c = path.coefficients(torch.linspace(0, path.last_time, 9))
+    assert (c.alpha.diff() > 0).all() and (c.sigma.diff() < 0).all()
+
+
+@every("solver")
+def test_solvers(name):
+    solver = instantiate(composed(f"solver={name}").solver)
+    path = {"flow": CondOT, "diffusion": lambda: VariancePreserving("cosine")}[solver.family]()
+    check_solver(solver, path, conditional=False)
+    assert solver.num_steps >= 10
+
+
+@every("uncertainty")
+def test_estimators(name):
+    cfg = composed(f"uncertainty={name}")
+    estimator = instantiate(cfg.uncertainty)
+    estimator.check(instantiate(cfg.solver))
+    check_skip_interval(estimator.skip_interval, instantiate(cfg.solver))
+
+
+@every("laplace")
+def test_posteriors(name):
+    laplace = composed(f"laplace={name}").laplace
+    check_settings(laplace.structure, laplace.sigma_noise, laplace.prior_precision, laplace.n_eff)
+    assert laplace.structure == name
+
+
+@every("data")
+def test_data_sets(name, tmp_path):
+    """The source is found and takes its options; only the digits need no file."""
+    cfg = composed(f"data={name}", f"data.root={'null' if name == 'digits' else tmp_path}")
+    if "download" in cfg.data.source:
+        cfg.data.source.download = False
+    if name == "digits":
+        assert instantiate(cfg.data.source).num_classes == 10
+    else:
+        with pytest.raises(HydraException) as error:
+            instantiate(cfg.data.source)
+        assert str(tmp_path) in explain(error.value), explain(error.value)
+    assert cfg.data.name == name
+    assert cfg.trainer.max_epochs == cfg.data.epochs
+    assert cfg.data.batch_size > 0 and cfg.data.flip in (True, False)
+
+
+@every("trainer")
+def test_trainers(name):
+    cfg = composed(f"trainer={name}", *(["trainer.accelerator=cpu"] if name == "gpu" else []))
+    trainer = instantiate(cfg.trainer, precision="32-true", logger=False, _convert_="all")
+    assert trainer.max_epochs == cfg.data.epochs
+    assert trainer.num_devices == (2 if name == "ddp" else 1)
+
+
+@every("callbacks")
+def test_callbacks(name, tmp_path):
+    callbacks = composed(f"callbacks={name}").callbacks
+    made = [instantiate(callback, **_place(callback, tmp_path)) for callback in callbacks.values()]
+    assert all(isinstance(callback, Callback) for callback in made)
+
+
+@every("logger")
+def test_loggers(name, tmp_path):
+    logger = composed(f"logger={name}").logger
+    made = instantiate(logger, save_dir=tmp_path, name="tensorboard", version="")
+    assert isinstance(made, Logger)
+    assert Path(made.log_dir) == tmp_path / "tensorboard"
+
+
+@every("metrics")
+def test_metrics(name):
+    metrics = composed(f"metrics={name}").metrics
+    assert metrics.features == name and metrics.num_images >= 1000
+
+
+@every("debug")
+def test_debug(name):
+    cfg = composed(f"debug={name}")
+    assert cfg.trainer.max_epochs >= 1
+    instantiate(cfg.trainer, precision="32-true", logger=False, _convert_="all")
+
+
+@every("experiment")
+def test_experiments(name):
+    """A study composes, and its first line says how to run it."""
+    text = (CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# @package _global_\n")
+    assert f"experiment={name}" in text
+    cfg = composed(f"experiment={name}")
+    build.check_values(cfg)
+    instantiate(cfg.solver), instantiate(cfg.uncertainty), instantiate(cfg.path)
+
+
+def test_every_group_is_tested():
+    groups = {path.parent.name for path in FILES if path.parent != CONFIGS}
+    here = set(re.findall(r'^@every\("(\w+)"\)', Path(__file__).read_text(), re.MULTILINE))
+    assert groups - {"hydra", "local"} == here
+
+
+def test_no_argument_means_digits_and_no_file():
+    cfg = composed()
+    assert (cfg.data.name, cfg.data.root, cfg.fit) == ("digits", None, True)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_every_file_says_what_it_is_for(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if lines[0] == "# @package _global_":
+        lines = lines[1:]
+    assert re.match(r"# \w.{15,}", lines[0]), lines[0]
+    assert max(len(line) for line in lines) <= 100
+
+
+def leaves(cfg: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(cfg, dict):
+        return {prefix: cfg}
+    return {k: v for key, x in cfg.items() for k, v in leaves(x, f"{prefix}.{key}").items()}
+
+
+# Read by name in the package rather than passed to a constructor.
+READ = {"name", "root", "epochs"}
+
+
+def test_no_key_is_left_unused(tmp_path):
+    """What is in a file is read: passed on by instantiate, or named in the package."""
+    code = "\n".join(path.read_text() for path in (ROOT / "bayesdiff").rglob("*.py"))
+    for path in SHARED:
+        if {"hydra", "experiment", "debug"} & set(path.parts):
+            continue
+        for key in leaves(OmegaConf.to_container(OmegaConf.load(path))):
+            name = key.rpartition(".")[2]
+            if name in READ or key.startswith(".defaults"):
+                continue
+            passed = "_target_" in path.read_text()  # an unknown one fails to instantiate
+            assert passed or re.search(rf"\b{name}\b", code), f"{path.name}: {key} is not used"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["foo=1", "data.foo=1", "model.foo=1", "solver.foo=1", "metrics.foo=1", "trainer.foo=1"],
+)
+def test_unknown_keys_are_refused(override):
+    with pytest.raises(HydraException) as error:
+        composed(override)
+    assert explain(error.value).startswith(f"unknown option '{override[:-2]}'")
+
+
+def test_unknown_keys_of_constructors_are_refused():
+    for group in ("solver", "uncertainty", "path"):
+        with pytest.raises(HydraException, match="foo"):
+            instantiate(composed(f"+{group}.foo=1")[group])
+
+
+def test_hydra_leaves_nothing_behind():
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = GlobalHydra.instance().config_loader().load_configuration("train", [], "RUN")
+    assert cfg.hydra.output_subdir is None and cfg.hydra.run.dir == "."
+    assert cfg.hydra.job.chdir is False
+    for logging in (cfg.hydra.job_logging, cfg.hydra.hydra_logging):
+        assert set(logging.handlers) == {"console"}  # no train.log where one happens to stand
+        assert logging.handlers.console.stream == "ext://sys.stderr"
