@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench tensorboard clean
+.PHONY: help setup demo test test-slow coverage lint bench tensorboard clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: $(READY) ## run the fast tests
 
 test-slow: $(READY) ## run the long checks
 	$(BIN)/python -m pytest -m slow
+
+coverage: $(READY) ## run the fast tests and refuse less than 90 % of the package covered
+	$(BIN)/python -m pytest -m "not slow" --cov=bayesdiff --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: $(READY) ## check format, style and types
 	$(BIN)/ruff format --check .

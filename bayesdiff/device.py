@@ -7,6 +7,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the device computes faster in it, else None."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    capabilities = torch.cpu.get_capabilities()
+    # Without these instructions bfloat16 is emulated, and slower than float32.
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if device.type == "cpu" and fast else None

@@ -117,11 +117,10 @@ def score(run: Run, images: Tensor) -> dict[str, float]:
         seed=cfg.seed,
         weights_path=cfg.weights_path,
         device=run.device,
-        progress=True,
     )
     key = f"{data.fingerprint}-{weights_hash(extractor)}"
     reference = reference_statistics(
-        lambda: extract(extractor, data.images, cfg.batch_size, progress=True),
+        lambda: extract(extractor, data.images, cfg.batch_size),
         key=key,
         cache_dir=cache,
         seed=cfg.seed,

@@ -95,7 +95,7 @@ def test_extraction_is_the_network_in_eval_mode():
     made = network()
     before = {name: value.clone() for name, value in made.state_dict().items()}
     images = random_images(9)
-    found = extract(classifier_extractor(made.train()), images, progress=True)
+    found = extract(classifier_extractor(made.train()), images)
     with torch.no_grad():
         torch.testing.assert_close(found.logits, made.eval()(images), rtol=1e-5, atol=1e-5)
     assert found.features.shape == (9, 128) and len(found) == 9

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from bayesdiff.checks import UserError
+from bayesdiff.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +29,6 @@ _EXTENSIONS = (".png", ".jpg", ".jpeg")
 # Only conversions that keep every pixel value: bilevel is grey, a palette is a list of RGB.
 _MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
 _CHUNK = 64  # images per thread job: few enough for a smooth bar and a quick stop on an error
-_BAR_FROM = 2000  # images; fewer are read in about a second
 
 
 def is_image(name: str) -> bool:
@@ -83,11 +81,9 @@ def decode(names: list[str], read: Callable[[str], bytes], where: Path) -> Tenso
 
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     starts = range(0, len(names), _CHUNK)
-    console, quiet = Console(stderr=True), len(names) < _BAR_FROM
     try:
-        done = pool.map(fill, starts)
-        for _ in track(done, "reading images", len(starts), console=console, disable=quiet):
-            pass
+        for done in track([pool.submit(fill, start) for start in starts], "reading images"):
+            done.result()
     finally:
         pool.shutdown(cancel_futures=True)
     return images

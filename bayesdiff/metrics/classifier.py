@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesdiff.checks import UserError
+from bayesdiff.device import autocast_dtype
+from bayesdiff.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,6 @@ def train_classifier(
     seed: int,
     epochs: int,
     device: torch.device | str = "cpu",
-    progress: bool = False,
 ) -> Classifier:
     """Train a classifier with AdamW and a one-cycle learning rate.
 
@@ -88,7 +89,6 @@ def train_classifier(
         seed: fixes the initial weights and the order of the images; the global state is kept.
         epochs: passes over the images.
         device: where to train; the result stays there.
-        progress: show a bar with the time left.
 
     Returns:
         The classifier in eval mode, channels-last, with ``test_accuracy`` set.
@@ -100,7 +100,7 @@ def train_classifier(
         network = Classifier(images.shape[1], num_classes, stride=stride)
     network = network.to(memory_format=torch.channels_last).to(device).train()
     batches = _batches(len(images), epochs, torch.Generator().manual_seed(seed))
-    _fit(network, images.to(device), labels.to(device), batches, progress)
+    _fit(network, images.to(device), labels.to(device), batches)
     network.eval()
     if test_images is not None and test_labels is not None and len(test_images):
         network.test_accuracy = _accuracy(network, test_images, test_labels)
@@ -114,7 +114,6 @@ def load_or_train(
     *,
     epochs: int | None = None,
     device: torch.device | str = "cpu",
-    progress: bool = False,
 ) -> Classifier:
     """The classifier of a data set, from the cache when it was trained on the same content.
 
@@ -125,7 +124,6 @@ def load_or_train(
         seed: see `train_classifier`; part of the cache key.
         epochs: passes over the images; None chooses by their number.
         device: where to train, and where the result lies.
-        progress: show a bar with the time left.
 
     Returns:
         The classifier in eval mode.
@@ -152,7 +150,6 @@ def load_or_train(
         seed=seed,
         epochs=epochs,
         device=device,
-        progress=progress,
     )
     log.info("classifier of %s: held-out accuracy %.4f", data.name, network.test_accuracy)
     save_classifier(network, path, data=data.name, fingerprint=data.fingerprint)
@@ -202,16 +199,6 @@ def _read_cache(path: Path) -> Classifier | None:
         return None
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware multiplies in it (about twice as fast), else None."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    # Without these instructions bfloat16 is emulated, and slower than float32.
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if device.type == "cpu" and fast else None
-
-
 def _block(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -229,21 +216,13 @@ def _batches(size: int, epochs: int, generator: torch.Generator) -> list[Tensor]
     return [part for order in orders for part in order[: size // batch * batch].split(batch)]
 
 
-def _fit(
-    network: Classifier, images: Tensor, labels: Tensor, batches: list[Tensor], progress: bool
-) -> None:
-    from rich.console import Console
-    from rich.progress import track
-
+def _fit(network: Classifier, images: Tensor, labels: Tensor, batches: list[Tensor]) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=5e-3, total_steps=len(batches), pct_start=0.2
     )
     dtype = autocast_dtype(images.device)
-    console = Console(stderr=True)
-    for index in track(
-        batches, "training the classifier", console=console, transient=True, disable=not progress
-    ):
+    for index in track(batches, "training the classifier"):
         index = index.to(images.device)
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             logits = network(images[index].contiguous(memory_format=torch.channels_last))

@@ -21,6 +21,7 @@ from torch_fidelity.registry import register_feature_extractor
 
 from bayesdiff.checks import UserError
 from bayesdiff.metrics.classifier import Classifier, load_classifier, load_or_train
+from bayesdiff.progress import track
 
 CLASSIFIER = "bayesdiff-classifier"
 INCEPTION = "inception-v3-compat"
@@ -122,7 +123,6 @@ def build_extractor(
     seed: int,
     weights_path: Path | str | None = None,
     device: torch.device | str = "cpu",
-    progress: bool = False,
 ) -> FeatureExtractorBase:
     """The extractor that ``metrics.features`` names.
 
@@ -133,7 +133,6 @@ def build_extractor(
         seed: seed of the classifier.
         weights_path: see `inception_extractor`.
         device: where the network lies.
-        progress: show a bar while a classifier is trained.
 
     Returns:
         An extractor in eval mode.
@@ -145,7 +144,7 @@ def build_extractor(
         return inception_extractor(weights_path, device=device)
     if features != "classifier":
         raise UserError(f"metrics.features={features} is unknown; choose classifier or inception")
-    network = load_or_train(cache_dir, data, seed, device=device, progress=progress)
+    network = load_or_train(cache_dir, data, seed, device=device)
     return classifier_extractor(network)
 
 
@@ -189,7 +188,6 @@ def extract(
     extractor: FeatureExtractorBase,
     images: Tensor,
     batch_size: int = 256,
-    progress: bool = False,
 ) -> Features:
     """Features and logits of a set of images, in float32, the same for every batch size.
 
@@ -197,7 +195,6 @@ def extract(
         extractor: from `classifier_extractor` or `inception_extractor`.
         images: uint8 (N, C, H, W), on any device.
         batch_size: images per call; changes the speed and the memory only.
-        progress: show a bar with the time left.
 
     Returns:
         Features on the CPU, in the order of the images.
@@ -210,19 +207,10 @@ def extract(
             f"images must be uint8 (N, C, H, W) with N >= 1, got {images.dtype} "
             f"{tuple(images.shape)}"
         )
-    from rich.console import Console
-    from rich.progress import track
-
     device = next(extractor.parameters()).device
     parts = []
     with torch.no_grad():
-        for batch in track(
-            images.split(batch_size),
-            "extracting features",
-            console=Console(stderr=True),
-            transient=True,
-            disable=not progress,
-        ):
+        for batch in track(images.split(batch_size), "extracting features"):
             parts.append([part.float().cpu() for part in extractor(batch.to(device))])
     features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
     return Features(features, logits)

@@ -1,7 +1,8 @@
 """The one U-Net: forward = fold(head(features(x, t, y)))."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,9 @@ class _Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
+Block = Callable[[int, int], _ResidualBlock]
+
+
 class UNet(nn.Module):
     """U-Net with a public last layer, for images of any size its levels divide.
 
@@ -135,28 +139,12 @@ class UNet(nn.Module):
         self.classes = nn.Embedding(num_classes + 1, embedding) if num_classes else None
         self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
 
-        def block(source: int, out: int) -> _ResidualBlock:
-            return _ResidualBlock(source, out, embedding, dropout)
-
-        skips, last = [width], width
-        self.down = nn.ModuleList()
-        for i, out in enumerate(channels):
-            if i:
-                self.down.append(_Downsample(last))
-                skips.append(last)
-            for _ in range(blocks):
-                self.down.append(block(last, out))
-                skips.append(out)
-                last = out
+        block = partial(_ResidualBlock, embedding=embedding, dropout=dropout)
+        self.down, widths = _down(block, channels, blocks)
+        last = channels[-1]
         self.middle = nn.ModuleList([block(last, last), block(last, last)])
         self.attention = _SelfAttention(last) if attention else nn.Identity()
-        self.up = nn.ModuleList()
-        for i, out in reversed(list(enumerate(channels))):
-            for _ in range(blocks + 1):
-                self.up.append(block(last + skips.pop(), out))
-                last = out
-            if i:
-                self.up.append(_Upsample(last))
+        self.up = _up(block, channels, blocks, widths)
         self.norm = nn.GroupNorm(_groups(width), width)
         self.head = nn.Conv2d(width, in_channels * patch**2, head_kernel, padding=head_kernel // 2)
 
@@ -194,6 +182,33 @@ class UNet(nn.Module):
         if y is None:
             y = torch.full(t.shape, self.classes.num_embeddings - 1, device=t.device)
         return embedding + self.classes(y)
+
+
+def _down(block: Block, channels: Sequence[int], blocks: int) -> tuple[nn.ModuleList, list[int]]:
+    """Layers towards the lowest resolution, and the width of every skip connection."""
+    layers, last = nn.ModuleList(), channels[0]
+    skips = [last]
+    for level, out in enumerate(channels):
+        if level:
+            layers.append(_Downsample(last))
+            skips.append(last)
+        for _ in range(blocks):
+            layers.append(block(last, out))
+            skips.append(out)
+            last = out
+    return layers, skips
+
+
+def _up(block: Block, channels: Sequence[int], blocks: int, skips: list[int]) -> nn.ModuleList:
+    """Layers back to the highest resolution; each block takes one skip connection."""
+    layers, last = nn.ModuleList(), channels[-1]
+    for level, out in reversed(list(enumerate(channels))):
+        for _ in range(blocks + 1):
+            layers.append(block(last + skips.pop(), out))
+            last = out
+        if level:
+            layers.append(_Upsample(last))
+    return layers
 
 
 def _groups(channels: int) -> int:
