@@ -62,7 +62,8 @@ def explain(error: BaseException) -> str:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"unknown {group} {name!r}; choose from {', '.join(sorted(error.options))}"
     if _NUMBER_FOR_NAME in str(error):
-        return f"{_line(error)}; choose by name, as in model=flow, --help lists the names"
+        cure = "choose by name, as in model=flow, or leave a group out, as in ~logger"
+        return f"{_line(error)}; {cure}"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         key = re.search(r"full_key: (\S+)", str(error))
         return f"{key.group(1) if key else 'a value'} does not work: {_line(error.__cause__)}"

@@ -34,7 +34,6 @@ def run_cell(cfg: DictConfig) -> float | None:
     row: dict[str, Any] = {"number": number, "overrides": overrides, "status": "failed"}
     metrics: dict[str, float] = {}
     try:
-        refuse_many_devices(cfg)
         result = pipeline.run(cfg)
         metrics = result.metrics
         row |= {"status": "done", "folder": str(result.folder)}
@@ -51,21 +50,6 @@ def run_cell(cfg: DictConfig) -> float | None:
     elif row["status"] == "failed":
         sys.exit(f"error: {row['error']}")
     return next((v for name, v in metrics.items() if name.startswith("fid@")), None)
-
-
-def refuse_many_devices(cfg: DictConfig) -> None:
-    """Refuse a sweep whose cells would each start several processes.
-
-    Lightning starts them by repeating the command, and the command is the whole sweep.
-
-    Raises:
-        UserError: with the command that works.
-    """
-    if os.environ.get(_FOLDER) and cfg.trainer.devices not in (1, "auto"):
-        raise UserError(
-            f"a sweep cell uses one device, got trainer.devices={cfg.trainer.devices}; first run "
-            "python train.py trainer=ddp ..., the sweep then finds the finished training"
-        )
 
 
 class SweepReport(Callback):

@@ -9,7 +9,12 @@ from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from omegaconf import OmegaConf
 
 from bayesdiff.artefacts import (
@@ -146,9 +151,11 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
         )
     # Averaging first: every other callback then sees the averaged weights where Lightning does.
     callbacks.sort(key=lambda callback: not isinstance(callback, EMAWeightAveraging))
-    logger = run.cfg.logger and instantiate(
+    logger = run.cfg.get("logger") and instantiate(
         run.cfg.logger, save_dir=run.folder, name="tensorboard", version=""
     )
+    if not logger:  # Lightning refuses curves of the learning rate that go nowhere
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     options: dict[str, Any] = {"precision": precision(run.cfg, run.device)}
     trainer: L.Trainer = instantiate(
         run.cfg.trainer,

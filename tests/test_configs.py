@@ -216,7 +216,7 @@ def test_unknown_keys_are_refused(override):
 
 def test_unknown_keys_of_constructors_are_refused():
     for group in ("solver", "uncertainty", "path"):
-        with pytest.raises(HydraException, match="foo"):
+        with pytest.raises(HydraException, match="foo|takes no arguments"):
             instantiate(composed(f"+{group}.foo=1")[group])
 
 

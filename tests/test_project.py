@@ -118,8 +118,7 @@ def test_files_and_functions_stay_small(source):
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, functions):
-            body = (ast.get_docstring(node, clean=False) or "").splitlines()
-            length = node.end_lineno - node.lineno + 1 - len(body)
+            length = node.end_lineno - node.lineno + 1 - len(docstring(node).splitlines())
             assert length <= 45, f"{node.name} has {length} lines"
 
 

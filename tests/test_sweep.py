@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, compose_list, smallest
+from conftest import ROOT, smallest
 
 from bayesdiff import sweep
-from bayesdiff.checks import UserError
 
 KEY = "laplace.prior_precision"
 
@@ -73,13 +72,6 @@ def test_started_again_only_what_is_missing_runs(swept):
     assert again.returncode == 1  # the bad value is still bad
     assert {path: path.stat().st_mtime_ns for path in copy.folder.rglob("*.npz")} == stamps
     assert len(list(copy.output_dir.glob("sweeps/*"))) == 1
-
-
-def test_cells_with_many_devices_are_refused_with_the_cure(tmp_path, monkeypatch):
-    monkeypatch.setenv("BAYESDIFF_SWEEP", str(tmp_path))
-    cfg = compose_list(smallest(tmp_path, "trainer=ddp"))
-    with pytest.raises(UserError, match="one device.*train.py trainer=ddp"):
-        sweep.refuse_many_devices(cfg)
 
 
 def test_swept_keys_are_those_that_vary():

@@ -72,8 +72,7 @@ def test_averaging_comes_first(compose: Compose, monkeypatch):
 
     monkeypatch.setattr(L.Trainer, "fit", stop)
     cfg = compose()
-    ema = cfg.callbacks.pop("ema")
-    cfg.callbacks.ema = ema  # now the last one
+    cfg.callbacks = {**cfg.callbacks, "ema": None, "late": cfg.callbacks.ema}
     with pytest.raises(InterruptedError):
         fit(cfg)
     assert seen[0] == "EMAWeightAveraging"
@@ -83,22 +82,22 @@ def test_averaging_comes_first(compose: Compose, monkeypatch):
 
 
 def test_it_learns_one_batch_by_heart(compose: Compose):
-    options = ["debug=overfit", "trainer.max_epochs=120", "model.optimizer.lr=5e-3"]
+    options = ["debug=overfit", "trainer.max_epochs=60", "model.optimizer.lr=1e-2"]
+    options += ["trainer.check_val_every_n_epoch=60"]
     cfg = compose(
         *options, "callbacks.ema.decay=0.5", "data.batch_size=16", "model.class_dropout=0"
     )
-    cfg.trainer.pop("limit_train_batches")
     this, _ = fit(cfg)
     losses = scalars(this.folder / "tensorboard")["train/loss"]
-    assert len(losses) == 120
-    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    assert len(losses) == 60
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ("logger=csv",),
-        ("logger=null", "callbacks.learning_rate=null"),
+        ("~logger",),
         ("callbacks.ema=null", "trainer.gradient_clip_val=null"),
         ("debug=fdr", "+trainer.accumulate_grad_batches=2"),
         ("+trainer.max_steps=1", "trainer.max_epochs=-1"),
@@ -111,21 +110,13 @@ def test_variations_run(overrides, compose: Compose):
     assert (this.folder / "curvature.safetensors").is_file()
     assert bool(list(this.folder.rglob("metrics.csv"))) == (overrides[0] == "logger=csv")
     events = list(this.folder.rglob("events.*"))
-    assert bool(events) == (not overrides[0].startswith("logger"))
-
-
-def test_no_logger_needs_no_learning_rate_curve(compose: Compose):
-    fit(compose("logger=null"))
+    assert bool(events) == ("logger" not in overrides[0])
 
 
 def test_sample_grids_while_it_trains(compose: Compose):
     cfg = compose("trainer.max_epochs=2")
-    cfg.callbacks.samples = {
-        "_target_": "bayesdiff.report.callback.SampleGrid",
-        "every_n_epochs": 2,
-        "num_steps": 2,
-        "rows": 1,
-    }
+    options = {"grids": 1, "num_steps": 2, "rows": 1}
+    cfg.callbacks.samples = {"_target_": "bayesdiff.report.callback.SampleGrid", **options}
     this, _ = fit(cfg)
     assert (this.folder / "figures" / "training.png").stat().st_size > 0
 
@@ -143,7 +134,7 @@ def test_clipping_bounds_the_step(compose: Compose, monkeypatch):
     norms = []
 
     class Watch(Callback):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        def on_train_batch_end(self, trainer, pl_module, *args):
             grads = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
             norms.append(float(torch.stack(grads).norm()))
 
