@@ -54,17 +54,17 @@ def run(cfg: DictConfig) -> Result:
     weights = fit(this, laplace)
     this.model.to(this.device).eval()
     posterior = laplace.fit(this.model, this.data.data)
-    images_key = key_of(weights, plain(cfg.solver), cfg.seed, cfg.metrics.num_images)
-    cell_key = key_of(
-        images_key, settings_of(posterior), plain(cfg.uncertainty), plain(cfg.metrics)
-    )
+    sampled = [weights, plain(cfg.solver), cfg.seed]
+    images_key = key_of(*sampled, cfg.metrics.num_images)
+    maps_key = key_of(*sampled, settings_of(posterior), plain(cfg.uncertainty))
+    cell_key = key_of(maps_key, images_key, plain(cfg.metrics))
     names = [type(part).__name__.lower() for part in (solver, estimator)]
-    folder = this.folder / "-".join([*names, cell_key[:8]])
+    folder = this.folder / "-".join([*names, maps_key[:8]])
     images = None
     if cfg.metrics.num_images:
         path = this.folder / f"images-{names[0]}-{images_key[:8]}.npz"
         images = make_images(this, solver, cfg.metrics.num_images, path, images_key)
-    samples = make_maps(this, solver, estimator, posterior, folder / "samples.npz", cell_key)
+    samples = make_maps(this, solver, estimator, posterior, folder / "samples.npz", maps_key)
     result = Result(folder, {}, settings(cfg, this, posterior))
     if rank() == 0:
         metrics = scores_of(this, images, samples, folder, cell_key, images_key)

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ from bayesdiff.build import Run, is_main_process, plain, precision
 from bayesdiff.checks import UserError
 
 log = logging.getLogger(__name__)
+
+# Lightning's remarks on its own code, on a short epoch, and on a resume, which is wanted here.
+_NOISE = (
+    r".*isinstance\(treespec, LeafSpec\)",
+    r"The number of training batches",
+    r"Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed",
+)
 
 
 def fit(run: Run, laplace: Callback) -> str:
@@ -139,6 +148,8 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
     """
     if is_main_process():
         write_text(run.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(run.cfg, resolve=True))
+    for remark in _NOISE:
+        warnings.filterwarnings("ignore", message=remark)
     L.seed_everything(run.cfg.seed, workers=True, verbose=False)
     folder = run.folder / "checkpoints"
     callbacks = [
