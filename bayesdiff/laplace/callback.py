@@ -72,6 +72,8 @@ class LastLayerLaplace(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit the posterior of the trained weights."""
+        # Lightning has already moved the model to the CPU.
+        pl_module.to(trainer.strategy.root_device)
         data = trainer.datamodule.data  # type: ignore[attr-defined]
         self.fit(pl_module, data)
         for logger in trainer.loggers:

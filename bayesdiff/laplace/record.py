@@ -75,8 +75,8 @@ class Curvature:
         """
         if source != self.source:
             raise UserError(
-                f"the curvature was computed from {self.source}, not from {source}; recompute it"
-                " for this checkpoint"
+                f"the curvature was computed from {self.source}, not from {source}; delete"
+                " the file to compute it again, or give another run_dir"
             )
 
     def save(self, path: str | Path) -> None:

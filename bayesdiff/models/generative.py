@@ -103,13 +103,13 @@ class GenerativeModel(L.LightningModule):
         self._loss_sum = self._loss_sum + loss.detach()
         if batch_idx % 50 == 0:
             self._refuse_divergence()
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[0]))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> None:
         """The same error on test images, with the same draws in every epoch."""
         loss = self._loss(*batch, step=-1 - batch_idx, share=slice(None))
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch[0]))
 
     def on_train_epoch_end(self) -> None:
         """Stops before a checkpoint of a diverged network could replace a good one."""
