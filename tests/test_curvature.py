@@ -454,11 +454,11 @@ def test_the_curvature_of_another_checkpoint_or_data_set_is_refused(tmp_path, da
     kept = path.read_bytes()
     changed = trainable()
     next(changed.parameters()).data[0] += 1e-3
-    with pytest.raises(UserError, match="recompute it for this checkpoint"):
+    with pytest.raises(UserError, match="delete the file"):
         LastLayerLaplace(path).fit(changed, data.data)
     images, labels = pictures(12, size=8)
     other = ImageData.build("made", images, labels, images, labels, ("a", "b", "c"))
-    with pytest.raises(UserError, match="recompute it for this checkpoint"):
+    with pytest.raises(UserError, match="delete the file"):
         LastLayerLaplace(path, draws=2).fit(model, other)
     assert path.read_bytes() == kept and len(passes) == 1
 
