@@ -64,6 +64,12 @@ def _shifts_single(features: Tensor, k: int) -> Tensor:
     channels, height, width = features.shape[1:]
     shape, reach = (channels, channels, k, 2 * k - 1), k - 1
     sums = features.new_zeros(shape, dtype=torch.float64)
+    if k == 1:  # one shift: a batch of small products is up to three times faster
+        planar = features.is_contiguous()
+        pixels = features.flatten(2).mT if planar else features.permute(0, 2, 3, 1).flatten(1, 2)
+        for part in pixels.split(_PIXELS, 1):
+            sums[:, :, 0, 0] += torch.bmm(part.mT, part).sum(0, dtype=torch.float64)
+        return sums.permute(2, 3, 0, 1)
     images, rows = max(1, _PIXELS // (height * width)), max(1, _PIXELS // width)
     for chunk in features.split(images):
         padded = F.pad(chunk, (reach, reach, 0, reach))

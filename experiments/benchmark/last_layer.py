@@ -26,9 +26,9 @@ from bayesdiff.laplace.posterior import Curvature, HeadPosterior
 
 SIZES = tuple((features, k) for k in (1, 3) for features in (32, 64, 128))
 BATCH, PIXELS, DRAWS = 64, 28, 100
-# The GLM predictive differentiates every output of the batch: memory and time per image grow with
-# the batch, and 64 images need more than 20 GB.
-GLM_IMAGES = 16
+# The GLM predictive differentiates every output of the batch: its memory and its time per image
+# grow with the batch, and 64 images need more than 20 GB. Fewer images flatter it.
+GLM_IMAGES = 32
 
 Side = Callable[[], Any]
 
