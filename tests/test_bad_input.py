@@ -405,7 +405,7 @@ def foreign_curvature(run: Trained) -> None:
     [
         (truncated_curvature, ["curvature.safetensors", "delete it"]),
         (changed_curvature, ["curvature.safetensors", "damaged", "delete it"]),
-        (foreign_curvature, ["computed from 0000000000000000", "recompute"]),
+        (foreign_curvature, ["computed from 0000000000000000", "delete the file"]),
     ],
 )
 def test_bad_curvature(spoil, fragments, copied: Trained, compose: Compose):

@@ -71,7 +71,7 @@ def test_started_again_only_what_is_missing_runs(swept):
     again = run_sweep(copy.output_dir, f"{KEY}=1,10,-1")
     assert again.returncode == 1  # the bad value is still bad
     assert {path: path.stat().st_mtime_ns for path in copy.folder.rglob("*.npz")} == stamps
-    assert len(list(copy.output_dir.glob("sweeps/*"))) == 1
+    assert len(list(copy.output_dir.glob("sweeps/*/sweep.csv"))) == 1
 
 
 def test_swept_keys_are_those_that_vary():
