@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ from bayesdiff.checks import UserError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+
+# All that NumPy and zipfile raise over a damaged file.
+BROKEN_NPZ = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def key_of(*parts: Any) -> str:
@@ -97,7 +104,7 @@ def read_arrays(path: Path, key: str) -> dict[str, Tensor] | None:
             if str(file["key"]) != key:
                 return None
             return {name: torch.from_numpy(file[name]) for name in file.files if name != "key"}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except BROKEN_NPZ:
         return None
 
 
@@ -120,7 +127,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # the reader meets arbitrary bytes and may raise anything
         raise UserError(
-            f"checkpoint {path} is truncated or corrupt; delete it to train again"
+            f"checkpoint {path} is truncated or corrupt; correct ckpt_path, or delete a run's own "
+            "last.ckpt to train again"
         ) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):

@@ -1,5 +1,6 @@
 """From a configuration to checked objects: all that can be refused is refused here."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,8 +66,9 @@ def build(cfg: DictConfig) -> Run:
     name = f"{data.data.name}-{model.path.family}-{key[:8]}"
     folder = Path(cfg.run_dir or Path(cfg.output_dir) / name)
     if is_main_process():
-        write_atomic(folder / ".writable", lambda file: None)
-        (folder / ".writable").unlink(missing_ok=True)
+        probe = Path(cfg.run_dir or cfg.output_dir) / ".writable"
+        write_atomic(probe, lambda file: None)
+        probe.unlink(missing_ok=True)
     return Run(cfg, data, model, device, key, folder)
 
 
@@ -124,8 +126,17 @@ def check_values(cfg: DictConfig) -> None:
             share(name, value)
     limit = "max_epochs" if cfg.trainer.get("max_steps", -1) in (-1, None) else "max_steps"
     at_least(f"trainer.{limit}", cfg.trainer[limit])
+    if (clip := cfg.trainer.get("gradient_clip_val")) is not None:
+        positive("trainer.gradient_clip_val", clip, "give a number above 0, or null")
+    if cfg.trainer.get("gradient_clip_algorithm") not in (None, "norm"):
+        algorithm = cfg.trainer.gradient_clip_algorithm
+        raise UserError(f"trainer.gradient_clip_algorithm={algorithm} is not offered; use norm")
+    if (every := cfg.trainer.get("check_val_every_n_epoch")) is not None:
+        at_least("trainer.check_val_every_n_epoch", every)
     if not cfg.fit and not cfg.ckpt_path:
         raise UserError("fit=false needs a checkpoint; give ckpt_path=/path/to/last.ckpt")
+    if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():
+        raise UserError(f"no checkpoint at {cfg.ckpt_path}; correct ckpt_path, or leave it out")
 
 
 def choose_device(accelerator: str) -> torch.device:
@@ -163,6 +174,9 @@ def fit_key(cfg: DictConfig, data: ImageDataModule) -> str:
         "trainer": {k: cfg.trainer[k] for k in _TRAINER_KEYS if k in cfg.trainer},
         "ema": plain(ema) if ema else None,
     }
+    if not cfg.fit and cfg.ckpt_path != "last":
+        # A checkpoint from elsewhere has a folder of its own, whatever the options say.
+        parts["checkpoint"] = hashlib.sha256(Path(cfg.ckpt_path).read_bytes()).hexdigest()
     return key_of(parts)
 
 

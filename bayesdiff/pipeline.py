@@ -206,20 +206,20 @@ def scores_of(
     from bayesdiff.metrics.uncertainty import variance_statistics
 
     stored = read_json(folder / "metrics.json") or {}
-    if stored.get("key") == cell_key:
+    if stored.get("key") == cell_key and isinstance(stored.get("metrics"), dict):
         return stored["metrics"]
     metrics: dict[str, float] = {}
     if images is not None:
         path = this.folder / f"scores-{images_key[:8]}.json"
         key = key_of(images_key, plain(this.cfg.metrics), this.data.data.fingerprint)
         shared = read_json(path) or {}
-        if shared.get("key") != key:
+        if shared.get("key") != key or not isinstance(shared.get("metrics"), dict):
             shared = {"key": key, "metrics": score(this, images)}
             write_json(path, shared)
         metrics |= shared["metrics"]
     metrics["nfe"] = samples.nfe
     statistics = variance_statistics(samples.variance, samples.labels)
-    return metrics | {f"uncertainty/{name}": value for name, value in statistics.items()}
+    return metrics | {f"summed_variance/{name}": value for name, value in statistics.items()}
 
 
 def report(this: Run, result: Result, samples: Samples, cell_key: str) -> None:
@@ -246,7 +246,7 @@ def report(this: Run, result: Result, samples: Samples, cell_key: str) -> None:
 
 _SHOWN: tuple[str, ...] = (
     "fid@", "is@", "kid@", "precision@", "recall@", "real/fid@", "classifier_test_accuracy", "nfe",
-    "uncertainty/mean", "laplace/effective_parameters", "laplace/sigma_noise",
+    "summed_variance/mean", "laplace/effective_parameters", "laplace/sigma_noise",
 )  # fmt: skip
 
 

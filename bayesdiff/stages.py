@@ -129,7 +129,9 @@ def score(run: Run, images: Tensor) -> dict[str, float]:
     values = scores(
         extract(extractor, images, cfg.batch_size), reference, seed=seed, extractor=name
     )
-    real = extract(extractor, data.test_images[: len(images)], cfg.batch_size)
+    # Test images often come sorted by class.
+    mixed = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(seed))
+    real = extract(extractor, data.test_images[mixed[: len(images)]], cfg.batch_size)
     if len(real) > 1:
         of_real = scores(real, reference, seed=seed, extractor=name)
         values |= {f"real/{key}": value for key, value in of_real.items()}

@@ -113,7 +113,7 @@ def flatten(row: dict[str, Any], keys: list[str]) -> dict[str, Any]:
 def shown_metrics(rows: list[dict[str, Any]]) -> list[str]:
     """The few metrics that fit on a screen; the CSV has all of them."""
     names = [name for row in rows for name in row.get("metrics", {})]
-    wanted = ("fid@", "is@", "nfe", "uncertainty/mean", "laplace/effective_parameters")
+    wanted = ("fid@", "is@", "nfe", "summed_variance/mean", "laplace/effective_parameters")
     return list(dict.fromkeys(n for w in wanted for n in names if n == w or n.startswith(w)))
 
 

@@ -144,7 +144,8 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
     """Run Lightning's trainer and return it.
 
     Raises:
-        UserError: if this process was interrupted; the last checkpoint continues it.
+        KeyboardInterrupt: on Ctrl-C, which a sweep must not take for one failed cell.
+        UserError: if the checkpoint callback is switched off.
     """
     if is_main_process():
         write_text(run.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(run.cfg, resolve=True))
@@ -184,7 +185,7 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
             weights_only=True,
         )
     except SystemExit as error:  # Lightning's answer to Ctrl-C
-        raise UserError("training was interrupted; the same command continues it") from error
+        raise KeyboardInterrupt from error
     return trainer
 
 

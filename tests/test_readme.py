@@ -72,6 +72,14 @@ def test_command_runs(given, data_root, trained, tmp_path, monkeypatch):
     assert list((result.folder / "figures").glob("*.png"))
 
 
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert names["variance"].shape == (4, 1, 8, 8) and (names["variance"] > 0).all()
+
+
 def test_tensorboard_reads_what_a_run_wrote(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -53,7 +53,7 @@ def test_no_second_training_and_no_second_pass(swept):
 
 def test_variance_falls_with_the_prior_and_scores_stay(swept):
     rows = table_of(swept[0].output_dir)[:2]
-    assert float(rows[0]["uncertainty/mean"]) > float(rows[1]["uncertainty/mean"])
+    assert float(rows[0]["summed_variance/mean"]) > float(rows[1]["summed_variance/mean"])
     fid = next(name for name in rows[0] if name.startswith("fid@"))
     assert rows[0][fid] == rows[1][fid]
 

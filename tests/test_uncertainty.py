@@ -358,7 +358,7 @@ def test_published_equals_its_recursion_written_out(skip):
         phi = torch.cat([phi, torch.ones_like(phi[:, :1])], 1)
         return torch.einsum("bphw,pq,bqhw->bhw", phi, covariance, phi)[:, None]
 
-    generator = torch.Generator().manual_seed(seed)
+    fresh = Noise(1, shape).fork(seed)
     x = mean = Noise(1, shape)()
     variance, h = torch.zeros_like(x), 1 / steps
     for n in range(steps):
@@ -366,7 +366,7 @@ def test_published_equals_its_recursion_written_out(skip):
         expected, correction = here, 0.0
         if n % skip == 0:
             if n:
-                z = torch.randn(size, 1, *shape, generator=generator)
+                z = [fresh() for _ in range(size)]
                 draws = [mean + variance.clamp(min=0).sqrt() * zi for zi in z]
                 values = [g(draw, t) for draw in draws]
                 expected = sum(values) / size
@@ -585,16 +585,15 @@ def test_members_share_the_features_of_their_first_evaluation():
     assert samples.nfe == 4 + 1 + 3 * 5
 
 
-def test_maps_of_the_ensemble_do_not_depend_on_how_images_are_batched():
-    """All images meet the same weight draws."""
+@pytest.mark.parametrize("estimator", [Ensemble(members=6), Published(mc_samples=3)])
+def test_maps_do_not_depend_on_how_images_are_batched(estimator):
+    """All images meet the same weight draws, and bring their own noise."""
     net, posterior, _ = curved()
     model = model_of(net)
 
     def run(indices):
         noise = SampleNoise(0, indices, (1, 3, 3))
-        return Ensemble(members=6)(
-            Trajectory(model, Euler(4), None, Double(noise), CPU), posterior
-        )
+        return estimator(Trajectory(model, Euler(4), None, Double(noise), CPU), posterior)
 
     whole = run(range(5))
     joined = Samples.join([run(part) for part in ([0, 1], [2], [3, 4])])
@@ -610,6 +609,9 @@ class Double:
 
     def __init__(self, noise):
         self.noise, self.generators = noise, noise.generators
+
+    def fork(self, number):
+        return self.noise.fork(number)
 
     def __call__(self):
         return self.noise().double()

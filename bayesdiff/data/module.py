@@ -72,8 +72,12 @@ class ValidationBatches:
     """The same whole batches of test images in every epoch."""
 
     def __init__(self, module: ImageDataModule) -> None:
-        self.images = module.data.test_images[:1024]
-        self.labels = module.data.test_labels
+        # Test images often come sorted by class: a fixed random part of them, not the first ones.
+        order = torch.randperm(
+            len(module.data.test_images), generator=torch.Generator().manual_seed(0)
+        )[:1024]
+        self.images = module.data.test_images[order]
+        self.labels = None if module.data.test_labels is None else module.data.test_labels[order]
         self.size = min(module.batch_size, len(self.images))
 
     def __len__(self) -> int:

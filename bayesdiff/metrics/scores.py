@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesdiff.artefacts import BROKEN_NPZ
 from bayesdiff.checks import at_least
 
 if TYPE_CHECKING:  # bayesdiff.metrics.features imports torch-fidelity, which costs seconds
@@ -106,7 +106,7 @@ def reference_statistics(
     if path.exists():
         try:
             return _read(path)
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except BROKEN_NPZ as error:
             log.warning("%s is not readable (%s); computing it again", path, error)
     reference = _reference(compute(), seed, subset)
     _write(path, reference)

@@ -99,7 +99,8 @@ class GenerativeModel(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         """Mean squared error of the prediction on this process's share of the batch."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        loss = self._loss(*batch, step=self.global_step, share=slice(rank, None, world))
+        batches = self.trainer.fit_loop.total_batch_idx  # not steps: gradients may accumulate
+        loss = self._loss(*batch, step=batches, share=slice(rank, None, world))
         self._loss_sum = self._loss_sum + loss.detach()
         if batch_idx % 50 == 0:
             self._refuse_divergence()
@@ -144,7 +145,7 @@ class GenerativeModel(L.LightningModule):
         }
 
     def _loss(self, x_1: Tensor, y: Tensor | None, step: int, share: slice) -> Tensor:
-        # Draws are made for the whole batch from (seed, step) and then shared out: a resumed run
+        # Draws are made for the whole batch from (seed, batch) and then shared out: a resumed run
         # and a run on many devices see the numbers that one uninterrupted process sees.
         size = len(x_1) * (self.trainer.world_size if share.step else 1)
         torch.manual_seed((self.seed + 1) * 1_000_000_007 + step)
@@ -157,6 +158,8 @@ class GenerativeModel(L.LightningModule):
         elif self.training:
             dropped = uniform[1, share] < self.class_dropout
             y = torch.where(dropped, self.num_classes, y)
+        if share.start:  # the dropout masks of the other processes must differ
+            torch.manual_seed((self.seed + 1) * 1_000_000_007 + step + 2**40 * share.start)
         x_t, target = self.corrupt(x_1, x_0, t)
         return F.mse_loss(self(x_t, t, y).float(), target)
 

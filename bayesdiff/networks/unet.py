@@ -223,6 +223,8 @@ def _check_options(
     Raises:
         UserError: for widths, a head kernel or a dropout that cannot work.
     """
+    if isinstance(channels, int):
+        raise UserError(f"net.channels={channels} is one number; give a list, like [64,128]")
     if not channels:
         raise UserError("net.channels is empty; give the width of each level, like [64,128]")
     for width in channels:

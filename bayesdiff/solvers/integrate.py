@@ -107,12 +107,17 @@ class SampleNoise:
     """
 
     def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
+        self.seed, self.indices = seed, list(indices)
         # Mersenne twister seeds are 32 bits wide; mixing keeps (seed, index) pairs apart.
         self.generators = [
             torch.Generator().manual_seed((seed * 2_654_435_761 + index * 40_503 + 17) % 2**32)
             for index in indices
         ]
         self.shape = tuple(shape)
+
+    def fork(self, number: int) -> "SampleNoise":
+        """Further noise of the same samples, for another purpose; ``number`` tells them apart."""
+        return SampleNoise(self.seed + 1_000_003 * (number + 1), self.indices, self.shape)
 
     def __call__(self) -> Tensor:
         """The next standard normal tensor ``(B, C, H, W)``."""

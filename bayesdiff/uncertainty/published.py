@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bayesdiff.checks import at_least
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.solvers import Field, Solver, Step
+from bayesdiff.solvers import Field, SampleNoise, Solver, Step
 from bayesdiff.solvers.integrate import advance, combine, evaluate
 from bayesdiff.uncertainty.samples import Recorder, Samples, Trajectory, check_skip_interval
 
@@ -58,7 +58,7 @@ class Published:
     def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
         """Images of one batch with their published variance."""
         field = start.field()
-        generator = torch.Generator().manual_seed(self.seed)
+        fresh = start.noise.fork(self.seed)
         x = mean = start.draw()
         variance = torch.zeros_like(x)
         steps = start.steps()
@@ -73,7 +73,7 @@ class Published:
             else:
                 covariance = torch.zeros_like(x)
                 if variance.any():  # else all draws would be x itself
-                    expected, covariance = self._moments(field, step, mean, variance, generator)
+                    expected, covariance = self._moments(field, step, mean, variance, fresh)
                 variance = scaled + 2 * step.output[0] * covariance + gam2
             mean = combine((step.output[0], 1.0), mean, [expected])
             x = advance(step, x, outputs) + noise
@@ -87,11 +87,10 @@ class Published:
         step: Step,
         mean: Tensor,
         variance: Tensor,
-        generator: torch.Generator,
+        fresh: SampleNoise,
     ) -> tuple[Tensor, Tensor]:
         """E[g] and Cov(x, g) for g = sum_i b_i g_i, each ``(B, C, H, W)``."""
-        shape = (self.mc_samples, *mean.shape)
-        z = torch.randn(shape, generator=generator).to(mean.device)
+        z = torch.stack([fresh() for _ in range(self.mc_samples)]).to(mean.device)
         shifted = (variance.clamp(min=0).sqrt() * z).flatten(0, 1)
         draws = mean.repeat(self.mc_samples, 1, 1, 1) + shifted
         outputs = _effective(step, evaluate(field, step, draws))

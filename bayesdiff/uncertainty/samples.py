@@ -19,7 +19,8 @@ class Samples:
     """Images and the variance that the posterior of the weights gives each of their pixels.
 
     Attributes:
-        images: ``(B, C, H, W)`` in [-1, 1], the trained model's own samples, never perturbed.
+        images: ``(B, C, H, W)``, the trained model's own samples, never perturbed; data lies in
+            [-1, 1], samples are not clipped to it.
         variance: ``(B, C, H, W)`` in squared units of the images; epistemic, and >= 0, except for
             the published recursion, which can be negative and includes a sampler's own noise.
         labels: ``(B,)``, None for an unconditional model.
