@@ -28,6 +28,7 @@ from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT
 from bayesdiff.stages import make_maps
+from bayesdiff.training import fit
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,7 +157,7 @@ def training(repeats: int, batches: int = 8) -> dict[str, Any]:
     }
 
 
-SMOKE = ["metrics.num_images=256", "uncertainty.num_images=16", "trainer.max_epochs=10"]
+SMOKE = ["metrics.num_images=0", "uncertainty.num_images=16", "trainer.max_epochs=10"]
 
 
 def sweep(repeats: int) -> dict[str, Any]:
@@ -190,5 +191,6 @@ def sampling(overrides: list[str], folder: Path) -> float:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", overrides)
     run, solver, estimator, laplace = pipeline.prepare(cfg)
+    fit(run, laplace)
     posterior = laplace.fit(run.model.eval(), run.data.data)
     return seconds(lambda: make_maps(run, solver, estimator, posterior, folder / "a.npz", "new"))
