@@ -70,8 +70,10 @@ def integrate(
         noise: fresh standard noise for a step that needs it.
         observe: called with every step and the state after it.
     """
+    kept: Tensor | None = None
     for step in steps:
-        x = advance(step, x, evaluate(field, step, x))
+        outputs = evaluate(field, step, x)
+        x, kept = advance(step, x, outputs, kept)
         if step.noise:
             x = x + step.noise * noise()
         if observe is not None:
@@ -87,9 +89,21 @@ def evaluate(field: Callable[[Tensor, float], Tensor], step: Step, x: Tensor) ->
     return outputs
 
 
-def advance(step: Step, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-    """New state before its fresh noise."""
-    return combine(step.output, x, outputs)
+def advance(
+    step: Step, x: Tensor, outputs: Sequence[Tensor], kept: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """New state before its fresh noise, and what the step keeps for the next one.
+
+    Args:
+        step: with coefficients for this x.
+        x: state before the step.
+        outputs: network outputs of the step.
+        kept: what the step before kept.
+    """
+    new = combine(step.output, x, outputs)
+    if step.history and kept is not None:
+        new = new + step.history * kept
+    return new, None if step.kept is None else combine(step.kept, x, outputs)
 
 
 def combine(row: Sequence[float], x: Tensor, outputs: Sequence[Tensor]) -> Tensor:

@@ -15,8 +15,11 @@ class Step:
     """One step x -> x' with one or more network evaluations g_0, g_1, ...
 
     Evaluation i sees u_i = inputs[i][0] x + sum_j inputs[i][1 + j] g_j (j < i) at ``times[i]``;
-    then x' = output[0] x + sum_j output[1 + j] g_j + noise z with z ~ N(0, I).
+    then x' = output[0] x + sum_j output[1 + j] g_j + history k + noise z with z ~ N(0, I).
     With one evaluation that is x' = a x + b g(x, t) + c z.
+
+    k is what the step before kept: kept[0] x + sum_j kept[1 + j] g_j of that step. Multistep
+    methods need it.
 
     Attributes:
         times: time of each evaluation.
@@ -24,6 +27,8 @@ class Step:
         output: coefficients (a, b_0, b_1, ...) of the new state.
         noise: c, standard deviation of the fresh noise.
         end: time of the new state.
+        kept: coefficients of what the next step may use, None for nothing.
+        history: coefficient of what the step before kept.
     """
 
     times: tuple[float, ...]
@@ -31,6 +36,8 @@ class Step:
     output: tuple[float, ...]
     noise: float
     end: float
+    kept: tuple[float, ...] | None = None
+    history: float = 0.0
 
 
 class Solver(Protocol):

@@ -76,7 +76,7 @@ class Published:
                     expected, covariance = self._moments(field, step, mean, variance, fresh)
                 variance = scaled + 2 * step.output[0] * covariance + gam2
             mean = combine((step.output[0], 1.0), mean, [expected])
-            x = advance(step, x, outputs) + noise
+            x = advance(step, x, outputs, None)[0] + noise
             recorder(step.end, x, variance)
         name = f"published, S = {self.mc_samples}, skip {self.skip_interval}"
         return recorder.samples(x, variance, start.labels, field.evaluations, name)

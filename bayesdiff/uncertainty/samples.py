@@ -21,8 +21,9 @@ class Samples:
     Attributes:
         images: ``(B, C, H, W)``, the trained model's own samples, never perturbed; data lies in
             [-1, 1], samples are not clipped to it.
-        variance: ``(B, C, H, W)`` in squared units of the images; epistemic, and >= 0, except for
-            the published recursion, which can be negative and includes a sampler's own noise.
+        variance: ``(B, C, H, W)`` in squared units of the images; epistemic (the weights' doing,
+            the sampler's noise held fixed), and >= 0 except where a published recursion is kept
+            unclamped.
         labels: ``(B,)``, None for an unconditional model.
         times: ``(S,)`` solver times at which ``summed`` was recorded.
         summed: ``(S, B)`` variance summed over channels and pixels.
@@ -31,6 +32,8 @@ class Samples:
         frame_times: ``(F,)``.
         nfe: network evaluations per image, for image and uncertainty together.
         estimator: which estimator made the variance, with its settings.
+        sampler_noise: ``(B, C, H, W)``, variance due to a stochastic solver's noise under fixed
+            weights; None for a deterministic solver.
     """
 
     images: Tensor
@@ -43,6 +46,7 @@ class Samples:
     frame_times: Tensor
     nfe: int
     estimator: str
+    sampler_noise: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -53,7 +57,7 @@ class Samples:
     def join(cls, parts: list[Self]) -> Self:
         """Batches put together; frames are kept from the first one."""
         first = parts[0]
-        batched = {"images": 0, "variance": 0, "labels": 0, "summed": 1}
+        batched = {"images": 0, "variance": 0, "labels": 0, "summed": 1, "sampler_noise": 0}
         values = {f.name: getattr(first, f.name) for f in fields(cls)}
         for name, dim in batched.items():
             if values[name] is not None:
@@ -138,7 +142,13 @@ class Recorder:
         self.count += 1
 
     def samples(
-        self, images: Tensor, variance: Tensor, labels: Tensor | None, nfe: int, estimator: str
+        self,
+        images: Tensor,
+        variance: Tensor,
+        labels: Tensor | None,
+        nfe: int,
+        estimator: str,
+        sampler_noise: Tensor | None = None,
     ) -> Samples:
         """The finished record."""
         return Samples(
@@ -152,6 +162,7 @@ class Recorder:
             frame_times=torch.tensor(self.frame_times),
             nfe=nfe,
             estimator=estimator,
+            sampler_noise=None if sampler_noise is None else sampler_noise.cpu(),
         )
 
 
