@@ -21,8 +21,8 @@ from bayesdiff.laplace.curvature import check_pass
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.report import table
-from bayesdiff.solvers import Solver
-from bayesdiff.solvers.step import check_solver, uniform_times
+from bayesdiff.solvers import Solver, time_grid
+from bayesdiff.solvers.step import check_solver
 from bayesdiff.stages import make_images, make_maps, score
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Estimator, Samples
@@ -92,7 +92,8 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     )
     model = this.model
     check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
-    solver.steps(model.path, model.prediction, uniform_times(solver.num_steps))  # or refuse now
+    times = time_grid(solver.grid, model.path, solver.num_steps)
+    solver.steps(model.path, model.prediction, times)  # or refuse now
     check_metrics(cfg.metrics, this)
     stored = this.folder / "curvature.safetensors"
     laplace = LastLayerLaplace(path=stored, **plain(cfg.laplace))

@@ -5,6 +5,9 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 
 from bayesdiff.checks import UserError
@@ -12,8 +15,24 @@ from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import PREDICTIONS, CondOT, VariancePreserving
 from bayesdiff.paths.prediction import mix
-from bayesdiff.solvers import DDIM, DDPM, Euler, Field, Heun, SampleNoise, integrate
-from bayesdiff.solvers.step import check_solver, uniform_times
+from bayesdiff.solvers import (
+    DDIM,
+    DDPM,
+    RK4,
+    DPMSolver1,
+    DPMSolver2,
+    DPMSolverPP2M,
+    Euler,
+    Field,
+    Heun,
+    Midpoint,
+    ProbabilityFlow,
+    SampleNoise,
+    SDEEuler,
+    integrate,
+    time_grid,
+)
+from bayesdiff.solvers.step import NAMES, check_solver
 
 LINEAR, COSINE, FLOW = VariancePreserving(), VariancePreserving("cosine"), CondOT()
 M, F = -1.3, 0.9
@@ -23,8 +42,13 @@ def no_noise():
     raise AssertionError("a deterministic solver asked for noise")
 
 
-def uniform_steps(solver, path, prediction):
-    return solver.steps(path, prediction, uniform_times(solver.num_steps))
+def uniform_times(count):
+    return [k / count for k in range(count + 1)]
+
+
+def own_steps(solver, path, prediction):
+    times = time_grid(solver.grid, path, solver.num_steps)
+    return solver.steps(path, prediction, times)
 
 
 def index_times(count):
@@ -48,7 +72,7 @@ def affine(solver_class, steps, slope=M, x=0.0):
     """End of dx/dt = slope x + F from x."""
     solver = solver_class(steps)
     start = torch.tensor(x, dtype=torch.float64)
-    plan = uniform_steps(solver, FLOW, "velocity")
+    plan = own_steps(solver, FLOW, "velocity")
     return float(integrate(lambda x, t: slope * x + F, plan, start, no_noise))
 
 
@@ -57,6 +81,8 @@ def affine(solver_class, steps, slope=M, x=0.0):
     [
         (Euler, lambda z: 1 + z, 0.52032225),
         (Heun, lambda z: 1 + z + z**2 / 2, 0.50286859),
+        (Midpoint, lambda z: 1 + z + z**2 / 2, 0.50286859),
+        (RK4, lambda z: 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24, 0.50363118),
     ],
 )
 def test_sensitivity_of_an_affine_flow_has_its_closed_form(solver, growth, value):
@@ -68,21 +94,25 @@ def test_sensitivity_of_an_affine_flow_has_its_closed_form(solver, growth, value
     assert affine(solver, 7, slope=0.0) == pytest.approx(F, abs=1e-14)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(Euler, 1), (Heun, 2)])
+RUNGE_KUTTA = [(Euler, 1), (Heun, 2), (Midpoint, 2), (RK4, 4)]
+
+
+@pytest.mark.parametrize(("solver", "order"), RUNGE_KUTTA)
 def test_error_falls_with_the_order_of_the_method(solver, order):
     limit = F * (math.exp(M) - 1) / M
     assert 0.2**2 * limit**2 == pytest.approx(0.010145801, abs=5e-10)
+    assert affine(solver, 10) == pytest.approx(limit, rel=0.05 if order < 4 else 1e-5)
     errors = [abs(affine(solver, n) - limit) for n in (40, 80, 160)]
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.05)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(Euler, 1), (Heun, 2)])
+@pytest.mark.parametrize(("solver", "order"), RUNGE_KUTTA)
 def test_order_holds_for_a_nonlinear_field_that_depends_on_time(solver, order):
-    """dx/dt = x cos(pi t) ends where sin(pi) = 0 puts it; -x^2 t ends at 1 / (1/x_0 + 1/2)."""
+    """dx/dt = -x^2 t ends at 1 / (1 / x_0 + 1 / 2)."""
     errors = []
     for n in (64, 128):
-        plan = uniform_steps(solver(n), FLOW, "velocity")
+        plan = own_steps(solver(n), FLOW, "velocity")
         x = integrate(lambda x, t: -(x**2) * t, plan, torch.tensor(2.0).double(), no_noise)
         errors.append(abs(float(x) - 1.0))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
@@ -151,28 +181,6 @@ def as_tuples(steps):
     return torch.tensor([(*step.output, step.noise) for step in steps], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
-def test_ddim_with_eta_one_is_ancestral_sampling_with_small_variance(path, prediction):
-    """T11, also on times between the schedule's own."""
-    for times in (uniform_times(20), uniform_times(33), [0.0, 0.35, 0.61, 0.97]):
-        left = as_tuples(DDIM(20, eta=1.0).steps(path, prediction, times))
-        right = as_tuples(DDPM(20, variance="small").steps(path, prediction, times))
-        torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
-def test_ddim_without_noise_is_the_first_order_dpm_solver(path):
-    """T11: a = alpha_t / alpha_s, b = -sigma_t (e^h - 1), h the step in half log-SNR."""
-    times = uniform_times(20)[:-1]
-    c = path.coefficients(torch.tensor(times, dtype=torch.float64))
-    lam = (c.alpha / c.sigma).log()
-    a = c.alpha[1:] / c.alpha[:-1]
-    b = -c.sigma[1:] * torch.expm1(lam.diff())
-    expected = torch.stack([a, b, torch.zeros_like(a)], 1)
-    torch.testing.assert_close(as_tuples(DDIM(20).steps(path, "noise", times)), expected)
-
-
 def test_ddim_between_zero_and_one_keeps_the_papers_marginals():
     """Song et al. 2021: the mean's noise part and fresh noise add up to sigma_s^2 for any eta."""
     times = uniform_times(25)
@@ -198,13 +206,13 @@ def test_ancestral_coefficients_are_those_of_the_algorithm(variance):
     expected = torch.stack(
         [(1 - beta).rsqrt(), -beta / ((1 - abar) * (1 - beta)).sqrt(), fresh], 1
     )
-    steps = uniform_steps(DDPM(1000, variance=variance), LINEAR, "noise")
+    steps = own_steps(DDPM(1000, variance=variance), LINEAR, "noise")
     torch.testing.assert_close(as_tuples(steps), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_unit_gaussian_data_is_stationary_and_its_mean_moves():
     """T10: (a + b kap)^2 + c^2 = 1; without Var(g) 1 - beta^2 / (1 - beta) instead."""
-    steps = uniform_steps(DDPM(100), LINEAR, "noise")[:-1]
+    steps = own_steps(DDPM(100), LINEAR, "noise")[:-1]
     mean = 1.0
     for step in steps:
         a, b = step.output
@@ -224,8 +232,17 @@ SOLVERS = {
     "ddim-eta": (DDIM(20, eta=0.7), LINEAR, PREDICTIONS),
     "ddpm": (DDPM(20), COSINE, PREDICTIONS),
     "ddpm-small": (DDPM(20, variance="small"), LINEAR, PREDICTIONS),
+    "dpm1": (DPMSolver1(20), COSINE, PREDICTIONS),
+    "dpm2": (DPMSolver2(20), COSINE, PREDICTIONS),
+    "dpm2-log-snr": (DPMSolver2(20, grid="log_snr", r1=0.3), LINEAR, PREDICTIONS),
+    "dpmpp_2m": (DPMSolverPP2M(20), COSINE, PREDICTIONS),
+    "dpmpp_2m-quadratic": (DPMSolverPP2M(20, grid="quadratic"), LINEAR, PREDICTIONS),
+    "sde": (SDEEuler(20), COSINE, PREDICTIONS),
+    "pf_ode": (ProbabilityFlow(20, grid="log_snr"), COSINE, PREDICTIONS),
     "euler": (Euler(20), FLOW, ("velocity", "v", "data")),
     "heun": (Heun(20), FLOW, ("velocity", "v")),
+    "midpoint": (Midpoint(20), FLOW, ("velocity", "v", "data")),
+    "rk4": (RK4(20, grid="log_snr"), FLOW, ("velocity", "v")),
 }
 
 
@@ -241,7 +258,7 @@ def test_all_predictions_of_the_exact_denoiser_give_one_trajectory(name):
         states = []
         integrate(
             field,
-            uniform_steps(solver, path, kind),
+            own_steps(solver, path, kind),
             x_0,
             lambda g=generator: torch.randn(500, dtype=torch.float64, generator=g),
             lambda step, x, states=states: states.append(x),
@@ -252,12 +269,20 @@ def test_all_predictions_of_the_exact_denoiser_give_one_trajectory(name):
 
 
 @pytest.mark.parametrize(
-    ("solver", "prediction"), [(Euler(4), "noise"), (Heun(4), "noise"), (Heun(4), "data")]
+    ("solver", "prediction"),
+    [
+        (Euler(4), "noise"),
+        (Heun(4), "noise"),
+        (Heun(4), "data"),
+        (RK4(4), "data"),
+        (Midpoint(4), "noise"),
+    ],
 )
 def test_a_prediction_that_is_singular_on_the_flows_ends_is_refused(solver, prediction):
     """Its velocity would be 0 / 0 at pure noise or at clean data: images of nan, silently."""
-    with pytest.raises(UserError, match=f"model.prediction={prediction}"):
-        uniform_steps(solver, FLOW, prediction)
+    named = f"model.prediction={prediction} .* solver={solver.name} "
+    with pytest.raises(UserError, match=named):
+        own_steps(solver, FLOW, prediction)
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
@@ -274,9 +299,9 @@ def test_ancestral_samples_have_the_datas_mean_and_variance(variance):
             spread = factor**2 * spread + step.noise**2
         return mean, spread
 
-    fine = moments(uniform_steps(DDPM(1000, variance=variance), LINEAR, "noise"))
+    fine = moments(own_steps(DDPM(1000, variance=variance), LINEAR, "noise"))
     assert fine == pytest.approx((0.3, 0.25), rel=0.02)
-    steps = uniform_steps(DDPM(100, variance=variance), LINEAR, "noise")
+    steps = own_steps(DDPM(100, variance=variance), LINEAR, "noise")
     torch.manual_seed(0)
     count = 10_000
     x = integrate(
@@ -292,7 +317,7 @@ def test_ancestral_samples_have_the_datas_mean_and_variance(variance):
 
 def test_ddim_maps_noise_to_data_by_the_exact_gaussian_map():
     """The probability flow of Gaussian data is x_1 = mean + spread x_0 in the limit."""
-    plan = uniform_steps(DDIM(500), COSINE, "v")
+    plan = own_steps(DDIM(500), COSINE, "v")
     x_0 = torch.linspace(-2, 2, 9, dtype=torch.float64)
     x = integrate(exact_denoiser(COSINE, "v", spread=0.5, mean=0.3), plan, x_0, no_noise)
     torch.testing.assert_close(x, 0.3 + 0.5 * x_0, rtol=0, atol=1e-2)
@@ -324,7 +349,7 @@ def model_of(net, path=FLOW, prediction="velocity", num_classes=None):
 def sample(model, solver, seed=5, indices=(0, 1, 2), shape=(2, 4, 4), labels=None):
     noise = SampleNoise(seed, indices, shape)
     field = Field(model, labels, len(indices), solver.guidance)
-    image = integrate(field, uniform_steps(solver, model.path, model.prediction), noise(), noise)
+    image = integrate(field, own_steps(solver, model.path, model.prediction), noise(), noise)
     return image, field
 
 
@@ -339,15 +364,26 @@ def test_euler_shows_the_network_true_fractions(count):
     assert field.evaluations == count
 
 
-def test_heun_visits_both_ends_of_every_step():
+@pytest.mark.parametrize(
+    ("solver", "visited"),
+    [
+        (Heun(4), [0, 2, 2, 4, 4, 6, 6, 8]),
+        (Midpoint(4), [0, 1, 2, 3, 4, 5, 6, 7]),
+        (RK4(4), [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8]),
+    ],
+)
+def test_higher_order_flow_solvers_visit_ends_and_middles(solver, visited):
     net = Spy()
-    _, field = sample(model_of(net), Heun(4))
-    times = [float(t[0]) for t, _ in net.calls]
-    assert times == [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1]
-    assert field.evaluations == 8
+    _, field = sample(model_of(net), solver)
+    assert [8 * float(t[0]) for t, _ in net.calls] == visited
+    assert field.evaluations == len(visited)
 
 
-@pytest.mark.parametrize("solver", [DDIM(50), DDPM(50), DDIM(125)])
+@pytest.mark.parametrize(
+    "solver",
+    [DDIM(50), DDPM(50), DDIM(125), DPMSolver1(50), DPMSolverPP2M(20), SDEEuler(50)]
+    + [ProbabilityFlow(50)],
+)
 def test_diffusion_samplers_visit_the_schedules_own_indices(solver):
     """T17: index = T (1 - t) - 1: 999, 979, ..., 19 for 50 steps."""
     net = Spy()
@@ -358,7 +394,7 @@ def test_diffusion_samplers_visit_the_schedules_own_indices(solver):
     expected = torch.arange(999, -1, -stride, dtype=torch.float64)
     torch.testing.assert_close(indices, expected, rtol=0, atol=1e-4)
     assert (indices.diff() < 0).all()
-    node_times = [step.times[0] for step in uniform_steps(solver, LINEAR, "noise")]
+    node_times = [step.times[0] for step in own_steps(solver, LINEAR, "noise")]
     alpha = LINEAR.coefficients(torch.tensor(node_times, dtype=torch.float64)).alpha
     table = (0.5 * LINEAR.log_abar[1:]).exp()
     assert torch.equal(alpha, table[expected.long()]), "coefficients sit exactly on the table"
@@ -397,8 +433,10 @@ def test_guidance_combines_the_two_predictions():
     ("solver", "path", "prediction"),
     [
         (Euler(6), FLOW, "velocity"),
-        (Heun(6), FLOW, "velocity"),
-        (DDIM(6), COSINE, "v"),
+        (RK4(6), FLOW, "velocity"),
+        (DPMSolver2(6, grid="log_snr"), LINEAR, "noise"),
+        (DPMSolverPP2M(6), COSINE, "v"),
+        (SDEEuler(6), COSINE, "v"),
         (DDIM(6, eta=0.5), COSINE, "v"),
         (DDPM(6), LINEAR, "noise"),
     ],
@@ -434,18 +472,14 @@ def test_noise_is_standard_normal_and_independent_between_samples():
     assert correlation.abs().max() < 5 / math.sqrt(500)
 
 
-def test_times_keep_both_ends_whatever_the_skip_interval():
-    assert uniform_times(4) == [0, 0.25, 0.5, 0.75, 1]
-    assert uniform_times(5, 2) == [0, 0.4, 0.8, 1]
-    assert uniform_times(10, 10) == [0, 1]
-    assert set(uniform_times(7, 3)) <= set(uniform_times(7))
-
-
 @pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda: check_solver(Euler(5), COSINE, True), "solver=euler"),
-        (lambda: check_solver(DDIM(5), FLOW, True), "euler, heun"),
+        (lambda: check_solver(DDIM(5), FLOW, True), "euler, heun, midpoint, rk4$"),
+        (lambda: check_solver(DPMSolverPP2M(5), FLOW, True), "solver=dpmpp_2m is for diffusion"),
+        (lambda: check_solver(Euler(5, grid="cosine"), FLOW, True), "'cosine'; .* log_snr"),
+        (lambda: check_solver(Euler(5, grid=None), FLOW, True), "solver.grid None"),
         (lambda: check_solver(DDIM(1001), LINEAR, True), "solver.num_steps=1001"),
         (lambda: check_solver(Euler(0), FLOW, True), "solver.num_steps"),
         (lambda: check_solver(Euler(5, guidance=2.0), FLOW, False), "solver.guidance=2.0"),
@@ -455,6 +489,9 @@ def test_times_keep_both_ends_whatever_the_skip_interval():
         (lambda: DDIM(5, eta=1.5), "solver.eta"),
         (lambda: DDIM(5, eta=True), "solver.eta"),
         (lambda: DDPM(5, variance="medium"), "'medium'"),
+        (lambda: DPMSolver2(5, r1=0), "solver.r1 .* got 0"),
+        (lambda: DPMSolver2(5, r1=1.0), "solver.r1"),
+        (lambda: DPMSolver2(5, r1="half"), "'half'"),
     ],
 )
 def test_unusable_solvers_are_refused_in_one_line(make, named):
@@ -465,5 +502,14 @@ def test_unusable_solvers_are_refused_in_one_line(make, named):
 
 def test_fitting_solvers_are_accepted():
     check_solver(Euler(5, guidance=3), FLOW, True)
-    check_solver(Heun(1), FLOW, False)
-    check_solver(DDIM(1000), LINEAR, False)
+    check_solver(Heun(1, grid="log_snr"), FLOW, False)
+    check_solver(DDIM(1000, grid="quadratic"), LINEAR, False)
+
+
+def test_refusals_offer_every_solver_there_is_by_the_name_of_its_file():
+    there = {"flow": set(), "diffusion": set()}
+    for file in sorted((ROOT / "configs" / "solver").glob("*.yaml")):
+        solver = instantiate(OmegaConf.load(file))
+        assert solver.name == file.stem
+        there[solver.family].add(solver.name)
+    assert {family: set(names.split(", ")) for family, names in NAMES.items()} == there

@@ -12,8 +12,7 @@ from bayesdiff.checks import at_least
 from bayesdiff.distributed import rank
 from bayesdiff.models import GenerativeModel
 from bayesdiff.report import figures
-from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise, integrate
-from bayesdiff.solvers.step import uniform_times
+from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise, integrate, time_grid
 
 
 class SampleGrid(Callback):
@@ -58,7 +57,8 @@ class SampleGrid(Callback):
         count = self.rows * classes
         labels = torch.arange(count, device=model.device) % classes
         solver = {"flow": Euler, "diffusion": DDIM}[model.path.family](self.num_steps)
-        steps = solver.steps(model.path, model.prediction, uniform_times(self.num_steps))
+        times = time_grid(solver.grid, model.path, self.num_steps)
+        steps = solver.steps(model.path, model.prediction, times)
         given = labels if model.num_classes else None
         noise = SampleNoise(0, range(count), shape)
         field = Field(model, given, count)

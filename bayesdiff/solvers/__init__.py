@@ -1,16 +1,27 @@
-from bayesdiff.solvers.diffusion import DDIM, DDPM
-from bayesdiff.solvers.flow import Euler, Heun
+from bayesdiff.solvers.diffusion import DDIM, DDPM, ProbabilityFlow, SDEEuler
+from bayesdiff.solvers.dpm_solver import DPMSolver1, DPMSolver2, DPMSolverPP2M
+from bayesdiff.solvers.flow import RK4, Euler, Heun, Midpoint
+from bayesdiff.solvers.grid import GRIDS, time_grid
 from bayesdiff.solvers.integrate import Field, SampleNoise, integrate
 from bayesdiff.solvers.step import Solver, Step
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "GRIDS",
+    "RK4",
+    "DPMSolver1",
+    "DPMSolver2",
+    "DPMSolverPP2M",
     "Euler",
     "Field",
     "Heun",
+    "Midpoint",
+    "ProbabilityFlow",
+    "SDEEuler",
     "SampleNoise",
     "Solver",
     "Step",
     "integrate",
+    "time_grid",
 ]

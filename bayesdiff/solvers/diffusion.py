@@ -1,5 +1,6 @@
 """Samplers of variance-preserving diffusion, as x' = a x + b g + c z."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,77 @@ from bayesdiff.solvers.step import Step, coefficients
 
 
 @dataclass(frozen=True)
-class DDIM:
+class Node:
+    """A time of the grid with the path's coefficients there."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def lam(self) -> float:
+        """Half log-SNR, ln(alpha / sigma)."""
+        return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Span:
+    """What the coefficients of one step depend on.
+
+    Attributes:
+        path: of the model.
+        prediction: what the network predicts.
+        start: where the step starts and evaluates the network.
+        end: where it ends.
+        before: where the step before started, None for the first one.
+    """
+
+    path: ProbabilityPath
+    prediction: str
+    start: Node
+    end: Node
+    before: Node | None = None
+
+    @property
+    def clean(self) -> bool:
+        """Whether the step ends in clean data, where lambda is infinite."""
+        return self.end.sigma == 0
+
+    @property
+    def length(self) -> float:
+        """h, the step in half log-SNR."""
+        return self.end.lam - self.start.lam
+
+    def affine(self, data: float, noise: float) -> tuple[float, float]:
+        """(a, b) with a x + b g = data x_1hat + noise x_0hat at the step's start."""
+        return as_affine(self.path, self.prediction, self.start.t, data, noise)
+
+    def step(
+        self,
+        a: float,
+        b: float,
+        noise: float = 0.0,
+        kept: tuple[float, float] | None = None,
+        history: float = 0.0,
+    ) -> Step:
+        """The step x' = a x + b g + history k + noise z."""
+        return Step((self.start.t,), ((1.0,),), (a, b), noise, self.end.t, kept, history)
+
+
+@dataclass(frozen=True)
+class DiffusionSolver:
+    """What the samplers of diffusion share; each adds its ``name`` and ``steps``."""
+
+    num_steps: int
+    guidance: float = 1.0
+    grid: str = "uniform"
+
+    name: ClassVar[str]
+    family: ClassVar[str] = "diffusion"
+
+
+@dataclass(frozen=True)
+class DDIM(DiffusionSolver):
     """DDIM (Song et al. 2021, eq. 12) with any eta in [0, 1]; eta = 1 is DDPM with small variance.
 
     With s the next time: s_eta^2 = eta^2 (sigma_s / sigma_t)^2 (1 - abar_t / abar_s),
@@ -20,11 +91,9 @@ class DDIM:
     predictor.
     """
 
-    num_steps: int
-    guidance: float = 1.0
     eta: float = 0.0
 
-    family: ClassVar[str] = "diffusion"
+    name: ClassVar[str] = "ddim"
 
     def __post_init__(self) -> None:
         number = isinstance(self.eta, (int, float)) and not isinstance(self.eta, bool)
@@ -33,21 +102,19 @@ class DDIM:
 
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times."""
-        nodes = coefficients(path, times)
-        steps = []
-        for i, ((alpha, sigma), (alpha_s, sigma_s)) in enumerate(
-            zip(nodes[:-1], nodes[1:], strict=True)
-        ):
-            variance = (self.eta * sigma_s / sigma) ** 2 * (1 - (alpha / alpha_s) ** 2)
-            # The mean in terms of data and noise stays finite where alpha vanishes.
-            direction = max(sigma_s**2 - variance, 0.0) ** 0.5
-            a, b = _mean(path, prediction, times[i], data=alpha_s, noise=direction)
-            steps.append(Step((times[i],), ((1.0,),), (a, b), variance**0.5, times[i + 1]))
-        return steps
+        return [self._step(span) for span in spans(path, prediction, times)]
+
+    def _step(self, span: Span) -> Step:
+        start, end = span.start, span.end
+        variance = (self.eta * end.sigma / start.sigma) ** 2
+        variance *= 1 - (start.alpha / end.alpha) ** 2
+        # The mean in terms of data and noise stays finite where alpha vanishes.
+        direction = max(end.sigma**2 - variance, 0.0) ** 0.5
+        return span.step(*span.affine(end.alpha, direction), noise=variance**0.5)
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(DiffusionSolver):
     """Ancestral sampling (Ho et al. 2020, algorithm 2), also between distant times.
 
     With al = abar_t / abar_s and be = 1 - al: a = 1 / sqrt(al), b = -be / (sigma_t sqrt(al)) for a
@@ -55,11 +122,9 @@ class DDPM:
     clean data has no noise, as in the algorithm.
     """
 
-    num_steps: int
-    guidance: float = 1.0
     variance: str = "large"
 
-    family: ClassVar[str] = "diffusion"
+    name: ClassVar[str] = "ddpm"
 
     def __post_init__(self) -> None:
         if self.variance not in ("large", "small"):
@@ -67,24 +132,80 @@ class DDPM:
 
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times."""
-        nodes = coefficients(path, times)
-        steps = []
-        for i, ((alpha, sigma), (alpha_s, sigma_s)) in enumerate(
-            zip(nodes[:-1], nodes[1:], strict=True)
-        ):
-            ratio = alpha / alpha_s  # sqrt(al)
-            beta = 1 - ratio**2
-            # Posterior mean: (alpha_s be / sigma_t^2) x_1 + (sqrt(al) sigma_s^2 / sigma_t^2) x_t.
-            on_data = alpha_s * beta / sigma**2
-            a, b = _mean(path, prediction, times[i], data=on_data, noise=0.0)
-            a += ratio * sigma_s**2 / sigma**2
-            variance = beta * (sigma_s / sigma) ** 2 if self.variance == "small" else beta
-            noise = variance**0.5 if sigma_s > 0 else 0.0
-            steps.append(Step((times[i],), ((1.0,),), (a, b), noise, times[i + 1]))
-        return steps
+        return [self._step(span) for span in spans(path, prediction, times)]
+
+    def _step(self, span: Span) -> Step:
+        sigma, sigma_s = span.start.sigma, span.end.sigma
+        ratio = span.start.alpha / span.end.alpha  # sqrt(al)
+        beta = 1 - ratio**2
+        # Posterior mean: (alpha_s be / sigma_t^2) x_1 + (sqrt(al) sigma_s^2 / sigma_t^2) x_t.
+        a, b = span.affine(data=span.end.alpha * beta / sigma**2, noise=0.0)
+        a += ratio * sigma_s**2 / sigma**2
+        variance = beta * (sigma_s / sigma) ** 2 if self.variance == "small" else beta
+        return span.step(a, b, noise=variance**0.5 if sigma_s > 0 else 0.0)
 
 
-def _mean(
+@dataclass(frozen=True)
+class SDEEuler(DiffusionSolver):
+    """Euler-Maruyama on the reverse equation (Song et al. 2021, "Score-based", eq. 6).
+
+    a = 1 + beta D / 2, b = -beta D / sigma_t, c^2 = beta D for a noise predictor, where beta D is
+    1 - abar_t / abar_s: a discrete schedule's own beta_i over one index, and the same as
+    -2 d ln alpha over the step to first order. Unlike the derivative it does not jump at the
+    indices, and stays below 1 at the last ones of ``cosine``.
+
+    The slope at clean data is infinite; the last step takes the data prediction, without noise.
+    """
+
+    name: ClassVar[str] = "sde"
+
+    def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
+        """Coefficients of the steps between consecutive times."""
+        return [_reverse_euler(span, 1.0) for span in spans(path, prediction, times)]
+
+
+@dataclass(frozen=True)
+class ProbabilityFlow(DiffusionSolver):
+    """Euler on the probability-flow equation (Song et al. 2021, "Score-based", eq. 13).
+
+    a = 1 + beta D / 2, b = -beta D / (2 sigma_t) for a noise predictor, with the beta D and the
+    last step of ``SDEEuler``. First order; DDIM is the method that treats x exactly.
+    """
+
+    name: ClassVar[str] = "pf_ode"
+
+    def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
+        """Coefficients of the steps between consecutive times."""
+        return [_reverse_euler(span, 0.5) for span in spans(path, prediction, times)]
+
+
+def _reverse_euler(span: Span, share: float) -> Step:
+    """One Euler step; share 1 of the score with fresh noise, or 1/2 without."""
+    start, end = span.start, span.end
+    if span.clean:
+        return span.step(*span.affine(data=end.alpha, noise=0.0))
+    beta = 1 - (start.alpha / end.alpha) ** 2
+    p, b = span.affine(data=0.0, noise=-share * beta / start.sigma)
+    return span.step(1 + beta / 2 + p, b, noise=beta**0.5 if share == 1 else 0.0)
+
+
+def nodes_at(path: ProbabilityPath, times: Sequence[float]) -> list[Node]:
+    """The times with their coefficients."""
+    pairs = coefficients(path, times)
+    return [Node(t, alpha, sigma) for t, (alpha, sigma) in zip(times, pairs, strict=True)]
+
+
+def spans(path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Span]:
+    """The stretches between consecutive times."""
+    nodes = nodes_at(path, times)
+    before = [None, *nodes[:-2]]
+    return [
+        Span(path, prediction, start, end, earlier)
+        for start, end, earlier in zip(nodes[:-1], nodes[1:], before, strict=True)
+    ]
+
+
+def as_affine(
     path: ProbabilityPath, prediction: str, t: float, data: float, noise: float
 ) -> tuple[float, float]:
     """(a, b) with a x + b g = data x_1hat + noise x_0hat at time t."""

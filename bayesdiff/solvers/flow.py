@@ -25,7 +25,9 @@ class RungeKutta:
 
     num_steps: int
     guidance: float = 1.0
+    grid: str = "uniform"
 
+    name: ClassVar[str]
     family: ClassVar[str] = "flow"
     matrix: ClassVar[Matrix]
     weights: ClassVar[tuple[float, ...]]
@@ -50,7 +52,7 @@ class RungeKutta:
             if not all(map(math.isfinite, numbers)):
                 raise UserError(
                     f"model.prediction={prediction} leaves the velocity at t={t:g} open, which "
-                    f"solver={type(self).__name__.lower()} needs; use model.prediction=velocity"
+                    f"solver={self.name} needs; use model.prediction=velocity"
                 )
         size = len(at) + 1
         state = torch.eye(size, dtype=torch.float64)[0]  # coefficients of x itself
@@ -69,6 +71,7 @@ class RungeKutta:
 class Euler(RungeKutta):
     """First order, one evaluation: x' = x + h v(x, t)."""
 
+    name = "euler"
     matrix = ((),)
     weights = (1.0,)
     nodes = (0.0,)
@@ -77,6 +80,25 @@ class Euler(RungeKutta):
 class Heun(RungeKutta):
     """Second order, two evaluations: the mean of the slopes at both ends."""
 
+    name = "heun"
     matrix = ((), (1.0,))
     weights = (0.5, 0.5)
     nodes = (0.0, 1.0)
+
+
+class Midpoint(RungeKutta):
+    """Second order, two evaluations: the slope in the middle, which half an Euler step reaches."""
+
+    name = "midpoint"
+    matrix = ((), (0.5,))
+    weights = (0.0, 1.0)
+    nodes = (0.0, 0.5)
+
+
+class RK4(RungeKutta):
+    """Fourth order, four evaluations: the classical Runge-Kutta method."""
+
+    name = "rk4"
+    matrix = ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0))
+    weights = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+    nodes = (0.0, 0.5, 0.5, 1.0)

@@ -33,6 +33,13 @@ class Field:
 
     def features(self, x: Tensor, t: float) -> Tensor:
         """Input of the head for n copies of the batch, ``(n B, C, H, W) -> (n B, D, h, w)``."""
+        guided, free = self.guided_features(x, t)
+        if free is None:
+            return guided
+        return self.guidance * guided + (1 - self.guidance) * free
+
+    def guided_features(self, x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
+        """Features with the labels and without them, the latter None where nothing is guided."""
         copies = len(x) // self.batch
         times = torch.full((len(x),), t, device=x.device)
         labels = None if self.labels is None else self.labels.repeat(copies)
@@ -40,10 +47,9 @@ class Field:
         guided = self.model.net.features(x, times, labels)
         self.evaluations += copies
         if self.guidance == 1 or labels is None:
-            return guided
+            return guided, None
         self.evaluations += copies
-        free = self.model.net.features(x, times, None)
-        return self.guidance * guided + (1 - self.guidance) * free
+        return guided, self.model.net.features(x, times, None)
 
     def output(self, features: Tensor) -> Tensor:
         """Prediction of the trained head, ``(B, D, h, w) -> (B, C, H, W)``."""

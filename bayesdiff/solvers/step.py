@@ -8,6 +8,13 @@ import torch
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.paths import ProbabilityPath
+from bayesdiff.solvers.grid import time_grid
+
+# What solver=... takes, by the family of paths.
+NAMES = {
+    "flow": "euler, heun, midpoint, rk4",
+    "diffusion": "ddim, ddpm, dpm1, dpm2, dpmpp_2m, sde, pf_ode",
+}
 
 
 @dataclass(frozen=True)
@@ -44,46 +51,38 @@ class Solver(Protocol):
     """A sampler: how many steps, and the coefficients of each.
 
     Attributes:
+        name: what a user types for it, as in ``solver=euler``.
         family: family of the paths it can follow, ``flow`` or ``diffusion``.
         num_steps: steps from noise to data.
         guidance: classifier-free guidance scale, 1 for none.
+        grid: how the times of the steps are spread, a name of ``time_grid``.
     """
 
+    name: str
     family: str
     num_steps: int
     guidance: float
+    grid: str
 
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive ``times`` (n + 1 increasing numbers)."""
         ...
 
 
-def uniform_times(num_steps: int, skip_interval: int = 1) -> list[float]:
-    """Times 0, 1 / n, ..., 1; with a skip interval k every k-th of them and 1."""
-    kept = list(range(0, num_steps, skip_interval)) + [num_steps]
-    return [k / num_steps for k in kept]
-
-
 def check_solver(solver: Solver, path: ProbabilityPath, conditional: bool) -> None:
     """Refuse a solver that does not fit the model.
 
     Raises:
-        UserError: for another family, too many steps for a discrete schedule, or guidance of an
-            unconditional model.
+        UserError: for another family, an unknown grid, too many steps for a discrete schedule, or
+            guidance of an unconditional model.
     """
-    name = type(solver).__name__.lower()
     if solver.family != path.family:
-        fitting = {"flow": "euler, heun", "diffusion": "ddim, ddpm"}[path.family]
         raise UserError(
-            f"solver={name} is for {solver.family} models, this model is a {path.family} model; "
-            f"choose from {fitting}"
+            f"solver={solver.name} is for {solver.family} models, this model is a {path.family} "
+            f"model; choose from {NAMES[path.family]}"
         )
     at_least("solver.num_steps", solver.num_steps)
-    if path.num_steps_max is not None and solver.num_steps > path.num_steps_max:
-        raise UserError(
-            f"solver.num_steps={solver.num_steps} is more than the {path.num_steps_max} steps of "
-            "the path's schedule; choose fewer"
-        )
+    time_grid(solver.grid, path, solver.num_steps)
     if isinstance(solver.guidance, bool) or not isinstance(solver.guidance, (int, float)):
         raise UserError(f"solver.guidance must be a number, got {solver.guidance!r}; 1 is none")
     if not 0 <= solver.guidance < float("inf"):

@@ -10,8 +10,7 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import ProbabilityPath
-from bayesdiff.solvers import Field, SampleNoise, Solver, Step
-from bayesdiff.solvers.step import uniform_times
+from bayesdiff.solvers import Field, SampleNoise, Solver, Step, time_grid
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Trajectory:
 
     def steps(self, skip_interval: int = 1) -> list[Step]:
         """Steps on every k-th time of the image's own grid."""
-        times = uniform_times(self.solver.num_steps, skip_interval)
+        times = time_grid(self.solver.grid, self.path, self.solver.num_steps, skip_interval)
         return self.solver.steps(self.path, self.model.prediction, times)
 
     def draw(self) -> Tensor:

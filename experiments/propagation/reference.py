@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayesdiff import pipeline
 from bayesdiff.artefacts import key_of, read_arrays, write_arrays
-from bayesdiff.build import Run, plain
+from bayesdiff.build import Run
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.progress import track
 from bayesdiff.solvers import Solver, integrate
@@ -57,7 +57,9 @@ def load(cfg: DictConfig) -> tuple[Run, Solver, HeadPosterior]:
 def members(run: Run, solver: Solver, posterior: HeadPosterior, count: int = MEMBERS) -> Tensor:
     """Last images ``(count, IMAGES, C, H, W)`` of members that keep one weight draw each."""
     weights = posterior.draw(count, torch.Generator().manual_seed(SEED)).to(run.device)
-    key = key_of(run.key, plain(run.cfg.solver), pipeline.settings_of(posterior), count, IMAGES)
+    steps = trajectory(run, solver, [0]).steps()
+    numbers = [(s.times, s.inputs, s.output, s.noise, s.kept, s.history) for s in steps]
+    key = key_of(run.key, numbers, run.cfg.seed, pipeline.settings_of(posterior), count, IMAGES)
     path = ROOT / "outputs" / "propagation" / f"reference-{key}.npz"
     stored = read_arrays(path, key)
     if stored is not None:
