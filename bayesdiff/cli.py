@@ -10,6 +10,12 @@ from bayesdiff.checks import UserError
 
 # Hydra raises a plain ValueError for model=3.
 _NUMBER_FOR_NAME = "Config group override must be a string"
+_ESTIMATORS = "ensemble, linearised, refined, published and total_variance"
+# Options that only some of them have.
+_OF_ESTIMATORS = (
+    "skip_interval", "mc_samples", "members", "noise_members", "draws", "noise_draws",
+    "derivative", "covariance", "var_x", "clamp", "gam2_at", "ddpm_fix", "cfg_joint",
+)  # fmt: skip
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -69,7 +75,8 @@ def explain(error: BaseException) -> str:
         return f"{key.group(1) if key else 'a value'} does not work: {_line(error.__cause__)}"
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", str(error))
     if unknown:
-        return f"unknown option {unknown.group(1) or unknown.group(2)!r}{_cure(str(error))}"
+        name = unknown.group(1) or unknown.group(2)
+        return f"unknown option {name!r}{_cure(name)}"
     return _line(error)
 
 
@@ -80,7 +87,7 @@ def _line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def _cure(text: str) -> str:
-    if "skip_interval" in text or "mc_samples" in text or "members" in text:
-        return "; it belongs to another uncertainty=..., ensemble and published have their own"
+def _cure(name: str) -> str:
+    if name.rpartition(".")[2] in _OF_ESTIMATORS and not name.startswith("laplace."):
+        return f"; it belongs to another uncertainty=..., each of {_ESTIMATORS} has its own"
     return "; --cfg job lists every option"

@@ -1,4 +1,4 @@
-"""fit -> curvature -> images -> maps -> score -> report; what exists and matches is not redone."""
+"""fit -> curvature -> images -> maps -> validation -> score -> report; nothing is made twice."""
 
 import logging
 from dataclasses import dataclass
@@ -20,12 +20,15 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.curvature import check_pass
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
+from bayesdiff.metrics.validation import Validation, reference_at_once
 from bayesdiff.report import table
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
-from bayesdiff.stages import make_images, make_maps, score
+from bayesdiff.stages import make_images, make_maps, make_validation, score
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Estimator, Samples
+from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+from bayesdiff.uncertainty.memory import images_at_once
 
 log = logging.getLogger(__name__)
 
@@ -54,22 +57,30 @@ def run(cfg: DictConfig) -> Result:
     weights = fit(this, laplace)
     this.model.to(this.device).eval()
     posterior = laplace.fit(this.model, this.data.data)
-    sampled = [weights, plain(cfg.solver), cfg.seed]
+    # The same weights make other images where they are told to predict something else.
+    sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
     images_key = key_of(*sampled, cfg.metrics.num_images)
-    maps_key = key_of(*sampled, settings_of(posterior), plain(cfg.uncertainty))
-    cell_key = key_of(maps_key, images_key, plain(cfg.metrics))
-    names = [type(part).__name__.lower() for part in (solver, estimator)]
-    folder = this.folder / "-".join([*names, maps_key[:8]])
+    told = {k: v for k, v in plain(cfg.uncertainty).items() if k not in WITHOUT_EFFECT}
+    maps_key = key_of(*sampled, settings_of(posterior), told)
+    checked_key = validation_key(maps_key, estimator)
+    cell_key = key_of(maps_key, images_key, plain(cfg.metrics), checked_key)
+    folder = this.folder / f"{solver.name}-{estimator.name}-{maps_key[:8]}"
     images = None
     if cfg.metrics.num_images:
-        path = this.folder / f"images-{names[0]}-{images_key[:8]}.npz"
+        path = this.folder / f"images-{solver.name}-{images_key[:8]}.npz"
         images = make_images(this, solver, cfg.metrics.num_images, path, images_key)
     samples = make_maps(this, solver, estimator, posterior, folder / "samples.npz", maps_key)
-    result = Result(folder, {}, settings(cfg, this, posterior))
+    checked = None
+    if checked_key:
+        path = folder / "validation.json"
+        checked = make_validation(this, solver, estimator, posterior, samples, path, checked_key)
+    result = Result(folder, {}, settings(cfg, this, posterior, solver.name, estimator.name))
     if rank() == 0:
         metrics = scores_of(this, images, samples, folder, cell_key, images_key)
+        if checked is not None:
+            metrics |= checked.metrics(cfg.seed)
         result = Result(folder, metrics | laplace.statistics(), result.settings)
-        report(this, result, samples, cell_key)
+        report(this, result, samples, cell_key, checked)
     barrier()
     return result
 
@@ -94,6 +105,10 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
     times = time_grid(solver.grid, model.path, solver.num_steps)
     solver.steps(model.path, model.prediction, times)  # or refuse now
+    shape = this.data.data.images.shape[1:]
+    images_at_once(estimator, solver, model, shape)
+    if estimator.validate:
+        reference_at_once(estimator, solver, model, shape)
     check_metrics(cfg.metrics, this)
     stored = this.folder / "curvature.safetensors"
     laplace = LastLayerLaplace(path=stored, **plain(cfg.laplace))
@@ -179,7 +194,16 @@ def settings_of(posterior: HeadPosterior) -> list[Any]:
     return [posterior.curvature.source, posterior.structure, *numbers]
 
 
-def settings(cfg: DictConfig, this: Run, posterior: HeadPosterior) -> dict[str, Any]:
+def validation_key(maps_key: str, estimator: Estimator) -> str | None:
+    """What a comparison of the maps depends on, None where none is wanted."""
+    if not estimator.validate:
+        return None
+    return key_of(maps_key, estimator.validate_images, estimator.validate_members)
+
+
+def settings(
+    cfg: DictConfig, this: Run, posterior: HeadPosterior, solver: str, estimator: str
+) -> dict[str, Any]:
     """The settings a table or an HPARAMS row should show, flat."""
     return {
         "data": this.data.data.name,
@@ -190,14 +214,13 @@ def settings(cfg: DictConfig, this: Run, posterior: HeadPosterior) -> dict[str, 
         "sigma_noise": posterior.sigma_noise,
         "prior_precision": posterior.prior_precision,
         "n_eff": posterior.n_eff,
-        **{f"solver.{k}": v for k, v in _named(cfg.solver).items()},
-        **{f"uncertainty.{k}": v for k, v in _named(cfg.uncertainty).items()},
+        **{f"solver.{k}": v for k, v in _named(cfg.solver, solver).items()},
+        **{f"uncertainty.{k}": v for k, v in _named(cfg.uncertainty, estimator).items()},
     }
 
 
-def _named(cfg: DictConfig) -> dict[str, Any]:
-    values = plain(cfg)
-    return {"name": values.pop("_target_").rsplit(".", 1)[-1].lower(), **values}
+def _named(cfg: DictConfig, name: str) -> dict[str, Any]:
+    return {"name": name, **{k: v for k, v in plain(cfg).items() if k != "_target_"}}
 
 
 def scores_of(
@@ -219,18 +242,28 @@ def scores_of(
             write_json(path, shared)
         metrics |= shared["metrics"]
     metrics["nfe"] = samples.nfe
+    samples = samples.in_model_range()  # a number means the same whatever is shown
     statistics = variance_statistics(samples.variance, samples.labels)
+    if samples.sampler_noise is not None:
+        metrics["sampler_noise/mean"] = variance_statistics(samples.sampler_noise)["mean"]
     return metrics | {f"summed_variance/{name}": value for name, value in statistics.items()}
 
 
-def report(this: Run, result: Result, samples: Samples, cell_key: str) -> None:
+def report(
+    this: Run, result: Result, samples: Samples, cell_key: str, checked: Validation | None
+) -> None:
     """Pictures, TensorBoard, metrics.json last: its presence says that all else is there."""
     from bayesdiff.report import board
 
     path = result.folder / "metrics.json"
     if (read_json(path) or {}).get("key") != cell_key:
         board.write(
-            result.folder / "tensorboard", samples, result.metrics, result.settings, this.classes
+            result.folder / "tensorboard",
+            samples,
+            result.metrics,
+            result.settings,
+            this.classes,
+            validation=checked,
         )
         write_text(
             result.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(this.cfg, resolve=True)
@@ -245,18 +278,11 @@ def report(this: Run, result: Result, samples: Samples, cell_key: str) -> None:
         write_json(path, record)
 
 
-_SHOWN: tuple[str, ...] = (
-    "fid@", "is@", "kid@", "precision@", "recall@", "real/fid@", "classifier_test_accuracy", "nfe",
-    "summed_variance/mean", "laplace/effective_parameters", "laplace/sigma_noise",
-)  # fmt: skip
-
-
 def show(result: Result, logdir: str) -> None:
     """The closing table, short, and where to look next."""
     if rank():
         return
-    metrics = [name for shown in _SHOWN for name in result.metrics if name.startswith(shown)]
-    rows = [{"metric": name, "value": result.metrics[name]} for name in metrics]
+    rows = table.summary(result.metrics)
     rows.append({"metric": "pictures", "value": str(result.folder / "figures")})
     rows.append({"metric": "curves", "value": f"tensorboard --logdir {logdir}"})
     table.show(result.folder.name, rows)

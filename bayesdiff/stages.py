@@ -1,7 +1,6 @@
-"""The stages after training: images, uncertainty maps and scores, each made once per key."""
+"""The stages after training: images, uncertainty maps, scores; each is made once per key."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,30 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.artefacts import read_arrays, write_arrays
+from bayesdiff.artefacts import read_arrays, read_json, write_arrays, write_json
 from bayesdiff.build import Run
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, gather_rows, rank, world_size
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.metrics.validation import (
+    COLUMNS,
+    Validation,
+    reference_at_once,
+    reference_of,
+    validate,
+)
 from bayesdiff.progress import track
-from bayesdiff.solvers import SampleNoise, Solver, integrate
-from bayesdiff.uncertainty import Estimator, Samples, Trajectory
+from bayesdiff.solvers import Solver, integrate
+from bayesdiff.uncertainty import Estimator, Samples, Starts, starts_of
+from bayesdiff.uncertainty.memory import images_at_once
 
 log = logging.getLogger(__name__)
 
 
-def trajectory(run: Run, solver: Solver, indices: Sequence[int]) -> Trajectory:
-    """Start of the samples with these numbers: classes in turn, noise from (seed, number)."""
-    classes = run.model.num_classes
-    labels = torch.tensor(indices) % classes if classes else None
-    noise = SampleNoise(run.cfg.seed, indices, run.data.data.images.shape[1:])
-    return Trajectory(
-        model=run.model,
-        solver=solver,
-        labels=None if labels is None else labels.to(run.device),
-        noise=noise,
-        device=run.device,
-    )
+def starts(run: Run, solver: Solver) -> Starts:
+    """Start of the run's samples by their numbers."""
+    shape = run.data.data.images.shape[1:]
+    return starts_of(run.model, solver, run.cfg.seed, shape, run.device)
 
 
 @torch.inference_mode()
@@ -43,11 +42,11 @@ def make_images(run: Run, solver: Solver, count: int, path: Path, key: str) -> T
     if stored is not None:
         log.info("images: %d made before", count)
         return stored["images"]
-    size = run.cfg.metrics.batch_size
+    size, start_of = run.cfg.metrics.batch_size, starts(run, solver)
     parts, numbers = [], []
     batches = list(torch.arange(count).split(size))
     for indices in track(batches[rank() :: world_size()], "images"):
-        start = trajectory(run, solver, indices.tolist())
+        start = start_of(indices.tolist())
         x_0 = start.draw()
         images = integrate(start.field(), start.steps(), x_0, start.draw)
         parts.append(to_uint8(images.cpu()))
@@ -70,14 +69,45 @@ def make_maps(
     if stored is not None:
         log.info("uncertainty: %d maps made before", len(stored["images"]))
         return _from_arrays(stored)
-    batches = list(torch.arange(estimator.num_images).split(estimator.batch_size))
+    start_of = starts(run, solver)
+    ready = estimator.fit(start_of, posterior, run.folder)
+    size = images_at_once(ready, solver, run.model, run.data.data.images.shape[1:])
+    batches = list(torch.arange(ready.num_images).split(size))
     mine = {}
     for number in track(range(rank(), len(batches), world_size()), "uncertainty"):
-        mine[number] = estimator(trajectory(run, solver, batches[number].tolist()), posterior)
+        mine[number] = ready(start_of(batches[number].tolist()), posterior)
     samples = Samples.join([part for _, part in sorted(_share(mine).items())])
+    samples = samples.in_unit_range() if ready.units == "unit" else samples
     if rank() == 0:
         write_arrays(path, key, _to_arrays(samples))
     return samples
+
+
+def make_validation(
+    run: Run,
+    solver: Solver,
+    estimator: Estimator,
+    posterior: HeadPosterior,
+    samples: Samples,
+    path: Path,
+    key: str,
+) -> Validation:
+    """The first maps against a reference ensemble, kept as ``validation.json``."""
+    stored = read_json(path) or {}
+    barrier()
+    if stored.get("key") == key and set(COLUMNS) <= stored.get("images", {}).keys():
+        log.info("validation: done before")
+        columns = stored["images"]
+        return Validation(*(torch.tensor(columns[name], dtype=torch.float64) for name in COLUMNS))
+    reference = reference_of(estimator)
+    size = reference_at_once(estimator, solver, run.model, run.data.data.images.shape[1:])
+    maps = samples.in_model_range().variance[: estimator.validate_images]
+    log.info("validation: %d maps, %d members", len(maps), reference.members)
+    found = validate(maps, starts(run, solver), posterior, reference, size)
+    if rank() == 0:
+        columns = {name: getattr(found, name).tolist() for name in COLUMNS}
+        write_json(path, {"key": key, "metrics": found.metrics(reference.seed), "images": columns})
+    return found
 
 
 def _share(mine: dict[int, Samples]) -> dict[int, Samples]:
@@ -90,16 +120,18 @@ def _share(mine: dict[int, Samples]) -> dict[int, Samples]:
 
 
 def _to_arrays(samples: Samples) -> dict[str, Tensor | None]:
-    values = {f.name: getattr(samples, f.name) for f in fields(Samples)}
+    values: dict[str, Any] = {f.name: getattr(samples, f.name) for f in fields(Samples)}
     values["nfe"] = torch.tensor(samples.nfe)
-    values["estimator"] = torch.tensor(list(samples.estimator.encode()), dtype=torch.uint8)
+    for name in ("estimator", "units"):
+        values[name] = torch.tensor(list(values[name].encode()), dtype=torch.uint8)
     return values
 
 
 def _from_arrays(arrays: dict[str, Tensor]) -> Samples:
     values: dict[str, Any] = {"labels": None, **arrays}
     values["nfe"] = int(arrays["nfe"])
-    values["estimator"] = bytes(arrays["estimator"].tolist()).decode()
+    for name in ("estimator", "units"):
+        values[name] = bytes(arrays[name].tolist()).decode()
     return Samples(**values)
 
 

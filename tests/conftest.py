@@ -31,6 +31,15 @@ SMALLEST = (
     "uncertainty.batch_size=2",
 )
 
+# As few draws as each estimator takes.
+DRAWS = {
+    "ensemble": ("uncertainty.members=2", "uncertainty.noise_members=2"),
+    "linearised": ("uncertainty.draws=2",),
+    "refined": (),
+    "published": ("uncertainty.mc_samples=2",),
+    "total_variance": ("uncertainty.mc_samples=2",),
+}
+
 Compose = Callable[..., DictConfig]
 # One pass over the digits is enough for a feature space of tests.
 QUICK_CLASSIFIER = ("bayesdiff.metrics.classifier._epochs", lambda size: 1)
@@ -38,9 +47,9 @@ QUICK_CLASSIFIER = ("bayesdiff.metrics.classifier._epochs", lambda size: 1)
 
 def smallest(output_dir: Path, *overrides: str) -> list[str]:
     """Overrides of a run of seconds; the given ones come last and win."""
-    published = "uncertainty=published" in overrides
-    draws = "uncertainty.mc_samples=2" if published else "uncertainty.members=2"
-    return [*SMALLEST, draws, f"output_dir={output_dir}", *overrides]
+    chosen = [o.removeprefix("uncertainty=") for o in overrides if o.startswith("uncertainty=")]
+    draws = DRAWS.get(chosen[-1] if chosen else "ensemble", ())
+    return [*SMALLEST, *draws, f"output_dir={output_dir}", *overrides]
 
 
 def compose_list(overrides: list[str]) -> DictConfig:

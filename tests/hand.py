@@ -195,5 +195,8 @@ class Double:
     def fork(self, number):
         return self.noise.fork(number)
 
+    def copy(self):
+        return Double(self.noise.copy())
+
     def __call__(self):
         return self.noise().double()

@@ -30,6 +30,7 @@ from bayesdiff.models import GenerativeModel
 
 DIFFUSION = ("model=diffusion", "solver.num_steps=3")
 PUBLISHED = ("uncertainty=published",)
+VALIDATE = ("uncertainty.validate=true", "uncertainty.validate_images=4")
 
 # Overrides, as on the command line, and what the line must contain.
 CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
@@ -37,7 +38,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("model=gan", ["unknown model 'gan'", "diffusion, flow"]),
     ("model=3", ["choose by name", "model=flow"]),
     ("data=svhn", ["unknown data 'svhn'", "digits", "folder"]),
-    ("solver=rk4", ["unknown solver 'rk4'", "euler"]),
+    ("solver=rk5", ["unknown solver 'rk5'", "euler"]),
     ("net=huge", ["unknown net 'huge'", "unet28"]),
     ("path=ve", ["unknown path 've'", "cond_ot"]),
     ("laplace=kron", ["unknown laplace 'kron'", "diag, full"]),
@@ -50,7 +51,10 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("solver.eta=0.5", ["unknown option 'solver.eta'", "--cfg job"]),
     (
         (*PUBLISHED, "uncertainty.members=8"),
-        ["unknown option 'uncertainty.members'", "ensemble and published have their own"],
+        [
+            "unknown option 'uncertainty.members'",
+            "each of ensemble, linearised, refined, published",
+        ],
     ),
     ("+solver.order=2", ["solver does not work", "'order'"]),
     ("laplace.structure=kron", ["laplace.structure", "full or diag", "'kron'"]),
@@ -110,6 +114,41 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("uncertainty.skip_interval=0", ["uncertainty.skip_interval", "got 0"]),
     ("uncertainty.skip_interval=-1", ["uncertainty.skip_interval", "got -1"]),
     ("uncertainty.members=1", ["uncertainty.members", ">= 2", "got 1"]),
+    ("uncertainty.noise_members=1", ["uncertainty.noise_members=1", "2 or more, or 0"]),
+    ("uncertainty.noise_members=-1", ["uncertainty.noise_members", ">= 0", "got -1"]),
+    ("uncertainty.max_memory=0", ["uncertainty.max_memory", "got 0", "GiB"]),
+    ("uncertainty.max_memory=-4", ["uncertainty.max_memory", "got -4", "GiB"]),
+    ("uncertainty.max_memory=nan", ["uncertainty.max_memory", "nan"]),
+    ("uncertainty.max_memory=lots", ["uncertainty.max_memory", "'lots'"]),
+    (
+        "uncertainty.max_memory=1e-5",
+        ["uncertainty.max_memory=1e-05", "needs", "raise it", "fewer members"],
+    ),
+    (
+        (*VALIDATE, "uncertainty.max_memory=2e-3", "uncertainty.validate_members=10000"),
+        ["uncertainty.max_memory=0.002", "needs", "raise it", "uncertainty.validate_members"],
+    ),
+    ("uncertainty.validate=2", ["uncertainty.validate must be true or false", "got 2"]),
+    ("uncertainty.validate_members=1", ["uncertainty.validate_members", ">= 2", "got 1"]),
+    ("uncertainty.validate_images=2", ["uncertainty.validate_images", ">= 3", "got 2"]),
+    (
+        "uncertainty.validate=true",
+        ["uncertainty.validate_images=16", "uncertainty.num_images=4", "compare fewer"],
+    ),
+    ("uncertainty.times=0.5", ["uncertainty.times must be a list", "got 0.5"]),
+    ("uncertainty.times=[0.5,1]", ["uncertainty.times", "between 0 and 1", "got 1"]),
+    ("uncertainty.times=[0]", ["uncertainty.times", "between 0 and 1", "got 0"]),
+    ("uncertainty.times=[-0.2]", ["uncertainty.times", "between 0 and 1", "got -0.2"]),
+    ("uncertainty.times=[half]", ["uncertainty.times", "between 0 and 1", "'half'"]),
+    ("uncertainty.times=[nan]", ["uncertainty.times", "between 0 and 1", "nan"]),
+    ("uncertainty.times=null", ["uncertainty.times must be a list", "None"]),
+    ("uncertainty.units=pixels", ["unknown uncertainty.units 'pixels'", "model, unit"]),
+    ((*PUBLISHED, "uncertainty.times=[2]"), ["uncertainty.times", "got 2"]),
+    ((*PUBLISHED, "uncertainty.max_memory=1e-5"), ["max_memory=1e-05", "published"]),
+    (
+        ("uncertainty=total_variance", "uncertainty.units=m"),
+        ["unknown uncertainty.units 'm'", "model, unit"],
+    ),
     ("uncertainty.num_images=0", ["uncertainty.num_images", "got 0"]),
     ("uncertainty.batch_size=0", ["uncertainty.batch_size", "got 0"]),
     ((*PUBLISHED, "uncertainty.mc_samples=0"), ["uncertainty.mc_samples", "got 0"]),

@@ -34,6 +34,7 @@ def fake(count=24, channels=1, height=8, width=8, steps=10, labelled=True, seed=
         frame_times=times[frames],
         nfe=50,
         estimator="ensemble of 5",
+        units="model",
     )
 
 

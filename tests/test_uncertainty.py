@@ -19,6 +19,7 @@ from hand import (
     curved,
     gaussian_ddim,
     model_of,
+    only_bias,
     plain,
     posterior_of,
     real_start,
@@ -28,7 +29,7 @@ from hand import (
 
 from bayesdiff.checks import UserError
 from bayesdiff.solvers import DDIM, DDPM, Euler, Heun, SampleNoise, integrate
-from bayesdiff.uncertainty import Ensemble, Published, Samples, Trajectory
+from bayesdiff.uncertainty import Ensemble, Published, Samples, TotalVariance, Trajectory
 
 
 def sensitivity(times, slope=M, heun=False):
@@ -318,6 +319,131 @@ def test_frames_are_the_states_of_the_shown_image(kind, skip):
     assert len(samples.frames) == (5 if kind is Ensemble and skip == 4 else 9)
 
 
+def test_sampler_noise_is_the_variance_over_the_solvers_own_noise():
+    """A network that says nothing leaves x' = a x + c z: V' = a^2 V + c^2 from V = 0."""
+    net = Hand(lambda x, t, y: 0 * x, [[1.0]])
+    model, posterior = model_of(net, LINEAR, "noise"), only_bias(net.head, 1e-4)
+    count = 4000
+    for solver in (DDPM(6), DDIM(6, eta=0.7)):
+        start = start_of(model, solver, first=0.7)
+        truth = 0.0
+        for step in start.steps():
+            truth = step.output[0] ** 2 * truth + step.noise**2
+        samples = Ensemble(members=2, noise_members=count)(start, posterior)
+        got = float(samples.sampler_noise)
+        assert got == pytest.approx(truth, rel=4 * math.sqrt(2 / (count - 1)))
+
+
+@torch.no_grad()
+def test_sampler_noise_is_that_of_trajectories_sampled_one_by_one():
+    net, posterior, _ = curved()
+    solver, path, prediction = SOLVERS["ddpm"]
+    model = model_of(net, path, prediction)
+    count, shape, seed = 3, (1, 3, 3), 5
+    ensemble = Ensemble(members=2, noise_members=count, seed=seed)
+    samples = ensemble(start_of(model, solver, 2, shape), posterior)
+    start = start_of(model, solver, 2, shape)
+    x_0, fresh = start.draw(), start.noise.fork(seed)
+    noises = [[fresh().double() for _ in range(count)] for step in start.steps() if step.noise]
+    paths = []
+    for number in range(count):
+        own = iter([at_step[number] for at_step in noises])
+        paths.append(integrate(start.field(), start.steps(), x_0, lambda own=own: next(own)))
+    slow = torch.stack(paths).var(0)
+    torch.testing.assert_close(samples.sampler_noise, slow, rtol=1e-9, atol=0)
+    assert samples.sampler_noise.min() > 0
+    for other in (
+        Ensemble(noise_members=0)(start_of(model, solver, 2, shape), posterior),
+        Ensemble()(start_of(model_of(net), Euler(3), 2, shape), posterior),
+    ):
+        assert other.sampler_noise is None
+
+
+@pytest.mark.parametrize("skip", [2, 3])
+@torch.no_grad()
+def test_coarse_members_take_the_noise_of_the_first_step_they_stand_for(skip):
+    net, posterior, _ = curved()
+    solver, path, prediction = DDPM(7), LINEAR, "v"
+    model, shape = model_of(net, path, prediction), (1, 3, 3)
+    fast = Ensemble(members=3, skip_interval=skip)(start_of(model, solver, 2, shape), posterior)
+    start = start_of(model, solver, 2, shape)
+    x_0 = start.draw()
+    noises = [start.draw() if step.noise else None for step in start.steps()][::skip]
+    coarse = start.steps(skip)
+    assert len(noises) == len(coarse)
+    trained = [p.clone() for p in net.head.parameters()]
+    images = []
+    for draw in posterior.draw(3, torch.Generator().manual_seed(0)):
+        net.head.weight.copy_(draw[:, :-1].view_as(net.head.weight))
+        net.head.bias.copy_(draw[:, -1])
+        own = iter([z for z, step in zip(noises, coarse, strict=True) if step.noise])
+        images.append(integrate(start.field(), coarse, x_0, lambda own=own: next(own)))
+    for parameter, value in zip(net.head.parameters(), trained, strict=True):
+        parameter.copy_(value)
+    torch.testing.assert_close(fast.variance, torch.stack(images).var(0), rtol=1e-8, atol=1e-16)
+
+
+@pytest.mark.parametrize("skip", [1, 4])
+@pytest.mark.parametrize("kind", [Ensemble, Published])
+def test_requested_times_get_the_state_and_variance_of_all_images(kind, skip):
+    """At the solver's first time that is not before them, in the order of time."""
+    net, posterior, _ = curved()
+
+    def start():
+        return start_of(model_of(net, LINEAR, "v"), DDPM(20), 11, (1, 3, 3))
+
+    every = kind(skip_interval=skip, times=[k / 1000 for k in range(1, 1000)])(start(), posterior)
+    samples = kind(skip_interval=skip, times=[0.93, 0.25, 0.999])(start(), posterior)
+    ends = every.times.tolist()
+    wanted = [min(end for end in ends if end >= time - 1e-6) for time in (0.25, 0.93, 0.999)]
+    assert samples.requested_times.tolist() == wanted
+    assert samples.states.shape == samples.state_variance.shape == (3, 11, 1, 3, 3)
+    for time, state, variance in zip(wanted, samples.states, samples.state_variance, strict=True):
+        place = every.requested_times.tolist().index(time)
+        assert torch.equal(state, every.states[place])
+        assert torch.equal(variance, every.state_variance[place])
+        summed = samples.summed[ends.index(time)]
+        torch.testing.assert_close(variance.flatten(1).sum(1), summed)
+        if time in samples.frame_times.tolist():
+            frame = samples.frames[samples.frame_times.tolist().index(time)]
+            assert torch.equal(frame, state[:8])
+    assert torch.equal(samples.states[-1], samples.images)
+    assert torch.equal(samples.state_variance[-1], samples.variance)
+    plain_one = kind(skip_interval=skip)(start(), posterior)
+    assert plain_one.states is None and plain_one.requested_times is None
+    assert torch.equal(plain_one.variance, samples.variance)
+    joined = Samples.join([samples, samples])
+    assert joined.states.shape == (3, 22, 1, 3, 3) and len(joined.requested_times) == 3
+
+
+def test_the_unit_range_halves_images_and_quarters_variances():
+    net, posterior, _ = curved()
+    start = start_of(model_of(net, LINEAR, "v"), DDPM(5), 3, (1, 3, 3))
+    samples = Ensemble(members=3, times=[0.5])(start, posterior)
+    unit = samples.in_unit_range()
+    assert (samples.units, unit.units) == ("model", "unit")
+    for name in ("images", "frames", "states"):
+        torch.testing.assert_close(getattr(unit, name), (getattr(samples, name) + 1) / 2)
+    for name in ("variance", "summed", "frame_variance", "sampler_noise", "state_variance"):
+        torch.testing.assert_close(getattr(unit, name), getattr(samples, name) / 4)
+    for name in ("labels", "times", "frame_times", "requested_times", "nfe", "estimator"):
+        assert getattr(unit, name) is getattr(samples, name)
+    assert unit.in_unit_range() is unit and samples.in_model_range() is samples
+    back = unit.in_model_range()
+    torch.testing.assert_close(back.variance, samples.variance)
+    torch.testing.assert_close(back.images, samples.images)
+
+
+def test_the_name_of_an_estimator_is_what_a_user_types():
+    assert [kind.name for kind in (Ensemble, Published, TotalVariance)] == [
+        "ensemble",
+        "published",
+        "total_variance",
+    ]
+    ensemble = Ensemble(members=3)
+    assert ensemble.fit(lambda numbers: None, None) is ensemble
+
+
 def test_seeds_of_an_estimator_change_maps_and_nothing_else():
     net, posterior, _ = curved()
 
@@ -338,6 +464,14 @@ def test_seeds_of_an_estimator_change_maps_and_nothing_else():
         (lambda: Ensemble(num_images=0), "uncertainty.num_images"),
         (lambda: Ensemble(batch_size=0), "uncertainty.batch_size"),
         (lambda: Ensemble(seed=-1), "uncertainty.seed"),
+        (lambda: Ensemble(noise_members=1), "uncertainty.noise_members=1"),
+        (lambda: Ensemble(max_memory=0), "uncertainty.max_memory"),
+        (lambda: Ensemble(units="cm"), "uncertainty.units 'cm'"),
+        (lambda: Ensemble(times=(0.5, 1.5)), "uncertainty.times"),
+        (lambda: Ensemble(times="0.5"), "uncertainty.times"),
+        (lambda: Ensemble(validate_members=1), "uncertainty.validate_members"),
+        (lambda: Ensemble(validate_images=1), "uncertainty.validate_images"),
+        (lambda: Ensemble(validate=True, num_images=5), "uncertainty.validate_images=16"),
         (lambda: Published(mc_samples=0), "uncertainty.mc_samples"),
         (lambda: Published(seed=-1), "uncertainty.seed"),
         (lambda: Ensemble(skip_interval=0).check(Euler(4)), "uncertainty.skip_interval"),

@@ -177,6 +177,14 @@ class HeadPosterior:
             noise = noise @ self.curvature.eigen[1].T.to(noise.device)
         return mean + noise
 
+    def columns(self) -> Tensor:
+        """Weight directions ``(C_out P, C_out, P)`` float64 whose outer products sum to Sigma."""
+        scales = (self.eigenvalues + self.prior_precision).rsqrt()
+        root = scales.diag() if self.structure == "diag" else self.curvature.eigen[1] * scales
+        return torch.block_diag(*[root.T] * len(self.curvature.mean)).unflatten(
+            1, self.curvature.mean.shape
+        )
+
     def predictive_variance(self, features: Tensor, ones: float = 1.0) -> Tensor:
         """Variance of every output due to the weights, alike for all channels.
 

@@ -8,6 +8,9 @@ from torch import Tensor
 # Values ranked at once in a bootstrap; bounds its memory to some tens of megabytes.
 BLOCK = 1 << 20
 
+# Statistics by name, each with its values per image.
+Figures = dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]
+
 
 def image_rank(a: Tensor, b: Tensor) -> float:
     """Spearman correlation, over images, of the summed variance of two sets of maps.
@@ -32,7 +35,7 @@ def pixel_rank(a: Tensor, b: Tensor) -> float:
     Returns:
         A number in [-1, 1]; images with a constant map are left out, NaN when none is left.
     """
-    return float(_pixel_ranks(a, b).nanmean())
+    return float(pixel_ranks(a, b).nanmean())
 
 
 def spread_ratio(a: Tensor, b: Tensor) -> float:
@@ -66,11 +69,23 @@ def agreement(
         ``image_rank``, ``image_rank_low``, ``image_rank_high``, the same for ``pixel_rank`` and
         ``spread_ratio``.
     """
-    figures: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    figures: Figures = {
         "image_rank": (spearman, _sums(a, b)),
-        "pixel_rank": (_mean, (_pixel_ranks(a, b),)),
+        "pixel_rank": (mean, (pixel_ranks(a, b),)),
         "spread_ratio": (_median_ratio, (_log_ratios(a, b),)),
     }
+    return with_intervals(figures, seed=seed, draws=draws, level=level)
+
+
+def with_intervals(figures: Figures, *, seed: int, draws: int, level: float) -> dict[str, float]:
+    """Figures by name, each with ``_low`` and ``_high``, its bootstrap interval over images.
+
+    Args:
+        figures: a statistic and its values, as for ``bootstrap_interval``.
+        seed: fixes the resampled images.
+        draws: bootstrap samples.
+        level: share of the bootstrap samples inside the interval.
+    """
     found: dict[str, float] = {}
     for name, (statistic, values) in figures.items():
         low, high = bootstrap_interval(statistic, *values, seed=seed, draws=draws, level=level)
@@ -181,7 +196,13 @@ def _sums(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.double().flatten(1).sum(1), b.double().flatten(1).sum(1)
 
 
-def _pixel_ranks(a: Tensor, b: Tensor) -> Tensor:
+def pixel_ranks(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman correlation, over pixels, of the two maps of each image, ``(N,)`` float64.
+
+    Args:
+        a: variance maps (N, ...).
+        b: variance maps of the same images, same shape.
+    """
     _check_shapes(a, b)
     return torch.cat(
         [
@@ -201,5 +222,6 @@ def _median_ratio(log_ratios: Tensor) -> Tensor:
     return log_ratios.nanquantile(0.5, dim=-1).exp()
 
 
-def _mean(values: Tensor) -> Tensor:
+def mean(values: Tensor) -> Tensor:
+    """Mean along the last axis; NaN does not count."""
     return values.nanmean(-1)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
+    from bayesdiff.metrics.validation import Validation
     from bayesdiff.uncertainty.samples import Samples
 
 Scalar = float | int | str
@@ -29,6 +30,7 @@ def write(
     *,
     scores: Tensor | None = None,
     figures_dir: str | Path | None = None,
+    validation: "Validation | None" = None,
 ) -> list[Path]:
     """Write the report of one generated set; an earlier report in the same place is replaced.
 
@@ -40,6 +42,7 @@ def write(
         classes: class names.
         scores: ``(B,)`` uncertainty of each image; its summed variance when left out.
         figures_dir: folder of the PNG files; ``figures`` beside ``writer_dir`` when left out.
+        validation: comparison with a reference, drawn where there is one.
 
     Returns:
         The PNG files.
@@ -57,7 +60,7 @@ def write(
         _hparams_row(writer, flat(hparams), metrics)
         return [
             _picture(writer, tag, figure, pictures / f"{tag.split('/')[-1]}.png")
-            for tag, figure in _pictures(samples, classes, scores, values)
+            for tag, figure in _pictures(samples, classes, scores, values, validation)
         ]
 
 
@@ -82,7 +85,9 @@ def _numbers(
     """Scalars, the summed variance after each solver step, and the histogram of the scores."""
     for name, value in metrics.items():
         writer.add_scalar(name, float(value), 0)
-    for step, value in enumerate(samples.summed.mean(1).tolist(), start=1):
+    # Numbers stay in the model's units, so that those of two runs can be compared.
+    scale = 4 if samples.units == "unit" else 1
+    for step, value in enumerate((scale * samples.summed).mean(1).tolist(), start=1):
         writer.add_scalar("uncertainty/summed_variance", value, step)
     finite = scores[scores.isfinite()]
     if len(finite):
@@ -100,7 +105,11 @@ def _hparams_row(
 
 
 def _pictures(
-    samples: "Samples", classes: Sequence[str], scores: Tensor | None, values: Tensor
+    samples: "Samples",
+    classes: Sequence[str],
+    scores: Tensor | None,
+    values: Tensor,
+    validation: "Validation | None",
 ) -> Iterator[tuple[str, "Figure"]]:
     """Every figure of a report, made when it is asked for: large figures are not kept.
 
@@ -108,12 +117,15 @@ def _pictures(
         Tag and figure.
     """
     made = conditions(samples)
-    yield "samples/samples", figures.sample_grid(samples.images, samples.labels, classes, 10, made)
+    shown = samples.images, samples.labels, classes, 10, made, samples.units
+    yield "samples/samples", figures.sample_grid(*shown)
     yield "uncertainty/image_and_map", figures.image_and_map(samples, classes)
     yield "uncertainty/over_time", figures.over_time(samples, classes)
     yield "uncertainty/summed_over_time", figures.summed_over_time(samples, classes)
     yield "uncertainty/scores", figures.score_histogram(values, samples.labels, classes, made)
     yield "uncertainty/extremes", figures.extremes(samples, classes, scores=scores)
+    if validation is not None:
+        yield "uncertainty/validation", figures.validation_scatter(validation, made)
 
 
 def _picture(writer: "SummaryWriter", tag: str, figure: "Figure", path: Path) -> Path:

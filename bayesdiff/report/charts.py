@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+    from bayesdiff.metrics.validation import Validation
     from bayesdiff.uncertainty.samples import Samples
 
 
@@ -102,6 +103,29 @@ def score_histogram(
         panels[1, 0].boxplot([v for _, v in parts], tick_labels=[n for n, _ in parts], **look)
         panels[1, 0].grid(False, axis="y")
     panels[-1, 0].set(xlabel="score")
+    return figure
+
+
+@style()
+def validation_scatter(validation: "Validation", conditions: str = "") -> "Figure":
+    """Summed variance of each image against that of the reference; on the line they are equal."""
+    estimate, reference = (
+        side.cpu().double().numpy() for side in (validation.estimate, validation.reference)
+    )
+    good = (estimate > 0) & (reference > 0) & np.isfinite(estimate * reference)
+    hidden = len(good) - int(good.sum())
+    caption = f"{len(good)} images; {conditions}".rstrip("; ")
+    caption += f"; {hidden} without a positive variance are not shown" if hidden else ""
+    figure, panels = chart(640, 520, "Summed variance against a reference", caption)
+    axes = panels[0, 0]
+    axes.set(xlabel="reference ensemble", ylabel="this estimator", xscale="log", yscale="log")
+    if good.any():
+        both = np.concatenate([estimate[good], reference[good]])
+        ends = both.min() / 1.2, both.max() * 1.2
+        axes.plot(ends, ends, color="0.6", linewidth=1)
+        axes.plot(reference[good], estimate[good], "o", markersize=4)
+        _log_ticks(axes.xaxis, both)
+        _log_ticks(axes.yaxis, both)
     return figure
 
 

@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from bayesdiff.report.charts import score_histogram, summed_over_time, sweep_figure
+from bayesdiff.report.charts import (
+    score_histogram,
+    summed_over_time,
+    sweep_figure,
+    validation_scatter,
+)
 from bayesdiff.report.layout import (
     GAP,
     by_class,
     cell_size,
     class_name,
     fit,
+    image_range,
     map_conditions,
     picture,
     put,
@@ -36,6 +42,7 @@ __all__ = [
     "score_histogram",
     "summed_over_time",
     "sweep_figure",
+    "validation_scatter",
 ]
 
 MAP_COLOURS = "magma"
@@ -54,15 +61,17 @@ def sample_grid(
     classes: Sequence[str],
     columns: int = 10,
     conditions: str = "",
+    units: str = "model",
 ) -> "Figure":
     """Samples as they are, one row per class where there are labels.
 
     Args:
-        images: ``(B, C, H, W)`` in [-1, 1].
+        images: ``(B, C, H, W)`` in their units.
         labels: ``(B,)`` or None.
         classes: class names.
         columns: images per row.
         conditions: what made the images, for the caption.
+        units: ``model`` for images in [-1, 1], ``unit`` for [0, 1].
     """
     groups = by_class(labels, len(images), classes)
     rows = [(name, chosen[:columns]) for name, chosen in groups]
@@ -80,7 +89,8 @@ def sample_grid(
         y = row * (height + GAP)
         axes.text(left - 8, y + height / 2, fit(name, 160), ha="right", va="center")
         for column, index in enumerate(chosen):
-            put(axes, picture(images[index]), left + column * (width + GAP), y, (width, height))
+            shown_at = left + column * (width + GAP), y, (width, height)
+            put(axes, picture(images[index], units), *shown_at)
     return figure
 
 
@@ -109,7 +119,7 @@ def _pairs(
         for column, i in enumerate(indices):
             x = left + column * (size[0] + GAP)
             axes.text(x + size[0] / 2, y - 5, label(i), ha="center", va="bottom", size=8)
-            put(axes, picture(samples.images[i]), x, y, size)
+            put(axes, picture(samples.images[i], samples.units), x, y, size)
             scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top}
             drawn = put(axes, maps[i], x, y + size[1] + GAP, size, **scale)
         bar = axes.inset_axes((right, y, 16, body), transform=axes.transData)
@@ -131,8 +141,8 @@ def image_and_map(samples: "Samples", classes: Sequence[str], count: int = 8) ->
 
     caption = (
         f"{map_conditions(samples)}; the first {len(chosen)} samples. Maps: standard deviation in "
-        "units of the image range [-1, 1] (root of the channel mean of the variance), one colour "
-        "scale for all."
+        f"units of the image range {image_range(samples)} (root of the channel mean of the "
+        "variance), one colour scale for all."
     )
     return _pairs(samples, blocks, label, "Samples and their uncertainty maps", caption)
 
@@ -162,7 +172,7 @@ def extremes(
     kind = "summed variance" if scores is None else "score"
     caption = (
         f"{map_conditions(samples)}; number: the image's {kind}. Maps: standard deviation in "
-        "units of the image range [-1, 1]; each group has its own colour scale."
+        f"units of the image range {image_range(samples)}; each group has its own colour scale."
     )
     blocks = [("Highest", np.array(order[::-1][:count])), ("Lowest", np.array(order[:count]))]
     return _pairs(samples, blocks, label, "Most and least uncertain samples", caption)
@@ -183,8 +193,8 @@ def over_time(samples: "Samples", classes: Sequence[str], count: int = 4) -> "Fi
     tall = 2 * (size[1] + GAP) + 10
     caption = (
         f"{map_conditions(samples)}. Each image above its map (standard deviation in units of the "
-        "image range [-1, 1]). Each column of maps has its own colour scale, from 0 to the value "
-        "under the column."
+        f"image range {image_range(samples)}). Each column of maps has its own colour scale, "
+        "from 0 to the value under the column."
     )
     width, height = left + len(columns) * (size[0] + GAP) + 10, 26 + count * tall + 20
     figure, axes = sheet(width, height, "Samples and uncertainty over time", caption)
@@ -195,7 +205,7 @@ def over_time(samples: "Samples", classes: Sequence[str], count: int = 4) -> "Fi
         axes.text(x + size[0] / 2, height - 10, f"{top:.2g}", **place)
         for row in range(count):
             y = 26 + row * tall
-            put(axes, picture(samples.frames[frame, row]), x, y, size)
+            put(axes, picture(samples.frames[frame, row], samples.units), x, y, size)
             scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top}
             put(axes, maps[column, row], x, y + size[1] + GAP, size, **scale)
     for row in range(count):

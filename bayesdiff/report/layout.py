@@ -111,9 +111,10 @@ def chart(
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def picture(image: Tensor) -> np.ndarray:
-    """``(C, H, W)`` in [-1, 1] to ``(H, W, 3)`` in [0, 1]; other than 3 channels: their mean."""
-    image = (image.detach().cpu().double().nan_to_num().clamp(-1, 1) + 1) / 2
+def picture(image: Tensor, units: str = "model") -> np.ndarray:
+    """``(C, H, W)`` in its units to ``(H, W, 3)`` in [0, 1]; other than 3 channels: their mean."""
+    image = image.detach().cpu().double().nan_to_num()
+    image = (image if units == "unit" else (image + 1) / 2).clamp(0, 1)
     image = image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
     return image.permute(1, 2, 0).numpy()
 
@@ -162,6 +163,11 @@ def standard_deviation(variance: Tensor) -> np.ndarray:
     The published recursion can give negative variances; they count as 0 here.
     """
     return variance.detach().cpu().double().clamp(min=0).mean(-3).sqrt().numpy()
+
+
+def image_range(samples: "Samples") -> str:
+    """Where the images lie, and so the unit of a map."""
+    return {"model": "[-1, 1]", "unit": "[0, 1]"}[samples.units]
 
 
 def conditions(samples: "Samples") -> str:

@@ -9,6 +9,14 @@ from bayesdiff.artefacts import write_atomic
 
 Row = Mapping[str, Any]
 
+# What the closing table of a run shows, in this order.
+_SHOWN = (
+    "fid@", "is@", "kid@", "precision@", "recall@", "real/fid@", "classifier_test_accuracy", "nfe",
+    "summed_variance/mean", "sampler_noise/mean", "validation/", "laplace/effective_parameters",
+    "laplace/sigma_noise",
+)  # fmt: skip
+_ENDS = ("_low", "_high")
+
 
 def columns_of(rows: Iterable[Row]) -> list[str]:
     """Every key of ``rows`` in the order of first sight."""
@@ -28,6 +36,19 @@ def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     body = [[cell(row.get(name)).replace("|", "\\|") for name in names] for row in rows]
     lines = [names, ["---"] * len(names), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def summary(metrics: Mapping[str, float]) -> list[Row]:
+    """The metrics that a reader looks for first; an interval stands behind its figure."""
+    rows: list[Row] = []
+    for name in (name for start in _SHOWN for name in metrics if name.startswith(start)):
+        value: float | str = metrics[name]
+        if all(name + end in metrics for end in _ENDS):
+            low, high = (cell(metrics[name + end]) for end in _ENDS)
+            value = f"{cell(value)} ({low} to {high})"
+        if not name.endswith(_ENDS):
+            rows.append({"metric": name, "value": value})
+    return rows
 
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> Path:

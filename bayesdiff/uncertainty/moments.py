@@ -12,6 +12,7 @@ from bayesdiff.solvers import DDPM, Solver, Step
 from bayesdiff.solvers.integrate import advance
 from bayesdiff.uncertainty.covariance import COVARIANCES
 from bayesdiff.uncertainty.draws import Draws
+from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.head_noise import Evaluations, UncertainHead, evaluate
 from bayesdiff.uncertainty.propagate import (
     OutputMoments,
@@ -24,7 +25,7 @@ from bayesdiff.uncertainty.samples import Recorder, Samples, Trajectory, check_s
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(Estimator):
     """Per-pixel mean and variance of x' = a x + b g + c z, step by step.
 
     With mean m and variance V of x, g the trained network's output and gam2 its variance due to
@@ -65,9 +66,6 @@ class Moments:
             variances, w^2 gam2_c + (1 - w)^2 gam2_u, as if each had weights of its own.
         shared: whether all evaluations of a step meet the same weights. False draws them apart,
             every pixel's too, and lets later evaluations of the draws see them.
-        num_images: images that get a map (read by the pipeline).
-        batch_size: images at once; the S draws come on top.
-        seed: of the draws.
     """
 
     mc_samples: int = 10
@@ -79,16 +77,11 @@ class Moments:
     ddpm_fix: bool = True
     cfg_joint: bool = True
     shared: bool = True
-    num_images: int = 64
-    batch_size: int = 64
-    seed: int = 0
 
     name: ClassVar[str] = "moments"
 
     def __post_init__(self) -> None:
-        for option in ("num_images", "batch_size"):
-            at_least(f"uncertainty.{option}", getattr(self, option))
-        at_least("uncertainty.seed", self.seed, 0)
+        super().__post_init__()
         _choice("uncertainty.covariance", self.covariance, COVARIANCES)
         _choice("uncertainty.gam2_at", self.gam2_at, ("realised", "draws"))
         for option in ("var_x", "clamp", "ddpm_fix", "cfg_joint", "shared"):
@@ -127,6 +120,10 @@ class Moments:
                 f"solver={solver.name}; use uncertainty.ddpm_fix=true"
             )
 
+    def copies(self, solver: Solver) -> int:
+        """Network inputs per image held at once: the draws, their derivatives, and the image."""
+        return self.mc_samples * (1 + (self.covariance == "stein")) + 1
+
     @torch.inference_mode()
     def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
         """Images of one batch with the variance of the recursion."""
@@ -140,7 +137,7 @@ class Moments:
         # Of x and, after a step that keeps something, of that; two parts if the solver has noise.
         mean = x[None]
         covariance = x.new_zeros(1, 1, 1 + stochastic, *x.shape)
-        recorder = Recorder(len(steps))
+        recorder = Recorder(len(steps), self.times)
         for number, step in enumerate(steps):
             here = evaluate(head, step, x)
             noise = step.noise * start.draw() if step.noise else torch.zeros_like(x)
@@ -200,8 +197,8 @@ class Moments:
 
     def describe(self) -> str:
         """Name and settings; of the switches those that differ from the class's defaults."""
-        text = f"{self.name}, S = {self.mc_samples}, skip {self.skip_interval}"
-        told = {"mc_samples", "skip_interval", "num_images", "batch_size", "seed"}
+        text = f"{self.name.replace('_', ' ')}, S = {self.mc_samples}, skip {self.skip_interval}"
+        told = {"mc_samples", "skip_interval", *(field.name for field in fields(Estimator))}
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in told and value != field.default:
@@ -241,7 +238,7 @@ class TotalVariance(Moments):
     approximation itself, so the difference to an ensemble is the price of fresh weights.
     """
 
-    name: ClassVar[str] = "total variance"
+    name: ClassVar[str] = "total_variance"
 
 
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:

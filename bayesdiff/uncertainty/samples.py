@@ -1,16 +1,21 @@
 """Images with their uncertainty: what every estimator takes and returns."""
 
-from dataclasses import dataclass, fields
-from typing import Protocol, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import ProbabilityPath
 from bayesdiff.solvers import Field, SampleNoise, Solver, Step, time_grid
+
+# model: images in [-1, 1], as the model sees them; unit: in [0, 1].
+UNITS = ("model", "unit")
+# Times closer than this are the same.
+_SAME = 1e-9
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,12 @@ class Samples:
         nfe: network evaluations per image, for image and uncertainty together.
         estimator: which estimator made the variance, with its settings.
         sampler_noise: ``(B, C, H, W)``, variance due to a stochastic solver's noise under fixed
-            weights; None for a deterministic solver.
+            weights; None for a deterministic solver, or where it was not asked for.
+        requested_times: ``(T,)``, the solver's first times not before those asked for; None where
+            none were.
+        states: ``(T, B, C, H, W)`` states of all images at these times.
+        state_variance: their variance, of the same shape.
+        units: ``model`` for images in [-1, 1], ``unit`` for [0, 1].
     """
 
     images: Tensor
@@ -46,6 +56,10 @@ class Samples:
     nfe: int
     estimator: str
     sampler_noise: Tensor | None = None
+    requested_times: Tensor | None = None
+    states: Tensor | None = None
+    state_variance: Tensor | None = None
+    units: str = "model"
 
     @property
     def scores(self) -> Tensor:
@@ -57,11 +71,33 @@ class Samples:
         """Batches put together; frames are kept from the first one."""
         first = parts[0]
         batched = {"images": 0, "variance": 0, "labels": 0, "summed": 1, "sampler_noise": 0}
+        batched |= {"states": 1, "state_variance": 1}
         values = {f.name: getattr(first, f.name) for f in fields(cls)}
         for name, dim in batched.items():
             if values[name] is not None:
                 values[name] = torch.cat([getattr(part, name) for part in parts], dim)
         return cls(**values)
+
+    def in_unit_range(self) -> Self:
+        """The same with images in [0, 1], and variances in the square of these units."""
+        return self._in("unit", lambda x: (x + 1) / 2, 1 / 4)
+
+    def in_model_range(self) -> Self:
+        """The same with images in [-1, 1]."""
+        return self._in("model", lambda x: 2 * x - 1, 4)
+
+    def _in(self, units: str, convert: Callable[[Tensor], Tensor], scale: float) -> Self:
+        if self.units == units:
+            return self
+        images = ("images", "frames", "states")
+        squares = ("variance", "summed", "frame_variance", "sampler_noise", "state_variance")
+        values = {name: getattr(self, name) for name in images + squares}
+        found = {name: value for name, value in values.items() if value is not None}
+        changed: dict[str, Any] = {
+            name: convert(value) if name in images else scale * value
+            for name, value in found.items()
+        }
+        return replace(self, units=units, **changed)
 
 
 @dataclass(frozen=True)
@@ -101,28 +137,55 @@ class Trajectory:
         return self.noise().to(self.device)
 
 
-class Estimator(Protocol):
-    """Carries the posterior of the head through a solver."""
+Starts = Callable[[Sequence[int]], Trajectory]
 
-    num_images: int
-    batch_size: int
 
-    def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
-        """Images of one batch with their variance."""
-        ...
+def starts_of(
+    model: GenerativeModel,
+    solver: Solver,
+    seed: int,
+    shape: Sequence[int],
+    device: torch.device,
+) -> Starts:
+    """Gives the start of samples by their numbers: classes in turn, noise from (seed, number).
 
-    def check(self, solver: Solver) -> None:
-        """Refuse settings that do not fit the solver."""
-        ...
+    Args:
+        model: with its trained weights.
+        solver: of the samples.
+        seed: of their noise.
+        shape: of one image, ``(C, H, W)``.
+        device: where to compute.
+    """
+
+    def start(numbers: Sequence[int]) -> Trajectory:
+        noise = SampleNoise(seed, numbers, shape)
+        labels = None
+        if model.num_classes:
+            labels = (torch.tensor(list(numbers)) % model.num_classes).to(device)
+        return Trajectory(model, solver, labels, noise, device)
+
+    return start
 
 
 class Recorder:
-    """Keeps what a figure over time needs, for the first few images only."""
+    """Keeps what a figure over time needs, for the first few images only, and requested times.
 
-    def __init__(self, num_steps: int, images: int = 8, frames: int = 9) -> None:
+    Args:
+        num_steps: how many steps will be recorded.
+        times: requested times; all images are kept at the first step that ends at or after one.
+        images: of the frames.
+        frames: evenly over the steps.
+    """
+
+    def __init__(
+        self, num_steps: int, times: Sequence[float] = (), images: int = 8, frames: int = 9
+    ) -> None:
         chosen = torch.linspace(0, num_steps - 1, min(frames, num_steps)).round().long()
         self.chosen = set(chosen.tolist())
+        self.num_steps = num_steps
         self.images = images
+        self.pending = sorted(times)
+        self.requested: list[tuple[float, Tensor, Tensor]] = []
         self.count = 0
         self.times: list[float] = []
         self.summed: list[Tensor] = []
@@ -130,15 +193,33 @@ class Recorder:
         self.frame_variance: list[Tensor] = []
         self.frame_times: list[float] = []
 
-    def __call__(self, time: float, state: Tensor, variance: Tensor) -> None:
-        """Record one step's state and variance, both ``(B, C, H, W)``."""
+    def wanted(self, ends: Sequence[float]) -> dict[float, slice]:
+        """Which images' states will be kept, for those of the steps' ends where any are."""
+        kept = {ends[number]: slice(self.images) for number in self.chosen}
+        for time in self.pending:
+            first = next((end for end in ends if time <= end + _SAME), ends[-1])
+            kept[first] = slice(None)
+        return kept
+
+    def __call__(self, time: float, state: Tensor | None, variance: Tensor) -> None:
+        """Record one step.
+
+        Args:
+            time: at the end of the step.
+            state: ``(B, C, H, W)``, or as much of it as is ``wanted``, None for nothing.
+            variance: ``(B, C, H, W)``.
+        """
         self.times.append(time)
         self.summed.append(variance.flatten(1).sum(1).cpu())
-        if self.count in self.chosen:
+        if state is not None and self.count in self.chosen:
             self.frames.append(state[: self.images].cpu())
             self.frame_variance.append(variance[: self.images].cpu())
             self.frame_times.append(time)
         self.count += 1
+        last = self.count == self.num_steps
+        while self.pending and state is not None and (last or self.pending[0] <= time + _SAME):
+            self.pending.pop(0)
+            self.requested.append((time, state.cpu(), variance.cpu()))
 
     def samples(
         self,
@@ -150,6 +231,9 @@ class Recorder:
         sampler_noise: Tensor | None = None,
     ) -> Samples:
         """The finished record."""
+        times, states, variances = (
+            zip(*self.requested, strict=True) if self.requested else 3 * [()]
+        )
         return Samples(
             images=images.cpu(),
             variance=variance.cpu(),
@@ -162,6 +246,9 @@ class Recorder:
             nfe=nfe,
             estimator=estimator,
             sampler_noise=None if sampler_noise is None else sampler_noise.cpu(),
+            requested_times=torch.tensor(times) if times else None,
+            states=torch.stack(states) if times else None,
+            state_variance=torch.stack(variances) if times else None,
         )
 
 

@@ -17,7 +17,7 @@ from bayesdiff.build import Run
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.progress import track
 from bayesdiff.solvers import Solver, integrate
-from bayesdiff.stages import trajectory
+from bayesdiff.uncertainty import Starts, starts_of
 from bayesdiff.training import fit
 from bayesdiff.uncertainty.ensemble import MemberField
 
@@ -53,11 +53,18 @@ def load(cfg: DictConfig) -> tuple[Run, Solver, HeadPosterior]:
     return run, solver, laplace.fit(run.model, run.data.data)
 
 
+def starts(run: Run, solver: Solver) -> Starts:
+    """Starts of the run's own samples."""
+    shape = run.data.data.images.shape[1:]
+    return starts_of(run.model, solver, run.cfg.seed, shape, run.device)
+
+
 @torch.inference_mode()
 def members(run: Run, solver: Solver, posterior: HeadPosterior, count: int = MEMBERS) -> Tensor:
     """Last images ``(count, IMAGES, C, H, W)`` of members that keep one weight draw each."""
     weights = posterior.draw(count, torch.Generator().manual_seed(SEED)).to(run.device)
-    steps = trajectory(run, solver, [0]).steps()
+    start_of = starts(run, solver)
+    steps = start_of([0]).steps()
     numbers = [(s.times, s.inputs, s.output, s.noise, s.kept, s.history) for s in steps]
     key = key_of(run.key, numbers, run.cfg.seed, pipeline.settings_of(posterior), count, IMAGES)
     path = ROOT / "outputs" / "propagation" / f"reference-{key}.npz"
@@ -66,7 +73,7 @@ def members(run: Run, solver: Solver, posterior: HeadPosterior, count: int = MEM
         return stored["members"]
     parts = []
     for indices in track(list(torch.arange(IMAGES).split(4)), "reference"):
-        start = trajectory(run, solver, indices.tolist())
+        start = start_of(indices.tolist())
         field, x_0 = start.field(), start.draw()
         parts.append(
             integrate(MemberField(field, weights), start.steps(), x_0[None], start.draw).cpu()

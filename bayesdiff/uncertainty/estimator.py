@@ -1,0 +1,115 @@
+"""What every estimator is: a call that turns the start of a batch into images with their maps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+from bayesdiff.checks import UserError, at_least, positive
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.solvers import Solver
+from bayesdiff.uncertainty.samples import UNITS, Samples, Starts, Trajectory
+
+# Settings that change no map: how the work is cut up, and whether it is checked afterwards.
+WITHOUT_EFFECT = ("batch_size", "max_memory", "validate", "validate_images", "validate_members")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimator(ABC):
+    """Carries the posterior of the head through a solver.
+
+    Args:
+        num_images: images that get a map (read by the pipeline).
+        batch_size: images at once, fewer where ``max_memory`` asks for it.
+        max_memory: GiB that the network's evaluations for one batch may take, see
+            ``images_at_once``.
+        seed: of everything that the estimate draws.
+        times: in (0, 1); state and variance of every image are kept at the first time of the
+            solver that is not before them.
+        units: ``model`` for images in [-1, 1], ``unit`` for [0, 1]: what is stored and shown.
+        validate: whether the maps are compared with a reference ensemble.
+        validate_images: how many of them.
+        validate_members: members of the reference.
+    """
+
+    num_images: int = 64
+    batch_size: int = 64
+    max_memory: float = 4.0
+    seed: int = 0
+    times: Sequence[float] = ()
+    units: str = "model"
+    validate: bool = False
+    validate_images: int = 16
+    validate_members: int = 32
+
+    # What a user types for it, as in uncertainty=ensemble.
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        at_least("uncertainty.num_images", self.num_images)
+        at_least("uncertainty.batch_size", self.batch_size)
+        at_least("uncertainty.seed", self.seed, 0)
+        positive("uncertainty.max_memory", self.max_memory, "give GiB above 0")
+        if self.units not in UNITS:
+            raise UserError(
+                f"unknown uncertainty.units {self.units!r}; choose from {', '.join(UNITS)}"
+            )
+        self._check_times()
+        self._check_validation()
+
+    @abstractmethod
+    def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
+        """Images of one batch with their variance."""
+
+    @abstractmethod
+    def check(self, solver: Solver) -> None:
+        """Refuse settings that do not fit the solver."""
+
+    @abstractmethod
+    def copies(self, solver: Solver) -> int:
+        """Network inputs per image that are held at once."""
+
+    def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
+        """The estimator made ready for this model, solver and posterior; most need nothing.
+
+        Args:
+            starts: gives the start of the samples with these numbers.
+            posterior: of the head.
+            folder: the run folder, None for none.
+        """
+        return self
+
+    def _check_times(self) -> None:
+        """Refuse times where there is nothing to record.
+
+        Raises:
+            UserError: if they are no list of numbers in (0, 1).
+        """
+        given = self.times
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise UserError(
+                f"uncertainty.times must be a list such as [0.5,0.9], got {given!r}; [] is none"
+            )
+        for time in given:
+            if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 < time < 1:
+                raise UserError(
+                    f"uncertainty.times must lie between 0 and 1, got {time!r}; "
+                    "noise is at 0, and the image itself at 1"
+                )
+
+    def _check_validation(self) -> None:
+        """Refuse a comparison that could not be made.
+
+        Raises:
+            UserError: for bad values, or fewer maps than are to be compared.
+        """
+        if not isinstance(self.validate, bool):
+            raise UserError(f"uncertainty.validate must be true or false, got {self.validate!r}")
+        at_least("uncertainty.validate_images", self.validate_images, 3)
+        at_least("uncertainty.validate_members", self.validate_members, 2)
+        if self.validate and self.validate_images > self.num_images:
+            raise UserError(
+                f"uncertainty.validate_images={self.validate_images} is more than "
+                f"uncertainty.num_images={self.num_images}; compare fewer, or map more images"
+            )
