@@ -13,11 +13,12 @@ import torch
 from conftest import ROOT, Trained, compose_list, smallest
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import read_checkpoint
+from bayesdiff.artefacts import read_checkpoint, read_json
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.metrics import classifier
 from bayesdiff.report import board
 
+VALIDATE = ("uncertainty.validate=true", "uncertainty.validate_images=3")
 TWO = ("trainer=ddp", "trainer.devices=2")
 # Several batches of everything, and numbers of them that two processes cannot share evenly.
 BATCHES = ("laplace.batch_size=24", "metrics.batch_size=5", "uncertainty.batch_size=1")
@@ -58,7 +59,8 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
-    fixed = ["fit=false", f"ckpt_path={trained.checkpoint}", *BATCHES]
+    fixed = ["fit=false", f"ckpt_path={trained.checkpoint}", *BATCHES, *VALIDATE]
+    fixed.append("uncertainty.validate_members=2")
     cache = shutil.copytree(trained.output_dir / "cache", tmp_path / "cache")
     # The command would train the classifier for longer than the tests do.
     (quick,) = cache.glob("classifier-*")
@@ -89,6 +91,12 @@ def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
             np.testing.assert_allclose(maps[name], value, rtol=1e-5)
         else:
             assert np.array_equal(maps[name], value), name
+    compared = (
+        read_json(folder / "validation.json") for folder in (one.folder, two / one.folder.name)
+    )
+    first_rows, second_rows = (record["images"] for record in compared)
+    for name in ("estimate", "reference", "z2"):
+        np.testing.assert_allclose(second_rows[name], first_rows[name], rtol=1e-4)
     names = [name for name in files(two) if "figures/" not in name and ".report" not in name]
     assert names == files(tmp_path / "one")
 

@@ -173,6 +173,7 @@ def measured(count: int, estimator: str, fewer: str) -> tuple[int, float]:
             "TotalVariance(covariance='stein', batch_size=1000, max_memory=1.0)",
             "'mc_samples': 2",
         ),
+        (100, "Linearised(draws=32, batch_size=1000, max_memory=1.0)", "'draws': 2"),
     ],
 )
 def test_the_peak_stays_within_max_memory(count, estimator, fewer):

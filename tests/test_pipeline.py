@@ -16,7 +16,7 @@ from bayesdiff import pipeline, stages, training
 from bayesdiff.artefacts import key_of, weights_key
 from bayesdiff.data.module import to_uint8
 from bayesdiff.laplace import callback
-from bayesdiff.report import board
+from bayesdiff.report import board, table
 from bayesdiff.uncertainty import Ensemble
 
 
@@ -262,6 +262,93 @@ def test_published_and_guidance(copied: Trained, compose: Compose, work: Counter
     assert np.array_equal(one["images"], arrays(copied.cell / "samples.npz")["images"])
     assert np.abs(one["images"] - two["images"]).max() > 1e-3
     assert guided.metrics["nfe"] == 2 * copied.metrics["nfe"]
+
+
+def test_what_changes_no_map_makes_no_new_map(copied: Trained, compose: Compose, work: Counter):
+    for option in ("uncertainty.batch_size=3", "uncertainty.max_memory=1.5"):
+        assert pipeline.run(compose(option)).folder == copied.cell
+    assert work == {}
+
+
+def test_maps_do_not_depend_on_the_memory_they_are_given(
+    copied: Trained, compose: Compose, work: Counter
+):
+    made = {}
+    for memory in (4.0, 5e-4):
+        cfg = compose(f"uncertainty.max_memory={memory}", "uncertainty.batch_size=4")
+        this, solver, estimator, laplace = pipeline.prepare(cfg)
+        pipeline.fit(this, laplace)
+        this.model.eval()
+        posterior = laplace.fit(this.model, this.data.data)
+        path = copied.output_dir / f"{memory}.npz"
+        before = work["maps"]
+        made[memory] = stages.make_maps(this, solver, estimator, posterior, path, "key")
+        made[memory, "batches"] = work["maps"] - before
+    assert made[4.0, "batches"] == 1 and made[5e-4, "batches"] == 4
+    for name in ("images", "variance", "summed"):
+        one, other = (getattr(made[memory], name) for memory in (4.0, 5e-4))
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_an_estimator_is_made_ready_only_where_maps_are_made(
+    copied: Trained, compose: Compose, work: Counter, monkeypatch
+):
+    folders = []
+
+    def ready(self, starts, posterior, folder=None):
+        assert starts([5, 6]).labels.tolist() == [5, 6] and posterior.n_eff > 0
+        folders.append(folder)
+        return self
+
+    monkeypatch.setattr(Ensemble, "fit", ready)
+    pipeline.run(compose())
+    assert folders == []
+    pipeline.run(compose("uncertainty.seed=1"))
+    assert folders == [copied.folder] and work["maps"] == 2
+
+
+def test_a_folder_of_ones_own_never_mixes_two_predictions_or_paths(
+    compose: Compose, work: Counter, tmp_path, monkeypatch
+):
+    """The same weights, told to predict something else, are another sampler."""
+    mine = ["model=diffusion", f"run_dir={tmp_path / 'mine'}", "metrics.num_images=4"]
+    first = pipeline.run(compose(*mine))
+    again = ["fit=false", f"ckpt_path={first.folder.parent / 'checkpoints' / 'last.ckpt'}"]
+    monkeypatch.setattr(training, "require_same_kind", lambda run, path: None)
+    second = pipeline.run(compose(*mine, *again, "model.prediction=noise"))
+    third = pipeline.run(compose(*mine, *again, "path=vp_linear"))
+    assert len({result.folder for result in (first, second, third)}) == 3
+    assert work["integrate"] == 3 and work["maps"] == 6
+    assert len(list((tmp_path / "mine").glob("images-*.npz"))) == 3
+
+
+def test_requested_times_and_units_are_stored_with_the_maps(
+    copied: Trained, compose: Compose, work: Counter
+):
+    """Images and maps change their units; the numbers in the metrics do not."""
+    plain = arrays(copied.cell / "samples.npz")
+    assert bytes(plain["units"]).decode() == "model" and "states" not in plain
+    options = ("uncertainty.times=[0.4,0.9]", "uncertainty.units=unit")
+    result = pipeline.run(compose(*options))
+    found = arrays(result.folder / "samples.npz")
+    assert bytes(found["units"]).decode() == "unit"
+    np.testing.assert_allclose(found["requested_times"], [2 / 3, 1], rtol=1e-6)
+    assert found["states"].shape == found["state_variance"].shape == (2, 4, 1, 8, 8)
+    np.testing.assert_allclose(found["images"], (plain["images"] + 1) / 2, atol=1e-6)
+    np.testing.assert_allclose(found["variance"], plain["variance"] / 4, rtol=1e-5)
+    np.testing.assert_array_equal(found["states"][1], found["images"])
+    assert result.metrics == pytest.approx(copied.metrics, rel=1e-5)
+    again = pipeline.run(compose(*options))
+    assert work["maps"] == 2 and again.metrics == result.metrics
+
+
+def test_sampler_noise_has_a_number_of_its_own(compose: Compose, work: Counter):
+    overrides = ["model=diffusion", "solver=ddpm", "metrics.num_images=0"]
+    result = pipeline.run(compose(*overrides))
+    stored = arrays(result.folder / "samples.npz")["sampler_noise"]
+    mean = stored.reshape(4, -1).sum(1).mean()
+    assert result.metrics["sampler_noise/mean"] == pytest.approx(mean, rel=1e-5)
+    assert "sampler_noise/mean" in [row["metric"] for row in table.summary(result.metrics)]
 
 
 def test_unconditional_with_scores(copied: Trained, compose: Compose, work: Counter):

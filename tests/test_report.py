@@ -99,6 +99,39 @@ def test_image_and_map_shares_one_scale(tmp_path):
     drawn(figure, tmp_path)
 
 
+def test_the_units_of_a_map_are_said_and_the_picture_stays_the_same(tmp_path, monkeypatch):
+    model, unit = fake(), fake()
+    unit.units, unit.images, unit.variance = "unit", (unit.images + 1) / 2, unit.variance / 4
+    shown = {}
+    for samples in (model, unit):
+        figure = figures.image_and_map(samples, CLASSES, count=2)
+        shown[samples.units] = [image.get_array() for image in figure.axes[0].images]
+        interval = {"model": "[-1, 1]", "unit": "[0, 1]"}[samples.units]
+        for make in (figures.image_and_map, figures.over_time, figures.extremes):
+            assert f"image range {interval}" in words(make(samples, CLASSES))
+    for (one, of_one), (other, of_other) in zip(*map(pairs, shown.values()), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+        np.testing.assert_allclose(of_one, 2 * of_other, rtol=1e-6)
+    grids = [
+        figures.sample_grid(s.images, None, [], 5, "", s.units).axes[0].images[3].get_array()
+        for s in (model, unit)
+    ]
+    np.testing.assert_allclose(*grids, atol=1e-6)
+    # Numbers stay comparable from run to run.
+    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    unit.summed = unit.summed / 4
+    curves = []
+    for samples in (model, unit):
+        board.write(tmp_path / samples.units, samples, {}, {}, CLASSES)
+        events = board_of(tmp_path / samples.units).Scalars("uncertainty/summed_variance")
+        curves.append([event.value for event in events])
+    np.testing.assert_allclose(*curves, rtol=1e-6)
+
+
+def pairs(drawn_images):
+    return list(zip(drawn_images[::2], drawn_images[1::2], strict=True))
+
+
 def test_over_time_scales_each_column_and_writes_the_scale():
     samples = fake(steps=10)
     figure = figures.over_time(samples, CLASSES, count=2)

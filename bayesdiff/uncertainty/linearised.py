@@ -13,7 +13,7 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver, Step, integrate
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.pilot import DRAWS, Pilot
-from bayesdiff.uncertainty.response import Rule
+from bayesdiff.uncertainty.response import Rule, spread_nodes
 from bayesdiff.uncertainty.samples import (
     Recorder,
     Samples,
@@ -38,9 +38,9 @@ class Linearised(Estimator):
     relative sd of sqrt(2 / draws) per pixel. ``draws=all`` follows the P columns of Sigma^(1/2) of
     every output channel instead, and V is exact to first order.
 
-    With a skip interval k every k-th evaluation of the network gets its product J (S delta), and
-    the others are predicted by a regression that a pilot of 16 other images has fitted; nothing is
-    held constant or left out.
+    With a skip interval k one in k evaluations of the network gets its product J (S delta), evenly
+    spread, and the others are predicted by a regression that a pilot of 16 other images has
+    fitted; nothing is held constant or left out.
 
     Args:
         draws: weight directions, or ``all``.
@@ -68,7 +68,7 @@ class Linearised(Estimator):
                     f"uncertainty.draws must be a whole number or all, got {self.draws!r}"
                 )
             at_least("uncertainty.draws", self.draws)
-        if self.derivative not in PRODUCTS:
+        if self.derivative not in list(PRODUCTS):
             raise UserError(
                 f"unknown uncertainty.derivative {self.derivative!r}; "
                 f"choose from {', '.join(PRODUCTS)}"
@@ -81,7 +81,8 @@ class Linearised(Estimator):
 
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once."""
-        return 1 + (_ROWS if self.draws == "all" else min(int(self.draws), _ROWS))
+        noise = self.noise_draws if solver.family == "diffusion" else 0
+        return 1 + noise + (_ROWS if self.draws == "all" else min(int(self.draws), _ROWS))
 
     @torch.no_grad()
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
@@ -89,7 +90,7 @@ class Linearised(Estimator):
         if self.skip_interval == 1:
             return self
         count = evaluations(starts([0]))
-        nodes = frozenset(range(0, count, self.skip_interval)) - {0}
+        nodes = spread_nodes(count, count // self.skip_interval)
         product = PRODUCTS[self.derivative]
         pilot = Pilot.follow(starts, directions(posterior, DRAWS, self.seed + 1), product)
         return replace(self, rule=pilot.rule(nodes, product))
@@ -107,14 +108,14 @@ class Linearised(Estimator):
         product = PRODUCTS[self.derivative]
         count = self.noise_draws
         # Many directions go in turns; the image is followed again with each.
-        turns, noise = deltas.to(start.device).split(_ROWS), start.noise.copy()
+        turns, noise = deltas.split(_ROWS), start.noise.copy()
         followed = follow(start, turns[0], weight, product, self.rule, count, self.seed)
         variance, nfe = followed.variance, followed.nfe
         for turn in turns[1:]:
             again = replace(start, noise=noise.copy())
             more = follow(again, turn, weight, product, self.rule, 0, self.seed)
             variance, nfe = variance + more.variance, nfe + more.nfe
-        label = f"linearised, {self.draws} draws, skip {self.skip_interval}"
+        label = f"linearised, {self.draws} draws, {self.derivative}, skip {self.skip_interval}"
         return replace(followed, variance=variance, nfe=nfe).samples(start, label, self.times)
 
 
@@ -166,6 +167,7 @@ class Followed:
         )
 
 
+@torch.no_grad()
 def follow(
     start: Trajectory,
     deltas: Tensor,
@@ -190,7 +192,7 @@ def follow(
     extra = noise_draws if any(step.noise for step in steps) else 0
     fork = start.noise.fork(seed)
     field = start.field()
-    tangent = TangentField(field, deltas, product, rule)
+    tangent = TangentField(field, deltas.to(start.device), product, rule)
     states: list[Tensor] = []
     variance: list[Tensor] = []
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from bayesdiff.solvers import Field, Step, integrate
 from bayesdiff.uncertainty.response import Rule
 from bayesdiff.uncertainty.samples import Starts, Trajectory
-from bayesdiff.uncertainty.tangent import Product, TangentField, data_coefficients, undecided
+from bayesdiff.uncertainty.tangent import Product, TangentField, answer_coefficients, undecided
 
 # Samples that no user's run reaches: pilots must not be the images that are mapped.
 FIRST = 1_000_000_000
@@ -50,7 +50,7 @@ class Pilot:
         field = _Fitted(start.field(), self, nodes, product)
         totals = _totals(start, field)
         correction = [a / b if b > 0 else 1.0 for a, b in zip(self.totals, totals, strict=True)]
-        return Rule(nodes, torch.stack(field.coefficients), torch.tensor(correction))
+        return Rule(nodes, torch.stack(field.coefficients), torch.tensor(correction, dtype=torch.float64))
 
 
 class _Exact(TangentField):
@@ -61,7 +61,7 @@ class _Exact(TangentField):
         self.answers: list[Tensor] = [torch.empty(0)]
 
     def computed(self, x: Tensor, output: Tensor, d: Tensor, forced: Tensor, t: float) -> Tensor:
-        p, q = data_coefficients(self.field, t)
+        p, q = answer_coefficients(self.field, t)
         response = self.product(self.field, x, output, d, t)
         self.answers.append(p * d + q * response)
         return response
@@ -78,15 +78,15 @@ class _Fitted(TangentField):
         self.coefficients = [torch.zeros(2, 5, dtype=torch.float64)]
 
     def computed(self, x: Tensor, output: Tensor, d: Tensor, forced: Tensor, t: float) -> Tensor:
-        to_data = data_coefficients(self.field, t)
-        gate = undecided(x, output, to_data)
+        p, q = answer_coefficients(self.field, t)
+        gate = undecided(self.field, x, output, t)
         fitted = self.memory.fit(self.answers[self.number], d, forced, gate)
         self.coefficients.append(fitted)
         guess = self.memory.predict(fitted, d, forced, gate)
         if self.number not in self.nodes:
-            return self.memory.response(guess, d, to_data)
+            return (guess - p * d) / q
         response = self.product(self.field, x, output, d, t)
-        self.memory.learn(to_data[0] * d + to_data[1] * response, guess, response)
+        self.memory.learn(p * d + q * response, guess)
         return response
 
 

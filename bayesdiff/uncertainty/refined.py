@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.linearised import Followed, directions, evaluations, follow
 from bayesdiff.uncertainty.pilot import DRAWS, FIRST, Pilot
-from bayesdiff.uncertainty.refiner import Evidence, Refiner, loss, overlap, train_refiner
+from bayesdiff.uncertainty.refiner import FLOOR, Evidence, Refiner, loss, overlap, train_refiner
 from bayesdiff.uncertainty.response import Rule, spread_nodes
 from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory
 from bayesdiff.uncertainty.tangent import PRODUCTS, Product, differences
@@ -95,7 +95,11 @@ class Refined(Estimator):
         return max(2, int(self.budget * count / self.products + 1e-9))
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
-        """With rule and refiner, read from the run folder or trained now."""
+        """With rule and refiner, read from the run folder or trained now.
+
+        Raises:
+            UserError: if the file vanishes, or the refiner is no better than the live map.
+        """
         key = self.key(starts([0]), posterior)
         path = None if folder is None else folder / f"refiner-{key[:8]}.safetensors"
         fitted = load(path, key) if path and path.is_file() else None
@@ -128,11 +132,7 @@ class Refined(Estimator):
 
     @torch.no_grad()
     def train(self, starts: Starts, posterior: HeadPosterior) -> tuple[Rule, Refiner]:
-        """Rule and refiner for this model, posterior and solver.
-
-        Raises:
-            UserError: if the refiner is no better than the live map on images held out.
-        """
+        """Rule and refiner for this model, posterior and solver."""
         count = evaluations(starts([0]))
         product = self.product(starts([0]))
         pilot = Pilot.follow(starts, directions(posterior, DRAWS, self.seed + 1), differences)
@@ -142,21 +142,28 @@ class Refined(Estimator):
         numbers = torch.arange(self.train_images) + FIRST + 1000
         for place, part in enumerate(track(numbers.split(_BATCH), "refiner's images")):
             fresh = directions(posterior, _TARGET_DRAWS, self.seed + 2 + place)
-            start = starts(part.tolist())
-            again = replace(start, noise=start.noise.copy())
-            followed = self.follow(start, live, rule)
-            target = self.follow(again, fresh, rule).sensitivities
-            seen.append(evidence(followed))
-            targets.append(target.transpose(0, 1) * float(rule.correction[-1]) ** 0.5)
-        everything, target = Evidence.join(seen), torch.cat(targets)
+            followed = self.follow(starts(part.tolist()), torch.cat([live, fresh]), rule)
+            d = sensitivities(followed, rule)
+            seen.append(evidence(followed, d[: len(live)]))
+            targets.append(d[len(live) :].transpose(0, 1))
+        return rule, self.refiner(Evidence.join(seen), torch.cat(targets))
+
+    def refiner(self, everything: Evidence, target: Tensor) -> Refiner:
+        """Train on all but a tenth of the images, and compare with the live map on that.
+
+        Raises:
+            UserError: if the refiner is no better there.
+        """
         kept = max(2, int(_HELD_OUT * len(target)))
         patch = everything.images.shape[-1] // everything.features.shape[-1]
+        if everything.variance.max() <= FLOOR:  # a certain posterior: nothing to learn
+            return Refiner(everything.images.shape[1], everything.features.shape[1], patch).eval()
         with torch.enable_grad():
             refiner = train_refiner(
                 everything[kept:], target[kept:], patch=patch, epochs=self.epochs, seed=self.seed
             )
         held_out = everything[:kept]
-        before = float(loss(held_out.variance.clamp(min=1e-30).log(), target[:kept]))
+        before = float(loss(held_out.variance.clamp(min=FLOOR).log(), target[:kept]))
         after = float(loss(refiner(held_out), target[:kept]))
         log.info("refiner: held-out loss %.3f, of the live map %.3f", after, before)
         if not after < before:
@@ -165,7 +172,7 @@ class Refined(Estimator):
                 f"{before:.3g}); raise uncertainty.train_images={self.train_images}, or use "
                 "uncertainty=linearised"
             )
-        return rule, refiner
+        return refiner
 
     def product(self, start: Trajectory) -> Product:
         """How this device computes J d best."""
@@ -188,29 +195,40 @@ class Refined(Estimator):
 
     @torch.no_grad()
     def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
-        """Images of one batch with their refined variance."""
+        """Images of one batch with their refined variance.
+
+        Raises:
+            ValueError: before ``fit``.
+        """
         if self.fitted is None:
             raise ValueError("refined needs fit(...) before the first batch")
         rule, refiner = self.fitted
         deltas = self.directions(posterior, evaluations(start))
         followed = self.follow(start, deltas, rule, self.noise_draws)
-        seen = evidence(followed)
-        refined = refiner(seen).exp()
+        seen = evidence(followed, sensitivities(followed, rule))
+        # A posterior without variance leaves nothing to refine.
+        some = seen.variance.flatten(1).amax(1) > FLOOR
+        refined = refiner(seen).exp() * some[:, None, None, None]
         # Earlier times keep the live map's shape, at the level that the refined one ends with.
-        level = refined.flatten(1).sum(1) / seen.variance.flatten(1).sum(1).clamp(min=1e-30)
+        level = refined.flatten(1).sum(1) / seen.variance.flatten(1).sum(1).clamp(min=FLOOR)
         variance = followed.variance * level[:, None, None, None]
         variance[-1] = refined
         label = f"refined, {len(deltas)} draws of {len(rule.nodes)} products"
         return replace(followed, variance=variance).samples(start, label, self.times)
 
 
-def evidence(followed: Followed) -> Evidence:
-    """What the refiner reads of a batch; half precision holds features well enough."""
+def sensitivities(followed: Followed, rule: Rule) -> Tensor:
+    """Sensitivities at the end ``(M, B, C, H, W)``, of the size that the pilot found."""
+    return followed.sensitivities * float(rule.correction[-1]) ** 0.5
+
+
+def evidence(followed: Followed, d: Tensor) -> Evidence:
+    """What the refiner reads of a batch with live sensitivities ``d (M, B, C, H, W)``."""
     return Evidence(
         images=followed.states[-1],
-        features=torch.cat(followed.features, 1).half(),
-        variance=followed.variance[-1],
-        overlap=overlap(followed.sensitivities),
+        features=torch.cat(followed.features, 1).half(),  # precise enough, and small
+        variance=d.square().mean(0),
+        overlap=overlap(d),
     )
 
 
@@ -251,7 +269,7 @@ def load(path: Path, key: str) -> tuple[Rule, Refiner] | None:
         )
         nodes = frozenset(tensors["rule.nodes"].tolist())
         rule = Rule(nodes, tensors["rule.coefficients"], tensors["rule.correction"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         log.warning("%s is damaged (%s) and is made again", path.name, type(error).__name__)
         return None
     return rule, refiner.eval()

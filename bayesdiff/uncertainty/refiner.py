@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bayesdiff.progress import track
 
-_FLOOR = 1e-30  # a variance of exactly zero has no logarithm
+FLOOR = 1e-30  # a variance of exactly zero has no logarithm
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def overlap(d: Tensor) -> Tensor:
 
 
 class Refiner(nn.Module):
-    """Log-variance map from ``Evidence``; it starts as the identity.
+    """Log-variance map from ``Evidence``; untrained, it smooths the live map a little.
 
     Args:
         channels: C of the images.
@@ -79,13 +79,13 @@ class Refiner(nn.Module):
         for layer in (self.out, self.whole[-1]):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.register_buffer("scale", torch.zeros(2))  # mean and sd of the log-variance
+        self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # mean and sd of the log-variance
 
     def forward(self, seen: Evidence) -> Tensor:
         """Log-variance ``(N, C, H, W)``."""
         mean, sd = self.scale.unbind()  # type: ignore[operator]
-        log = (seen.variance.clamp(min=_FLOOR).log() - mean) / sd
-        level = seen.variance.mean((1, 2, 3), keepdim=True).clamp(min=_FLOOR)
+        log = (seen.variance.clamp(min=FLOOR).log() - mean) / sd
+        level = seen.variance.mean((1, 2, 3), keepdim=True).clamp(min=FLOOR)
         level = ((level.log() - mean) / sd).expand_as(log)
         near, far = (_pooled_log(seen.variance, size, mean, sd) for size in (3, 7))
         maps = torch.cat([seen.images, log, near, far], 1)
@@ -105,7 +105,7 @@ class Refiner(nn.Module):
 
 def _pooled_log(variance: Tensor, size: int, mean: Tensor, sd: Tensor) -> Tensor:
     pooled = F.avg_pool2d(variance, size, 1, size // 2, count_include_pad=False)
-    return (pooled.clamp(min=_FLOOR).log() - mean) / sd
+    return (pooled.clamp(min=FLOOR).log() - mean) / sd
 
 
 def loss(log_variance: Tensor, target: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def train_refiner(
     """Fit a refiner to N images with M independent sensitivities each, ``(N, M, C, H, W)``."""
     torch.manual_seed(seed)
     refiner = Refiner(seen.images.shape[1], seen.features.shape[1], patch).to(seen.images.device)
-    log = seen.variance.clamp(min=_FLOOR).log()
+    log = seen.variance.clamp(min=FLOOR).log()
     refiner.scale.copy_(torch.stack([log.mean(), log.std()]))  # type: ignore[operator]
     optimizer = torch.optim.AdamW(refiner.parameters(), weight_decay=1e-2)
     steps = epochs * max(1, len(target) // batch)

@@ -22,8 +22,8 @@ class Rule:
 
     Attributes:
         nodes: numbers of the network evaluations with a product.
-        coefficients: ``(N, 2, 5)``: a and b of the five regressors, for each evaluation.
-        correction: ``(S,)``, exact over predicted total variance of the pilot after each step.
+        coefficients: ``(N, 2, 5)`` float64: a and b of the five regressors, for each evaluation.
+        correction: ``(S,)`` float64, exact over predicted total variance of the pilot after each step.
     """
 
     nodes: frozenset[int]
@@ -49,7 +49,6 @@ class Memory:
         self.held: Tensor | None = None
         self.previous: Tensor | None = None
         self.surprise: Tensor | None = None
-        self.product: Tensor | None = None
 
     def regressors(self, d: Tensor, forced: Tensor) -> list[Tensor | None]:
         """The five l_k, None for what is not known yet."""
@@ -64,17 +63,9 @@ class Memory:
                 total.addcmul_(a + b * gate, regressor)
         return total
 
-    def learn(self, answer: Tensor, guess: Tensor, product: Tensor) -> None:
+    def learn(self, answer: Tensor, guess: Tensor) -> None:
         """Keep what a product has shown."""
         self.previous, self.held, self.surprise = self.held, answer, answer - guess
-        self.product = product
-
-    def response(self, answer: Tensor, d: Tensor, to_data: tuple[float, float]) -> Tensor:
-        """J d that belongs to an answer; where g says nothing of the data, the last product."""
-        p, q = to_data
-        if abs(q) > 1e-6:
-            return (answer - p * d) / q
-        return torch.zeros_like(d) if self.product is None else self.product
 
     def fit(self, target: Tensor, d: Tensor, forced: Tensor, gate: Tensor) -> Tensor:
         """Least-squares coefficients ``(2, 5)`` of an exact answer, zero for the unknown."""
@@ -84,8 +75,10 @@ class Memory:
         design = torch.stack(
             [c.flatten() for c in columns] + [(gate * c).flatten() for c in columns], 1
         ).double()
-        # Columns of unit size; the ridge only decides between columns that say the same.
-        size = design.norm(dim=0).clamp(min=torch.finfo(design.dtype).tiny)
+        # Columns of unit size; the ridge only decides between columns that say the same. One that
+        # is nothing beside the target, as the surprise of a linear network, must not be blown up.
+        least = 1e-6 * float(target.double().norm())
+        size = design.norm(dim=0).clamp(min=max(least, torch.finfo(design.dtype).tiny))
         design /= size
         normal = design.T @ design
         normal += 1e-6 * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)

@@ -10,7 +10,7 @@ from bayesdiff.paths import convert
 from bayesdiff.solvers import Field
 from bayesdiff.uncertainty.response import Memory, Rule
 
-# (field, states (B, ...), their outputs, directions (M, B, ...), time) -> J d, (M, B, ...).
+# J d: (field, states (B, ...), their outputs, directions (M, B, ...), time) -> J d, (M, B, ...).
 Product = Callable[[Field, Tensor, Tensor, Tensor, float], Tensor]
 # Perturbation of a finite difference, root mean square over pixels. float32: rounding is 1e-4 of
 # the response, and the network is straight over so little. bfloat16: the best compromise between
@@ -18,6 +18,7 @@ Product = Callable[[Field, Tensor, Tensor, Tensor, float], Tensor]
 # ones and cost half.
 _STEP = 3e-3
 _COARSE_STEP = 0.05
+_DECOUPLED = 1e-6  # a share of the output in the predicted data below which it has none
 
 
 class TangentField:
@@ -51,15 +52,15 @@ class TangentField:
         """Outputs of all rows at time ``t``."""
         x, d = rows[0], rows[1:]
         features = self.field.features(x, t)
-        if self.rule and (self.number in self.rule.nodes or self.number + 1 == len(self.rule)):
+        if self.rule is not None and self.number in {*self.rule.nodes, len(self.rule) - 1}:
             self.features[self.number] = features
         output = self.field.output(features)
         forced = self.forced(features)
-        respond = self.predicted if self.rule else self.computed
+        respond = self.computed if self.rule is None else self.predicted
         response = respond(x, output, d, forced, t) if self.number else torch.zeros_like(d)
         self.number += 1
-        response[: len(forced)] += forced
-        return torch.cat([output[None], response])
+        weighted = response[: len(forced)] + forced
+        return torch.cat([output[None], weighted, response[len(forced) :]])
 
     def forced(self, features: Tensor) -> Tensor:
         """Phi(x) delta of the rows with weights, ``(W, B, C, H, W)``."""
@@ -74,20 +75,27 @@ class TangentField:
     def predicted(self, x: Tensor, output: Tensor, d: Tensor, forced: Tensor, t: float) -> Tensor:
         """J d of the rows with weights by the rule, of the others by the product."""
         assert self.rule is not None
-        count = len(forced)
-        to_data = data_coefficients(self.field, t)
-        gate = undecided(x, output, to_data)
-        guess = self.memory.predict(self.rule.coefficients[self.number], d[:count], forced, gate)
+        known, others = d[: len(forced)], d[len(forced) :]
+        p, q = answer_coefficients(self.field, t)
+        gate = undecided(self.field, x, output, t)
+        guess = self.memory.predict(self.rule.coefficients[self.number], known, forced, gate)
         if self.number in self.rule.nodes:
             response = self.product(self.field, x, output, d, t)
-            weighted = response[:count]
-            self.memory.learn(to_data[0] * d[:count] + to_data[1] * weighted, guess, weighted)
+            self.memory.learn(p * known + q * response[: len(known)], guess)
             return response
-        response = torch.empty_like(d)
-        response[:count] = self.memory.response(guess, d[:count], to_data)
-        if len(d) > count:
-            response[count:] = self.product(self.field, x, output, d[count:], t)
-        return response
+        response = (guess - p * known) / q
+        if not len(others):
+            return response
+        return torch.cat([response, self.product(self.field, x, output, others, t)])
+
+
+def answer_coefficients(field: Field, t: float) -> tuple[float, float]:
+    """(p, q) of the answer r = p d + q J d: that of the predicted data, or J d itself.
+
+    The second where the output says nothing of the data, as the velocity of a flow at t = 1.
+    """
+    p, q = data_coefficients(field, t)
+    return (p, q) if abs(q) > _DECOUPLED else (0.0, 1.0)
 
 
 def data_coefficients(field: Field, t: float) -> tuple[float, float]:
@@ -98,34 +106,38 @@ def data_coefficients(field: Field, t: float) -> tuple[float, float]:
     return float(p), float(q)
 
 
-def undecided(x: Tensor, output: Tensor, to_data: tuple[float, float]) -> Tensor:
+def undecided(field: Field, x: Tensor, output: Tensor, t: float) -> Tensor:
     """1 - x_1hat^2: near 0 where the predicted pixel is black or white, up to 1 between."""
-    return 1 - (to_data[0] * x + to_data[1] * output).clamp(-1, 1).square()
+    p, q = data_coefficients(field, t)
+    return 1 - (p * x + q * output).clamp(-1, 1).square()
 
 
 def differences(field: Field, x: Tensor, output: Tensor, d: Tensor, t: float) -> Tensor:
     """J d by forward differences: one evaluation per row, the image's own is not repeated."""
-    scale = _scale(d, _STEP)
-    moved = field((x + scale * d).flatten(0, 1), t).unflatten(0, d.shape[:2])
-    return (moved - output) / scale
+    unit, size = _unit(d)
+    moved = field((x + _STEP * unit).flatten(0, 1), t).unflatten(0, d.shape[:2])
+    return (moved - output) * (size / _STEP)
 
 
 def coarse_differences(field: Field, x: Tensor, output: Tensor, d: Tensor, t: float) -> Tensor:
     """J d by forward differences in bfloat16, the image's own output included."""
-    scale = _scale(d, _COARSE_STEP)
-    moved = torch.cat([x[None], x + scale * d])
+    unit, size = _unit(d)
+    moved = torch.cat([x[None], x + _COARSE_STEP * unit])
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
         outputs = field(moved.flatten(0, 1), t).to(d).unflatten(0, moved.shape[:2])
-    return (outputs[1:] - outputs[0]) / scale
+    return (outputs[1:] - outputs[0]) * (size / _COARSE_STEP)
 
 
-def _scale(d: Tensor, step: float) -> Tensor:
-    size = d.square().mean((-3, -2, -1), keepdim=True).sqrt()
-    return torch.where(size > 0, step / size, torch.ones_like(size))
+def _unit(d: Tensor) -> tuple[Tensor, Tensor]:
+    """Every image's d at a root mean square of 1, and what that was, 0 for d = 0."""
+    largest = d.abs().amax((-3, -2, -1), keepdim=True)  # squares of tiny numbers would vanish
+    shape = d / torch.where(largest > 0, largest, 1)
+    size = shape.square().mean((-3, -2, -1), keepdim=True).sqrt()
+    return shape / torch.where(size > 0, size, 1), largest * size
 
 
 def derivatives(field: Field, x: Tensor, output: Tensor, d: Tensor, t: float) -> Tensor:
-    """J d by forward-mode differentiation, the network itself evaluated once for all rows."""
+    """J d by forward-mode differentiation; the image's own evaluation is repeated, once."""
 
     def tangent(row: Tensor) -> Tensor:
         return torch.func.jvp(lambda state: field(state, t), (x,), (row,))[1]
@@ -133,7 +145,7 @@ def derivatives(field: Field, x: Tensor, output: Tensor, d: Tensor, t: float) ->
     before = field.evaluations
     result = torch.func.vmap(tangent)(d)
     per_row = field.evaluations - before
-    field.evaluations = before + per_row * len(d)
+    field.evaluations = before + per_row * (1 + len(d))
     return result
 
 

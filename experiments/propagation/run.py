@@ -1,0 +1,191 @@
+"""Every estimator against a reference ensemble: accuracy over cost, and total variance over steps.
+
+    python experiments/propagation/run.py [MODEL/SOLVER ...] [--steps] [--timing]
+
+Every measurement is kept under outputs/propagation, so an interrupted study goes on where it was.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import IMAGES, MODELS, SOLVERS, configure, load, members, starts
+from torch import Tensor
+
+from bayesdiff.artefacts import key_of, read_json, write_json
+from bayesdiff.build import Run
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.metrics.uncertainty import agreement, image_rank, pixel_rank, spread_ratio
+from bayesdiff.solvers import Solver, integrate
+from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published, Refined, TotalVariance
+from bayesdiff.uncertainty.ensemble import MemberField
+
+HERE = Path(__file__).parent
+STORE = HERE.parents[1] / "outputs" / "propagation"
+SETTINGS = [
+    "fashion-flow/euler20",
+    "fashion-flow/euler50",
+    "fashion-flow/heun10",
+    "fashion-diffusion/ddim50",
+    "fashion-diffusion/dpmpp20",
+    "mnist-flow/euler20",
+    "mnist-flow/heun10",
+]
+ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
+    "default": lambda seed: Refined(seed=seed),
+    "linearised-8": lambda seed: Linearised(draws=8, derivative="difference", seed=seed),
+    "linearised-8-skip-5": lambda seed: Linearised(
+        draws=8, skip_interval=5, derivative="difference", seed=seed
+    ),
+    "published": lambda seed: Published(seed=seed),
+    "total-variance": lambda seed: TotalVariance(seed=seed),
+}
+SIZES = (2, 3, 5, 8, 16)
+SEED = 1  # of the estimators' draws; the reference has its own
+BATCH = 64
+STEPS = (10, 20, 50, 100, 200)
+STEPS_IMAGES, STEPS_MEMBERS = 8, 16
+
+
+class Setting:
+    """One model and solver with its reference."""
+
+    def __init__(self, name: str, *more: str) -> None:
+        self.name = name
+        self.run, self.solver, self.posterior = load(configure(*name.split("/"), *more))
+        self.starts = starts(self.run, self.solver)
+
+    def maps(self, estimator: Estimator, count: int = IMAGES) -> tuple[Tensor, float, int]:
+        """Variance of the first images, seconds, and network evaluations per image."""
+        ready = estimator.fit(self.starts, self.posterior, self.run.folder)
+        began = time.perf_counter()
+        parts = [
+            ready(self.starts(part.tolist()), self.posterior)
+            for part in torch.arange(count).split(BATCH)
+        ]
+        seconds = time.perf_counter() - began
+        return torch.cat([part.variance for part in parts]), seconds, parts[0].nfe
+
+    @torch.inference_mode()
+    def plain(self) -> tuple[float, int]:
+        """Seconds of sampling the same images without maps, and evaluations per image."""
+        start = self.starts(range(IMAGES))
+        field = start.field()
+        began = time.perf_counter()
+        integrate(field, start.steps(), start.draw(), start.draw)
+        return time.perf_counter() - began, field.evaluations
+
+    @torch.inference_mode()
+    def ensemble(self, count: int) -> Tensor:
+        """Last images of fresh members, ``(count, IMAGES, C, H, W)``."""
+        weights = self.posterior.draw(count, torch.Generator().manual_seed(SEED))
+        start = self.starts(range(IMAGES))
+        field = MemberField(start.field(), weights)
+        return integrate(field, start.steps(), start.draw()[None], start.draw)
+
+
+def kept(name: str, make: Callable[[], dict[str, Any]], *key: Any) -> dict[str, Any]:
+    """A measurement, made once."""
+    path = STORE / f"{name.replace('/', '-')}.json"
+    stored = read_json(path) or {}
+    if stored.get("key") != key_of(*key):
+        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+        stored = {"key": key_of(*key), **make()}
+        write_json(path, stored)
+    return {name: value for name, value in stored.items() if name != "key"}
+
+
+def accuracy(setting: Setting) -> dict[str, Any]:
+    """All estimators against the reference of one setting."""
+    everything = members(setting.run, setting.solver, setting.posterior)
+    reference = everything.var(0)
+    halves = everything[::2].var(0), everything[1::2].var(0)
+    seconds, nfe = min(setting.plain() for _ in range(3))
+    found: dict[str, Any] = {
+        "reference": {
+            "members": len(everything),
+            "images": IMAGES,
+            "reliability_image": corrected(image_rank(*halves)),
+            "reliability_pixel": corrected(pixel_rank(*halves)),
+            "summed_variance": float(reference.flatten(1).sum(1).mean()),
+            "plain_nfe": nfe,
+        }
+    }
+    for name, make in ESTIMATORS.items():
+        variance, took, evaluations = setting.maps(make(SEED))
+        found[name] = compare(variance, reference) | {
+            "nfe": evaluations / nfe,
+            "cost": took / seconds,
+        }
+        print(setting.name, name, found[name], flush=True)
+    fresh = setting.ensemble(max(SIZES))
+    for size in SIZES:
+        groups = fresh[: len(fresh) // size * size].unflatten(0, (-1, size)).var(1)
+        each = [compare(group, reference) for group in groups]
+        found[f"ensemble{size}"] = {
+            key: sum(one[key] for one in each) / len(each) for key in each[0]
+        } | {"nfe": size + 1.0, "groups": len(each)}
+    return found
+
+
+def corrected(half: float) -> float:
+    """Spearman-Brown: reliability of the whole from the correlation of its halves."""
+    return 2 * half / (1 + half)
+
+
+def compare(variance: Tensor, reference: Tensor) -> dict[str, float]:
+    """Ranks and size of one set of maps, with intervals over images."""
+    found = agreement(variance.clamp(min=0), reference, seed=0)
+    total = float(variance.double().sum() / reference.double().sum())
+    return {**found, "variance_ratio": found.pop("spread_ratio"), "total_ratio": total}
+
+
+def timing(setting: Setting) -> dict[str, Any]:
+    """Wall time over plain sampling, best of three, nothing else running."""
+    setting.plain()
+    plain = min(setting.plain()[0] for _ in range(3))
+    found = {"plain_seconds": plain, "threads": torch.get_num_threads()}
+    timed = {"default": ESTIMATORS["default"](SEED), "published": ESTIMATORS["published"](SEED)}
+    timed["ensemble5"] = Ensemble(members=5, seed=SEED)
+    for name, estimator in timed.items():
+        found[name] = min(setting.maps(estimator)[1] for _ in range(2)) / plain
+    return found
+
+
+def over_steps(model: str) -> dict[str, Any]:
+    """Total variance of every estimator for 10 to 200 steps."""
+    solver = {"flow": "euler20", "diffusion": "ddim50"}[model.split("-")[1]]
+    found: dict[str, Any] = {"steps": STEPS}
+    for steps in STEPS:
+        setting = Setting(f"{model}/{solver}", f"solver.num_steps={steps}")
+        estimators = {name: make(SEED) for name, make in ESTIMATORS.items() if "skip" not in name}
+        estimators["ensemble16"] = Ensemble(members=STEPS_MEMBERS, seed=SEED)
+        # The default's cost grows with the steps it is trained for; few images do here.
+        estimators["default"] = Refined(seed=SEED, train_images=200, budget=30 / steps)
+        for name, estimator in estimators.items():
+            variance, _, _ = setting.maps(estimator, STEPS_IMAGES)
+            total = float(variance.flatten(1).sum(1).mean())
+            found.setdefault(name, []).append(total)
+            print(model, steps, name, total, flush=True)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what is asked for, then gather all that has been measured."""
+    flags = {a for a in arguments if a.startswith("--")}
+    for name in [a for a in arguments if a not in flags] or ([] if flags else SETTINGS):
+        kept(f"accuracy/{name}", lambda name=name: accuracy(Setting(name)), name, "1")
+        if "--timing" in flags:
+            kept(f"timing/{name}", lambda name=name: timing(Setting(name)), name, "1")
+    if "--steps" in flags:
+        for model in ("fashion-flow", "fashion-diffusion"):
+            kept(f"steps/{model}", lambda model=model: over_steps(model), model, "1")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,245 @@
+"""The refined estimator: what it learns, what it keeps, what it refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hand import certain, plain, posterior_of, random_covariance, small_unet
+
+from bayesdiff.checks import UserError
+from bayesdiff.solvers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
+from bayesdiff.uncertainty import Ensemble, Linearised, Refined, starts_of
+from bayesdiff.uncertainty import refined as module
+from bayesdiff.uncertainty.refiner import Evidence, Refiner, loss, overlap, train_refiner
+from bayesdiff.uncertainty.response import spread_nodes
+
+SMALL = {"train_images": 24, "epochs": 2, "derivative": "difference"}
+
+
+def starts(net, solver, path=None, prediction="velocity"):
+    from hand import FLOW, model_of
+
+    model = model_of(net, path or FLOW, prediction, num_classes=3)
+    return starts_of(model, solver, 0, (1, 8, 8), torch.device("cpu"))
+
+
+def known(count, members, seed=0):
+    """Images that tell their own variance, with live and target draws of it."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 1, 8, 8, generator=generator) * 2 - 1
+    level = torch.randn(count, 1, 1, 1, generator=generator)
+    variance = (2 * images + level - 6).exp()
+
+    def draw(m):
+        return variance[:, None].sqrt() * torch.randn(count, m, 1, 8, 8, generator=generator)
+
+    live = draw(members)
+    features = (images + level).expand(-1, 4, -1, -1)
+    return variance, Evidence(
+        images, features.half(), live.square().mean(1), overlap(live.transpose(0, 1))
+    ), draw(3)
+
+
+def test_the_loss_is_least_at_the_true_variance():
+    """Pixels and totals alike: the minimiser over one level is the mean squared draw."""
+    generator = torch.Generator().manual_seed(0)
+    d = 0.3 * torch.randn(50, 4, 1, 6, 6, generator=generator, dtype=torch.float64)
+    level = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([level], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(level.expand(50, 1, 6, 6), d)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert float(level.detach().exp()) == pytest.approx(float(d.square().mean()), rel=1e-6)
+
+
+def test_a_refiner_finds_the_variance_that_noisy_maps_are_samples_of():
+    """It never sees the true variance, and beats 4 live draws by far on images it has not seen."""
+    _, seen, target = known(400, 4)
+    refiner = train_refiner(seen, target, patch=1, epochs=20, seed=0)
+    truth, new, _ = known(100, 4, seed=1)
+    with torch.no_grad():
+        error = (refiner(new) - truth.log()).square().mean()
+    raw = (new.variance.log() - truth.log()).square().mean()
+    assert error < 0.1 * raw
+    assert float((refiner(new).exp().sum() / truth.sum()).log().abs()) < 0.1
+
+
+def test_overlap_is_one_for_one_direction_and_one_over_n_for_random_ones():
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(1, 3, 1, 4, 4, generator=generator)
+    weights = torch.randn(5, 1, 1, 1, 1, generator=generator)
+    assert torch.allclose(overlap(weights * one), torch.ones(3))
+    many = torch.randn(200, 2, 1, 4, 4, generator=generator)
+    assert torch.allclose(overlap(many), torch.full((2,), 1 / 16), atol=0.01)
+    assert not overlap(one).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20, 50])
+@pytest.mark.parametrize("products", [1, 2, 3, 7])
+def test_products_are_spread_over_the_evaluations(count, products):
+    nodes = sorted(spread_nodes(count, products))
+    assert len(nodes) <= products and all(0 < n < count for n in nodes if count > 1)
+    if count >= 4 * products:
+        gaps = [b - a for a, b in zip([0, *nodes], [*nodes, count], strict=True)]
+        assert len(nodes) == products and max(gaps) <= 3 * min(gaps) + 1
+
+
+CASES = {
+    "euler": (Euler(6), None, "velocity"),
+    "heun": (Heun(3), None, "velocity"),
+    "guided": (Euler(5, guidance=2.0), None, "velocity"),
+    "one step": (Euler(1), None, "velocity"),
+    "ddim": (DDIM(6), "vp", "v"),
+    "ddpm": (DDPM(5), "vp", "noise"),
+    "dpmpp_2m": (DPMSolverPP2M(6), "vp", "v"),
+}
+
+
+def case(name):
+    from bayesdiff.paths import VariancePreserving
+
+    solver, path, prediction = CASES[name]
+    net, posterior = small_unet()
+    return starts(net, solver, path and VariancePreserving("cosine"), prediction), posterior
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_shown_image_is_the_models_own_sample(name, monkeypatch):
+    monkeypatch.setattr(module.Refined, "refiner", untrained)
+    start, posterior = case(name)
+    image = plain(start(range(3)))
+    samples = Refined(**SMALL).fit(start, posterior)(start(range(3)), posterior)
+    assert torch.equal(samples.images, image)
+    assert samples.variance.shape == image.shape and samples.variance.isfinite().all()
+    assert (samples.variance >= 0).all() and not samples.variance.requires_grad
+    assert torch.equal(samples.summed[-1], samples.scores)
+
+
+def untrained(self, everything, target):
+    patch = everything.images.shape[-1] // everything.features.shape[-1]
+    refiner = Refiner(everything.images.shape[1], everything.features.shape[1], patch)
+    log = everything.variance.clamp(min=1e-30).log()
+    refiner.scale.copy_(torch.stack([log.mean(), log.std()]))
+    return refiner.eval()
+
+
+@pytest.mark.parametrize("name", ["euler", "ddpm"])
+def test_a_certain_posterior_leaves_no_variance(name):
+    """T5."""
+    start, posterior = case(name)
+    nothing = certain(start([0]).model.net.head)
+    samples = Refined(**SMALL).fit(start, nothing)(start(range(2)), nothing)
+    assert not samples.variance.any() and not samples.summed.any()
+
+
+def test_maps_do_not_depend_on_how_images_are_batched(monkeypatch):
+    monkeypatch.setattr(module.Refined, "refiner", untrained)
+    start, posterior = case("heun")
+    ready = Refined(**SMALL).fit(start, posterior)
+    together = ready(start(range(4)), posterior).variance
+    apart = torch.cat([ready(start([n]), posterior).variance for n in range(4)])
+    assert torch.allclose(together, apart, rtol=1e-3, atol=1e-12)
+
+
+def test_the_live_part_is_a_linearised_map_on_its_budget(monkeypatch):
+    """With a product at every evaluation nothing is predicted, and the live map is Linearised's."""
+    monkeypatch.setattr(module.Refined, "refiner", untrained)
+    start, posterior = case("euler")
+    estimator = Refined(**SMALL, products=5, budget=5.0)
+    ready = estimator.fit(start, posterior)
+    rule = ready.fitted[0]
+    assert rule.nodes == frozenset(range(1, 6))
+    assert torch.allclose(rule.correction, torch.ones(6).to(rule.correction), rtol=1e-4)
+    followed = ready.follow(start(range(2)), ready.directions(posterior, 6), rule)
+    linear = Linearised(draws=ready.draws(6), derivative="difference")
+    expected = linear(start(range(2)), posterior).variance
+    assert torch.allclose(followed.variance[-1], expected, rtol=1e-3)
+    assert ready.draws(6) == 6 and ready(start([0]), posterior).nfe == 6 + 6 * 5
+
+
+def test_a_finished_refiner_is_read_and_another_posterior_needs_another(tmp_path, monkeypatch):
+    start, posterior = case("euler")
+    monkeypatch.setattr(module.Refined, "refiner", untrained)
+    estimator = Refined(**SMALL)
+    first = estimator.fit(start, posterior, tmp_path)
+    expected = first(start(range(2)), posterior).variance
+    trainings = []
+    train = module.Refined.train
+    monkeypatch.setattr(
+        module.Refined, "train", lambda *a: trainings.append(1) or train(*a)
+    )
+    again = estimator.fit(start, posterior, tmp_path)
+    assert not trainings
+    assert torch.equal(again(start(range(2)), posterior).variance, expected)
+    size = posterior.curvature.geometry.size
+    other = posterior_of(start([0]).model.net.head, random_covariance(size, seed=5))
+    for changed in (
+        lambda: estimator.fit(start, other, tmp_path),
+        lambda: estimator.fit(case("guided")[0], posterior, tmp_path),
+        lambda: replace(estimator, budget=1.0).fit(start, posterior, tmp_path),
+    ):
+        before = len(trainings)
+        changed()
+        assert len(trainings) == before + 1
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_damaged_refiner_is_made_again(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(module.Refined, "refiner", untrained)
+    start, posterior = case("euler")
+    first = Refined(**SMALL).fit(start, posterior, tmp_path)
+    (path,) = tmp_path.glob("refiner-*.safetensors")
+    path.write_bytes(content)
+    again = Refined(**SMALL).fit(start, posterior, tmp_path)
+    assert torch.equal(again.fitted[0].coefficients, first.fitted[0].coefficients)
+    assert path.read_bytes() != content
+
+
+def test_a_refiner_that_does_not_help_is_refused(monkeypatch):
+    def harmful(seen, target, **options):
+        refiner = Refiner(seen.images.shape[1], seen.features.shape[1], options["patch"])
+        with torch.no_grad():
+            refiner.out.bias.fill_(5.0)
+        return refiner
+
+    monkeypatch.setattr(module, "train_refiner", harmful)
+    start, posterior = case("euler")
+    with pytest.raises(UserError, match=r"no better than the live map.*train_images=24"):
+        Refined(**SMALL).fit(start, posterior)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"budget": 0}, "uncertainty.budget"),
+        ({"budget": float("nan")}, "uncertainty.budget"),
+        ({"products": 0}, "uncertainty.products"),
+        ({"train_images": 3}, "uncertainty.train_images"),
+        ({"epochs": 0}, "uncertainty.epochs"),
+        ({"noise_draws": -1}, "uncertainty.noise_draws"),
+        ({"derivative": "exact"}, "uncertainty.derivative"),
+    ],
+)
+def test_unusable_settings_are_refused_in_one_line(options, named):
+    with pytest.raises(UserError, match=named) as error:
+        Refined(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_refined_maps_agree_with_an_ensemble_better_than_their_live_part():
+    """On a small network with random weights, against 256 members."""
+    from bayesdiff.metrics.uncertainty import pixel_rank, spread_ratio
+
+    start, posterior = case("euler")
+    ready = Refined(train_images=600, derivative="difference").fit(start, posterior)
+    reference = Ensemble(members=256, seed=9)(start(range(32)), posterior).variance
+    refined = ready(start(range(32)), posterior).variance
+    live = ready.follow(start(range(32)), ready.directions(posterior, 6), ready.fitted[0])
+    assert pixel_rank(refined, reference) > pixel_rank(live.variance[-1], reference)
+    assert spread_ratio(refined, reference) == pytest.approx(1, abs=0.15)
