@@ -23,7 +23,6 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.uncertainty import agreement, image_rank, pixel_rank, spread_ratio
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published, Refined, TotalVariance
-from bayesdiff.uncertainty.ensemble import MemberField
 
 HERE = Path(__file__).parent
 STORE = HERE.parents[1] / "outputs" / "propagation"
@@ -80,14 +79,6 @@ class Setting:
         integrate(field, start.steps(), start.draw(), start.draw)
         return time.perf_counter() - began, field.evaluations
 
-    @torch.inference_mode()
-    def ensemble(self, count: int) -> Tensor:
-        """Last images of fresh members, ``(count, IMAGES, C, H, W)``."""
-        weights = self.posterior.draw(count, torch.Generator().manual_seed(SEED))
-        start = self.starts(range(IMAGES))
-        field = MemberField(start.field(), weights)
-        return integrate(field, start.steps(), start.draw()[None], start.draw)
-
 
 def kept(name: str, make: Callable[[], dict[str, Any]], *key: Any) -> dict[str, Any]:
     """A measurement, made once."""
@@ -123,14 +114,19 @@ def accuracy(setting: Setting) -> dict[str, Any]:
             "cost": took / seconds,
         }
         print(setting.name, name, found[name], flush=True)
-    fresh = setting.ensemble(max(SIZES))
-    for size in SIZES:
-        groups = fresh[: len(fresh) // size * size].unflatten(0, (-1, size)).var(1)
-        each = [compare(group, reference) for group in groups]
-        found[f"ensemble{size}"] = {
-            key: sum(one[key] for one in each) / len(each) for key in each[0]
-        } | {"nfe": size + 1.0, "groups": len(each)}
+    found |= {f"ensemble{size}": small_ensemble(everything, size) for size in SIZES}
     return found
+
+
+def small_ensemble(everything: Tensor, size: int, groups: int = 8) -> dict[str, float]:
+    """Disjoint groups of the reference's members, each against all members outside it."""
+    each = []
+    for number in range(groups):
+        inside = torch.zeros(len(everything), dtype=torch.bool)
+        inside[number * size : (number + 1) * size] = True
+        each.append(compare(everything[inside].var(0), everything[~inside].var(0)))
+    mean = {key: sum(one[key] for one in each) / groups for key in each[0]}
+    return {**mean, "nfe": size + 1.0, "groups": groups}
 
 
 def corrected(half: float) -> float:
