@@ -35,7 +35,7 @@ SMALLEST = (
 DRAWS = {
     "ensemble": ("uncertainty.members=2", "uncertainty.noise_members=2"),
     "linearised": ("uncertainty.draws=2",),
-    "refined": (),
+    "refined": ("uncertainty.train_images=24", "uncertainty.epochs=1"),
     "published": ("uncertainty.mc_samples=2",),
     "total_variance": ("uncertainty.mc_samples=2",),
 }
@@ -48,8 +48,10 @@ QUICK_CLASSIFIER = ("bayesdiff.metrics.classifier._epochs", lambda size: 1)
 def smallest(output_dir: Path, *overrides: str) -> list[str]:
     """Overrides of a run of seconds; the given ones come last and win."""
     chosen = [o.removeprefix("uncertainty=") for o in overrides if o.startswith("uncertainty=")]
+    # The default trains a network of its own, which a run of seconds has no images for.
+    estimator = () if chosen else ("uncertainty=ensemble",)
     draws = DRAWS.get(chosen[-1] if chosen else "ensemble", ())
-    return [*SMALLEST, *draws, f"output_dir={output_dir}", *overrides]
+    return [*SMALLEST, *estimator, *draws, f"output_dir={output_dir}", *overrides]
 
 
 def compose_list(overrides: list[str]) -> DictConfig:

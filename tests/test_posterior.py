@@ -142,6 +142,26 @@ def test_draws_have_the_posterior_moments_and_predict_the_variance():
         assert torch.equal(again, draws)
 
 
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_columns_are_directions_whose_squares_sum_to_the_covariance(structure):
+    """One channel each, none correlated with another's; their outputs give T2's variance."""
+    head, features, curvature = example(channels=3, images=2)
+    posterior = HeadPosterior.fit(curvature, structure=structure, sigma_noise=0.5)
+    columns = posterior.columns()
+    assert columns.shape == (3 * 28, 3, 28) and columns.dtype == torch.float64
+    products = torch.einsum("mcp,mdq->cpdq", columns, columns)
+    for c in range(3):
+        for d in range(3):
+            expected = posterior.covariance if c == d else torch.zeros(28, 28).double()
+            torch.testing.assert_close(products[c, :, d], expected, rtol=1e-10, atol=1e-16)
+    if structure == "full":
+        dense = torch.linalg.inv(posterior.precision)
+        torch.testing.assert_close(products[1, :, 1], dense, rtol=1e-9, atol=1e-14)
+    values = torch.einsum("mcp,np->mcn", columns, patches(head, features))
+    exact = posterior.predictive_variance(features).flatten().expand(3, -1)
+    torch.testing.assert_close(values.square().sum(0), exact, rtol=1e-10, atol=0)
+
+
 def test_leverage_sums_to_the_effective_number_of_parameters():
     """T4."""
     _, features, curvature = example()

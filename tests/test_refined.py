@@ -35,9 +35,11 @@ def known(count, members, seed=0):
 
     live = draw(members)
     features = (images + level).expand(-1, 4, -1, -1)
-    return variance, Evidence(
-        images, features.half(), live.square().mean(1), overlap(live.transpose(0, 1))
-    ), draw(3)
+    return (
+        variance,
+        Evidence(images, features.half(), live.square().mean(1), overlap(live.transpose(0, 1))),
+        draw(3),
+    )
 
 
 def test_the_loss_is_least_at_the_true_variance():
@@ -147,7 +149,7 @@ def test_maps_do_not_depend_on_how_images_are_batched(monkeypatch):
 
 
 def test_the_live_part_is_a_linearised_map_on_its_budget(monkeypatch):
-    """With a product at every evaluation nothing is predicted, and the live map is Linearised's."""
+    """With a product at every evaluation nothing is predicted."""
     monkeypatch.setattr(module.Refined, "refiner", untrained)
     start, posterior = case("euler")
     estimator = Refined(**SMALL, products=5, budget=5.0)
@@ -162,30 +164,73 @@ def test_the_live_part_is_a_linearised_map_on_its_budget(monkeypatch):
     assert ready.draws(6) == 6 and ready(start([0]), posterior).nfe == 6 + 6 * 5
 
 
-def test_a_finished_refiner_is_read_and_another_posterior_needs_another(tmp_path, monkeypatch):
-    start, posterior = case("euler")
-    monkeypatch.setattr(module.Refined, "refiner", untrained)
-    estimator = Refined(**SMALL)
-    first = estimator.fit(start, posterior, tmp_path)
-    expected = first(start(range(2)), posterior).variance
-    trainings = []
+@pytest.fixture
+def trainings(monkeypatch):
+    """Counts trainings, and leaves out their costly part."""
+    done = []
     train = module.Refined.train
-    monkeypatch.setattr(
-        module.Refined, "train", lambda *a: trainings.append(1) or train(*a)
-    )
-    again = estimator.fit(start, posterior, tmp_path)
-    assert not trainings
-    assert torch.equal(again(start(range(2)), posterior).variance, expected)
+    monkeypatch.setattr(module.Refined, "refiner", untrained)
+    monkeypatch.setattr(module.Refined, "train", lambda *a: done.append(1) or train(*a))
+    return done
+
+
+def test_a_finished_refiner_is_read_again(tmp_path, trainings):
+    start, posterior = case("euler")
+    maps = [
+        Refined(**SMALL).fit(start, posterior, tmp_path)(start(range(2)), posterior).variance
+        for _ in range(2)
+    ]
+    assert len(trainings) == 1 and torch.equal(*maps)
+
+
+def test_what_a_refiner_depends_on_trains_another(tmp_path, trainings):
+    start, posterior = case("euler")
+    estimator = Refined(**SMALL)
     size = posterior.curvature.geometry.size
     other = posterior_of(start([0]).model.net.head, random_covariance(size, seed=5))
+    other = replace(other, curvature=replace(other.curvature, source="elsewhere"))
+    torch.manual_seed(1)
+    with_other_weights = case("euler")[0]
+    with torch.no_grad():
+        with_other_weights([0]).model.net.head.bias.add_(1)
     for changed in (
+        lambda: estimator.fit(start, posterior, tmp_path),
         lambda: estimator.fit(start, other, tmp_path),
         lambda: estimator.fit(case("guided")[0], posterior, tmp_path),
+        lambda: estimator.fit(with_other_weights, posterior, tmp_path),
         lambda: replace(estimator, budget=1.0).fit(start, posterior, tmp_path),
+        lambda: replace(estimator, skip_interval=2).fit(start, posterior, tmp_path),
     ):
         before = len(trainings)
         changed()
         assert len(trainings) == before + 1
+
+
+def test_a_posterior_of_another_scale_needs_no_training_and_scales_the_map(tmp_path, trainings):
+    """Sigma times 9 through sigma_noise and a matching prior: every map is 9 times as large."""
+    start, posterior = case("euler")
+    estimator = Refined(**SMALL)
+    maps = estimator.fit(start, posterior, tmp_path)(start(range(2)), posterior)
+    prior = posterior.prior_precision / 9
+    wider = replace(posterior, sigma_noise=3.0, prior_precision=prior)
+    scaled = estimator.fit(start, wider, tmp_path)(start(range(2)), wider)
+    assert len(trainings) == 1
+    assert torch.allclose(scaled.variance, 9 * maps.variance, rtol=1e-2)
+    assert torch.allclose(scaled.summed, 9 * maps.summed, rtol=1e-2)
+
+
+def test_a_posterior_that_moved_in_shape_is_refused_and_trained_for(tmp_path, trainings):
+    start, posterior = case("euler")
+    estimator = Refined(**SMALL)
+    estimator.fit(start, posterior, tmp_path)
+    low, high = posterior.eigenvalue_range
+    for prior, expected in (
+        (0.01 * low, 1),
+        ((low * high) ** 0.5, 2),
+        (posterior.prior_precision, 2),
+    ):
+        estimator.fit(start, replace(posterior, prior_precision=prior), tmp_path)
+        assert len(trainings) == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
@@ -200,7 +245,9 @@ def test_a_damaged_refiner_is_made_again(tmp_path, monkeypatch, content):
     assert path.read_bytes() != content
 
 
-def test_a_refiner_that_does_not_help_is_refused(monkeypatch):
+def test_a_refiner_that_does_not_help_is_refused_and_the_live_map_stands(
+    monkeypatch, caplog, tmp_path
+):
     def harmful(seen, target, **options):
         refiner = Refiner(seen.images.shape[1], seen.features.shape[1], options["patch"])
         with torch.no_grad():
@@ -209,8 +256,13 @@ def test_a_refiner_that_does_not_help_is_refused(monkeypatch):
 
     monkeypatch.setattr(module, "train_refiner", harmful)
     start, posterior = case("euler")
-    with pytest.raises(UserError, match=r"no better than the live map.*train_images=24"):
-        Refined(**SMALL).fit(start, posterior)
+    for _ in range(2):  # trained, then read
+        ready = Refined(**SMALL).fit(start, posterior, tmp_path)
+        assert "no better than the live map" in caplog.text
+        samples = ready(start(range(2)), posterior)
+        live = ready.follow(start(range(2)), ready.directions(posterior, 6), ready.fitted[0])
+        assert torch.allclose(samples.variance, live.variance[-1], rtol=1e-4)
+        assert samples.estimator.endswith("refiner refused")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from bayesdiff.uncertainty.tangent import Product, TangentField, answer_coeffici
 
 # Samples that no user's run reaches: pilots must not be the images that are mapped.
 FIRST = 1_000_000_000
-IMAGES, DRAWS = 16, 8
+IMAGES, DRAWS = 32, 8
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Pilot:
     totals: list[float]
 
     @classmethod
+    @torch.no_grad()
     def follow(cls, starts: Starts, deltas: Tensor, product: Product) -> "Pilot":
         """Follow the pilot images; the costly part, done once for any number of rules."""
         start = starts(range(FIRST, FIRST + IMAGES))
         field = _Exact(start.field(), deltas.to(start.device), product)
         return cls(starts, field.deltas, field.answers, _totals(start, field))
 
+    @torch.no_grad()
     def rule(self, nodes: frozenset[int], product: Product) -> Rule:
         """Coefficients that predict the products at all evaluations but the ``nodes``.
 
@@ -50,7 +52,9 @@ class Pilot:
         field = _Fitted(start.field(), self, nodes, product)
         totals = _totals(start, field)
         correction = [a / b if b > 0 else 1.0 for a, b in zip(self.totals, totals, strict=True)]
-        return Rule(nodes, torch.stack(field.coefficients), torch.tensor(correction, dtype=torch.float64))
+        return Rule(
+            nodes, torch.stack(field.coefficients), torch.tensor(correction, dtype=torch.float64)
+        )
 
 
 class _Exact(TangentField):

@@ -1,34 +1,33 @@
 """The default: few sensitivities with few products, refined by a network trained once."""
 
 import logging
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bayesdiff.artefacts import key_of, weights_key, write_atomic
+from bayesdiff.artefacts import key_of, weights_key
 from bayesdiff.checks import UserError, at_least, positive
 from bayesdiff.device import autocast_dtype
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.progress import track
-from bayesdiff.solvers import Solver
+from bayesdiff.solvers import Field, Solver, integrate
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.linearised import Followed, directions, evaluations, follow
-from bayesdiff.uncertainty.pilot import DRAWS, FIRST, Pilot
+from bayesdiff.uncertainty.pilot import DRAWS, FIRST, Pilot, noise_of
 from bayesdiff.uncertainty.refiner import FLOOR, Evidence, Refiner, loss, overlap, train_refiner
+from bayesdiff.uncertainty.refiner_file import nearest, save
 from bayesdiff.uncertainty.response import Rule, spread_nodes
-from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory
-from bayesdiff.uncertainty.tangent import PRODUCTS, Product, differences
+from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory, check_skip_interval
+from bayesdiff.uncertainty.tangent import PRODUCTS, Product, TangentField, differences
 
 log = logging.getLogger(__name__)
 
-_TARGET_DRAWS = 3
+_TARGET_DRAWS, _TARGET_PRODUCTS = 2, 8
 _BATCH = 8  # training images that share their target draws
 _HELD_OUT = 0.1
 
@@ -43,8 +42,10 @@ class Refined(Estimator):
     sampler has computed anyway, and returns the map. It is trained once per model, posterior and
     solver on ``train_images`` images with independent sensitivities as targets, checked on a tenth
     of them, and kept in the run folder under the key of all it depends on: any change of weights,
-    posterior, solver or settings trains another one. A refiner that does not beat the live map on
-    the held-out images is refused.
+    solver or settings trains another one. Another posterior of the same curvature is served if it
+    is the same up to a common factor and 10 % in every direction, since maps scale with it; one
+    that moved further away trains its own. A refiner that does not beat the live map on the
+    held-out images is refused, with a warning, and the live map stands.
 
     Args:
         budget: network evaluations for the map, as a share of the image's own; at least two
@@ -56,16 +57,19 @@ class Refined(Estimator):
         epochs: passes over them.
         noise_draws: directions of a stochastic solver's own noise; 0 leaves them out. They cost
             one evaluation each at every step.
-        fitted: rule and refiner; made by ``fit``.
+        skip_interval: network evaluations per product, in place of ``products``.
+        fitted: rule, refiner, and the logarithm of this posterior's variance over the one that the
+            refiner was trained for; made by ``fit``.
     """
 
     budget: float = 1.5
     products: int = 3
     derivative: str = "auto"
-    train_images: int = 1500
+    train_images: int = 1000
     epochs: int = 30
     noise_draws: int = 4
-    fitted: tuple[Rule, Refiner] | None = None
+    skip_interval: int | None = None
+    fitted: tuple[Rule, Refiner, float] | None = None
 
     name: ClassVar[str] = "refined"
 
@@ -83,77 +87,99 @@ class Refined(Estimator):
         at_least("uncertainty.noise_draws", self.noise_draws, 0)
 
     def check(self, solver: Solver) -> None:
-        """Every solver is served."""
+        """Every solver is served; a skip interval must leave a product."""
+        if self.skip_interval is not None:
+            check_skip_interval(self.skip_interval, solver)
 
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once; a step has at most four evaluations."""
         noise = self.noise_draws if solver.family == "diffusion" else 0
         return 1 + noise + self.draws(4 * solver.num_steps)
 
+    def nodes(self, count: int) -> frozenset[int]:
+        """Which of ``count`` evaluations get a product."""
+        if self.skip_interval is None:
+            return spread_nodes(count, self.products)
+        return frozenset(range(0, count, self.skip_interval)) - {0}
+
     def draws(self, count: int) -> int:
         """Directions that the budget pays for along ``count`` evaluations."""
-        return max(2, int(self.budget * count / self.products + 1e-9))
+        products = self.products if self.skip_interval is None else count / self.skip_interval
+        return max(2, int(self.budget * count / products + 1e-9))
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
-        """With rule and refiner, read from the run folder or trained now.
-
-        Raises:
-            UserError: if the file vanishes, or the refiner is no better than the live map.
-        """
+        """With rule and refiner, read from the run folder or trained now."""
         key = self.key(starts([0]), posterior)
-        path = None if folder is None else folder / f"refiner-{key[:8]}.safetensors"
-        fitted = load(path, key) if path and path.is_file() else None
+        found = None if folder is None else nearest(folder, key, posterior)
         barrier()  # nobody writes before everybody has looked
-        if fitted is None and (rank() == 0 or path is None):
-            fitted = self.train(starts, posterior)
-            if path is not None:
-                save(path, key, *fitted)
-        barrier()
-        if fitted is None and path is not None:
-            fitted = load(path, key)
-        if fitted is None:
-            raise UserError(f"{path} vanished while it was needed; run the same command again")
-        device = starts([0]).device
-        return replace(self, fitted=(fitted[0], fitted[1].to(device)))
+        if found is None:
+            # Every process trains its own, the same for the same seed; one writes.
+            found = (*self.train(starts, posterior), 0.0)
+            if folder is not None and rank() == 0:
+                save(folder, key, posterior, found[0], found[1])
+        rule, refiner, shift = found
+        return replace(self, fitted=(rule, refiner.to(starts([0]).device), shift))
 
     def key(self, start: Trajectory, posterior: HeadPosterior) -> str:
-        """Changes with all that rule and refiner depend on."""
+        """Changes with all that rule and refiner depend on, but for the posterior's numbers."""
         numbers = [
             [s.times, s.inputs, s.output, s.noise, s.kept, s.history] for s in start.steps()
         ]
-        width = [posterior.sigma_noise, posterior.prior_precision, posterior.n_eff]
-        mine = [self.budget, self.products, self.derivative, self.train_images, self.epochs]
+        mine = [self.budget, self.products, self.skip_interval, self.derivative]
         return key_of(
             weights_key(start.model),
-            [posterior.curvature.source, posterior.structure, *width],
-            [numbers, start.solver.guidance],
-            [start.noise.seed, self.seed, mine],
+            [posterior.curvature.source, posterior.structure],
+            [numbers, start.solver.guidance, start.noise.seed],
+            [*mine, self.train_images, self.epochs, self.seed],
         )
 
     @torch.no_grad()
     def train(self, starts: Starts, posterior: HeadPosterior) -> tuple[Rule, Refiner]:
         """Rule and refiner for this model, posterior and solver."""
         count = evaluations(starts([0]))
-        product = self.product(starts([0]))
         pilot = Pilot.follow(starts, directions(posterior, DRAWS, self.seed + 1), differences)
-        rule = pilot.rule(spread_nodes(count, self.products), product)
+        rule = pilot.rule(self.nodes(count), self.product(starts([0])))
+        careful = pilot.rule(spread_nodes(count, _TARGET_PRODUCTS), differences)
         live = self.directions(posterior, count)
         seen, targets = [], []
         numbers = torch.arange(self.train_images) + FIRST + 1000
         for place, part in enumerate(track(numbers.split(_BATCH), "refiner's images")):
             fresh = directions(posterior, _TARGET_DRAWS, self.seed + 2 + place)
-            followed = self.follow(starts(part.tolist()), torch.cat([live, fresh]), rule)
-            d = sensitivities(followed, rule)
-            seen.append(evidence(followed, d[: len(live)]))
-            targets.append(d[len(live) :].transpose(0, 1))
+            start = starts(part.tolist())
+            given, target = self.lesson(start, (live, rule), (fresh, careful))
+            seen.append(given)
+            targets.append(target)
         return rule, self.refiner(Evidence.join(seen), torch.cat(targets))
 
-    def refiner(self, everything: Evidence, target: Tensor) -> Refiner:
-        """Train on all but a tenth of the images, and compare with the live map on that.
+    def lesson(
+        self, start: Trajectory, live: tuple[Tensor, Rule], fresh: tuple[Tensor, Rule]
+    ) -> tuple[Evidence, Tensor]:
+        """Evidence of a batch, and independent sensitivities ``(B, M, C, H, W)`` as its target.
 
-        Raises:
-            UserError: if the refiner is no better there.
+        Live directions are followed as for any map, the target's with more and better products;
+        the image and its features are computed once for both.
         """
+        field = _Remembering(
+            start.model, start.labels, len(start.noise.indices), start.solver.guidance
+        )
+        (deltas, rule), (others, careful) = live, fresh
+        mine = TangentField(field, deltas.to(start.device), self.product(start), rule)
+        theirs = TangentField(field, others.to(start.device), differences, careful)
+        count, noise = 1 + len(deltas), noise_of(start, len(deltas) + len(others))
+
+        def together(rows: Tensor, t: float) -> Tensor:
+            first = mine(rows[:count], t)
+            return torch.cat([first, theirs(torch.cat([rows[:1], rows[count:]]), t)[1:]])
+
+        x_0 = start.draw()
+        rows = torch.cat([x_0[None], x_0.new_zeros(count - 1 + len(others), *x_0.shape)])
+        end = integrate(together, start.steps(), rows, noise)
+        size, target_size = (float(r.correction[-1]) ** 0.5 for r in (rule, careful))
+        given = evidence(end[0], list(mine.features.values()), size * end[1:count])
+        return given, target_size * end[count:].transpose(0, 1)
+
+    def refiner(self, everything: Evidence, target: Tensor) -> Refiner:
+        """Trained on all but a tenth of the images; refused if it does not help on that."""
         kept = max(2, int(_HELD_OUT * len(target)))
         patch = everything.images.shape[-1] // everything.features.shape[-1]
         if everything.variance.max() <= FLOOR:  # a certain posterior: nothing to learn
@@ -167,10 +193,11 @@ class Refined(Estimator):
         after = float(loss(refiner(held_out), target[:kept]))
         log.info("refiner: held-out loss %.3f, of the live map %.3f", after, before)
         if not after < before:
-            raise UserError(
-                f"the refiner is no better than the live map (held-out loss {after:.3g} against "
-                f"{before:.3g}); raise uncertainty.train_images={self.train_images}, or use "
-                "uncertainty=linearised"
+            refiner.helps.zero_()  # type: ignore[operator]
+            log.warning(
+                "the refiner is no better than the live map on held-out images (loss %.3g against "
+                "%.3g), so the live map stands; uncertainty.train_images=%d may be too few",
+                *(after, before, self.train_images),
             )
         return refiner
 
@@ -202,74 +229,42 @@ class Refined(Estimator):
         """
         if self.fitted is None:
             raise ValueError("refined needs fit(...) before the first batch")
-        rule, refiner = self.fitted
+        rule, refiner, shift = self.fitted
         deltas = self.directions(posterior, evaluations(start))
         followed = self.follow(start, deltas, rule, self.noise_draws)
-        seen = evidence(followed, sensitivities(followed, rule))
+        # In the scale that the refiner was trained for.
+        size = math.exp(-shift / 2) * float(rule.correction[-1]) ** 0.5
+        seen = evidence(followed.states[-1], followed.features, size * followed.sensitivities)
         # A posterior without variance leaves nothing to refine.
         some = seen.variance.flatten(1).amax(1) > FLOOR
         refined = refiner(seen).exp() * some[:, None, None, None]
         # Earlier times keep the live map's shape, at the level that the refined one ends with.
         level = refined.flatten(1).sum(1) / seen.variance.flatten(1).sum(1).clamp(min=FLOOR)
         variance = followed.variance * level[:, None, None, None]
-        variance[-1] = refined
+        variance[-1] = refined * math.exp(shift)
         label = f"refined, {len(deltas)} draws of {len(rule.nodes)} products"
+        label += "" if refiner.helps else ", refiner refused"
         return replace(followed, variance=variance).samples(start, label, self.times)
 
 
-def sensitivities(followed: Followed, rule: Rule) -> Tensor:
-    """Sensitivities at the end ``(M, B, C, H, W)``, of the size that the pilot found."""
-    return followed.sensitivities * float(rule.correction[-1]) ** 0.5
-
-
-def evidence(followed: Followed, d: Tensor) -> Evidence:
+def evidence(images: Tensor, features: list[Tensor], d: Tensor) -> Evidence:
     """What the refiner reads of a batch with live sensitivities ``d (M, B, C, H, W)``."""
     return Evidence(
-        images=followed.states[-1],
-        features=torch.cat(followed.features, 1).half(),  # precise enough, and small
+        images=images,
+        features=torch.cat(features, 1).half(),  # precise enough, and small
         variance=d.square().mean(0),
         overlap=overlap(d),
     )
 
 
-def save(path: Path, key: str, rule: Rule, refiner: Refiner) -> None:
-    """Write rule and refiner with their key."""
-    tensors = {f"refiner.{k}": v.cpu().contiguous() for k, v in refiner.state_dict().items()}
-    tensors |= {"rule.coefficients": rule.coefficients, "rule.correction": rule.correction}
-    tensors |= {"rule.nodes": torch.tensor(sorted(rule.nodes))}
-    write_atomic(
-        path, lambda file: save_file(tensors, file, metadata={"key": key, **shape(refiner)})
-    )
+class _Remembering(Field):
+    """Knows the features of the image when they are asked for twice."""
 
-
-def shape(refiner: Refiner) -> dict[str, str]:
-    """What a refiner is built from, as safetensors metadata."""
-    pixels = refiner.out.out_channels // 2
-    numbers = {
-        "channels": pixels // refiner.patch**2,
-        "features": refiner.read_features.in_channels,
-        "patch": refiner.patch,
-    }
-    return {name: str(number) for name, number in numbers.items()}
-
-
-def load(path: Path, key: str) -> tuple[Rule, Refiner] | None:
-    """Rule and refiner of this key; None for a file of another key or a damaged one."""
-    try:
-        with safe_open(path, "pt") as file:
-            found: dict[str, Any] = dict(file.metadata() or {})
-            if found.get("key") != key:
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        numbers: Sequence[int] = [int(found[name]) for name in ("channels", "features", "patch")]
-        refiner = Refiner(*numbers)
-        prefix = "refiner."
-        refiner.load_state_dict(
-            {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-        )
-        nodes = frozenset(tensors["rule.nodes"].tolist())
-        rule = Rule(nodes, tensors["rule.coefficients"], tensors["rule.correction"])
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        log.warning("%s is damaged (%s) and is made again", path.name, type(error).__name__)
-        return None
-    return rule, refiner.eval()
+    def features(self, x: Tensor, t: float) -> Tensor:
+        """Input of the head, computed once for the same state and time."""
+        if len(x) != self.batch:
+            return super().features(x, t)
+        last = self.__dict__.get("last")
+        if last is None or last[0] != t or not torch.equal(last[1], x):
+            last = self.last = (t, x.clone(), super().features(x, t))
+        return last[2]

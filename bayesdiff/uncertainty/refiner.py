@@ -73,16 +73,20 @@ class Refiner(nn.Module):
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
         self.whole = nn.Sequential(
-            nn.Linear(features + width + 2, 2 * width), nn.SiLU(), nn.Linear(2 * width, width + 1)
+            nn.Linear(2 * features + width + 2, 2 * width),
+            nn.SiLU(),
+            nn.Linear(2 * width, width + 1),
         )
         self.out = nn.Conv2d(width, 2 * pixels, 1)
-        for layer in (self.out, self.whole[-1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in [*self.out.parameters(), *self.whole[-1].parameters()]:
+            nn.init.zeros_(parameter)
+        self.register_buffer("helps", torch.ones(()))  # 0: refused, the live map stays as it is
         self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # mean and sd of the log-variance
 
     def forward(self, seen: Evidence) -> Tensor:
         """Log-variance ``(N, C, H, W)``."""
+        if not self.helps:
+            return seen.variance.clamp(min=FLOOR).log()
         mean, sd = self.scale.unbind()  # type: ignore[operator]
         log = (seen.variance.clamp(min=FLOOR).log() - mean) / sd
         level = seen.variance.mean((1, 2, 3), keepdim=True).clamp(min=FLOOR)
@@ -93,7 +97,7 @@ class Refiner(nn.Module):
         hidden = self.read_maps(F.pixel_unshuffle(maps, self.patch)) + self.read_features(features)
         hidden = F.silu(hidden)
         hidden = hidden + F.silu(self.first(hidden))
-        summary = [features.mean((2, 3)), hidden.mean((2, 3))]
+        summary = [features.mean((2, 3)), features.std((2, 3)), hidden.mean((2, 3))]
         numbers = torch.stack([level[:, 0, 0, 0], seen.overlap.clamp(min=1e-6).log()], 1)
         shift = self.whole(torch.cat([*summary, numbers.to(log.dtype)], 1))[:, :, None, None]
         hidden = hidden + F.silu(self.second(hidden + shift[:, :-1]))

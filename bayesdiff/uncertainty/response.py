@@ -23,7 +23,8 @@ class Rule:
     Attributes:
         nodes: numbers of the network evaluations with a product.
         coefficients: ``(N, 2, 5)`` float64: a and b of the five regressors, for each evaluation.
-        correction: ``(S,)`` float64, exact over predicted total variance of the pilot after each step.
+        correction: ``(S,)`` float64, exact over predicted total variance of the pilot after each
+            step.
     """
 
     nodes: frozenset[int]

@@ -1,6 +1,6 @@
 """Reference ensembles: the last images of many members, kept so that any subset can be compared.
 
-    python experiments/propagation/reference.py fashion-flow euler20
+python experiments/propagation/reference.py fashion-flow euler20
 """
 
 import sys
@@ -17,8 +17,8 @@ from bayesdiff.build import Run
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.progress import track
 from bayesdiff.solvers import Solver, integrate
-from bayesdiff.uncertainty import Starts, starts_of
 from bayesdiff.training import fit
+from bayesdiff.uncertainty import Starts, starts_of
 from bayesdiff.uncertainty.ensemble import MemberField
 
 ROOT = Path(__file__).parents[2]
