@@ -513,3 +513,12 @@ def test_refusals_offer_every_solver_there_is_by_the_name_of_its_file():
         assert solver.name == file.stem
         there[solver.family].add(solver.name)
     assert {family: set(names.split(", ")) for family, names in NAMES.items()} == there
+
+
+def test_stages_bound_the_evaluations_of_a_step():
+    for solver in (Euler(4), Heun(4), Midpoint(4), RK4(4)):
+        steps = solver.steps(FLOW, "velocity", uniform_times(4))
+        assert {len(step.times) for step in steps} == {solver.stages}
+    for solver in (DDIM(4), DDPM(4), DPMSolver1(4), DPMSolver2(4), DPMSolverPP2M(4)):
+        steps = solver.steps(COSINE, "v", uniform_times(4))
+        assert max(len(step.times) for step in steps) == solver.stages

@@ -80,6 +80,7 @@ class DiffusionSolver:
 
     name: ClassVar[str]
     family: ClassVar[str] = "diffusion"
+    stages: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class DPMSolver2(DiffusionSolver):
     r1: float = 0.5
 
     name: ClassVar[str] = "dpm2"
+    stages: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         number = isinstance(self.r1, (int, float)) and not isinstance(self.r1, bool)

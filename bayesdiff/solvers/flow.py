@@ -29,6 +29,7 @@ class RungeKutta:
 
     name: ClassVar[str]
     family: ClassVar[str] = "flow"
+    stages: ClassVar[int]
     matrix: ClassVar[Matrix]
     weights: ClassVar[tuple[float, ...]]
     nodes: ClassVar[tuple[float, ...]]
@@ -72,6 +73,7 @@ class Euler(RungeKutta):
     """First order, one evaluation: x' = x + h v(x, t)."""
 
     name = "euler"
+    stages = 1
     matrix = ((),)
     weights = (1.0,)
     nodes = (0.0,)
@@ -81,6 +83,7 @@ class Heun(RungeKutta):
     """Second order, two evaluations: the mean of the slopes at both ends."""
 
     name = "heun"
+    stages = 2
     matrix = ((), (1.0,))
     weights = (0.5, 0.5)
     nodes = (0.0, 1.0)
@@ -90,6 +93,7 @@ class Midpoint(RungeKutta):
     """Second order, two evaluations: the slope in the middle, which half an Euler step reaches."""
 
     name = "midpoint"
+    stages = 2
     matrix = ((), (0.5,))
     weights = (0.0, 1.0)
     nodes = (0.0, 0.5)
@@ -99,6 +103,7 @@ class RK4(RungeKutta):
     """Fourth order, four evaluations: the classical Runge-Kutta method."""
 
     name = "rk4"
+    stages = 4
     matrix = ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0))
     weights = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
     nodes = (0.0, 0.5, 0.5, 1.0)

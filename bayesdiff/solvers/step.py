@@ -53,6 +53,7 @@ class Solver(Protocol):
     Attributes:
         name: what a user types for it, as in ``solver=euler``.
         family: family of the paths it can follow, ``flow`` or ``diffusion``.
+        stages: network evaluations of a step, at most.
         num_steps: steps from noise to data.
         guidance: classifier-free guidance scale, 1 for none.
         grid: how the times of the steps are spread, a name of ``time_grid``.
@@ -60,6 +61,7 @@ class Solver(Protocol):
 
     name: str
     family: str
+    stages: int
     num_steps: int
     guidance: float
     grid: str

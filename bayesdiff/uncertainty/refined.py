@@ -92,9 +92,9 @@ class Refined(Estimator):
             check_skip_interval(self.skip_interval, solver)
 
     def copies(self, solver: Solver) -> int:
-        """Network inputs per image held at once; a step has at most four evaluations."""
+        """Network inputs per image held at once."""
         noise = self.noise_draws if solver.family == "diffusion" else 0
-        return 1 + noise + self.draws(4 * solver.num_steps)
+        return 1 + noise + self.draws(solver.stages * solver.num_steps)
 
     def nodes(self, count: int) -> frozenset[int]:
         """Which of ``count`` evaluations get a product."""

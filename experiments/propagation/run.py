@@ -59,7 +59,7 @@ ESTIMATORS: dict[str, Callable[[int, int], Estimator]] = {
 SIZES = (2, 3, 5, 8, 16)
 SEED = 1  # of the estimators' draws; the reference has its own
 BATCH = 64
-STEPS = (10, 20, 50, 100, 200)
+STEPS = (10, 20, 50, 200)
 STEPS_IMAGES, STEPS_MEMBERS = 4, 16
 
 
@@ -184,6 +184,93 @@ def over_steps(model: str) -> dict[str, Any]:
     return found
 
 
+def gather() -> None:
+    """results.json and the figures from all that has been measured."""
+    found: dict[str, Any] = {"settings": {}, "timing": {}, "steps": {}}
+    for kind, names in (
+        ("accuracy", SETTINGS),
+        ("timing", SETTINGS),
+        ("steps", ("fashion-flow", "fashion-diffusion")),
+    ):
+        for name in names:
+            stored = read_json(STORE / f"{kind}-{name.replace('/', '-')}.json")
+            if stored:
+                stored.pop("key")
+                found["settings" if kind == "accuracy" else kind][name] = stored
+    for name in ("default", "linearised", "published", "ensemble5"):
+        each = [setting[name] for setting in found["settings"].values()]
+        found[f"{name}.image_rank"] = min(one["image_rank"] for one in each)
+        found[f"{name}.pixel_rank"] = min(one["pixel_rank"] for one in each)
+        ratios = [one["variance_ratio"] for one in each]
+        # An estimate without a positive sum on any image has no ratio.
+        far = [r if r == r else 0.0 for r in ratios]
+        found[f"{name}.variance_ratio"] = max(far, key=lambda r: abs(r - 1))
+        costs = [timed[name] for timed in found["timing"].values() if name in timed]
+        found[f"{name}.cost"] = max(costs, default=None)
+    found["note"] = "flat keys: the worst over all settings"
+    write_json(HERE / "results.json", found)
+    draw_cost(found)
+    draw_steps(found["steps"])
+
+
+STYLE = {
+    "default": ("#0072B2", "o"),
+    "linearised": ("#009E73", "s"),
+    "published": ("#D55E00", "X"),
+    "total-variance": ("#CC79A7", "D"),
+    "ensemble": ("#555555", "."),
+}
+
+
+def draw_cost(found: dict[str, Any]) -> None:
+    """Accuracy over network evaluations, the ensembles as the curve to beat."""
+    from matplotlib.figure import Figure
+
+    settings = found["settings"]
+    figure = Figure(figsize=(3.1 * len(settings), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(settings), sharey="row", squeeze=False)
+    for column, (name, setting) in enumerate(settings.items()):
+        timed = found["timing"].get(name, {})
+        for row, metric in enumerate(("image_rank", "pixel_rank")):
+            axis = axes[row, column]
+            curve = [
+                (setting[f"ensemble{n}"]["nfe"], setting[f"ensemble{n}"][metric]) for n in SIZES
+            ]
+            axis.plot(*zip(*curve, strict=True), ".-", color="#555555", label="ensembles")
+            for estimator in ESTIMATORS:
+                color, marker = STYLE[estimator]
+                cost = timed.get(estimator, setting[estimator]["nfe"])
+                value = setting[estimator][metric]
+                low, high = (setting[estimator][f"{metric}_{end}"] for end in ("low", "high"))
+                axis.plot([cost, cost], [low, high], color=color, linewidth=1)
+                axis.plot(cost, value, marker, color=color, label=estimator)
+            axis.set_xscale("log")
+            axis.grid(alpha=0.3)
+            axis.set_ylabel(metric.replace("_", " ") if not column else "")
+        axes[0, column].set_title(name, fontsize=9)
+        axes[1, column].set_xlabel("cost over plain sampling")
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(HERE / "accuracy-over-cost.png", dpi=110)
+
+
+def draw_steps(steps: dict[str, Any]) -> None:
+    """Total variance over the number of steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * max(len(steps), 1), 3.4), layout="constrained")
+    axes = figure.subplots(1, max(len(steps), 1), squeeze=False)[0]
+    for axis, (model, values) in zip(axes, steps.items(), strict=False):
+        for name, (color, marker) in STYLE.items():
+            pairs = [(n, v) for n, v in zip(values["steps"], values[name], strict=True) if v > 0]
+            if pairs:
+                axis.plot(*zip(*pairs, strict=True), color=color, marker=marker, label=name)
+        axis.set(xscale="log", yscale="log", title=model, xlabel="steps")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("summed variance per image")
+    axes[0].legend(fontsize=7)
+    figure.savefig(HERE / "variance-over-steps.png", dpi=110)
+
+
 def main(arguments: list[str]) -> None:
     """Measure what is asked for, then gather all that has been measured."""
     flags = {a for a in arguments if a.startswith("--")}
@@ -194,6 +281,7 @@ def main(arguments: list[str]) -> None:
     if "--steps" in flags:
         for model in ("fashion-flow", "fashion-diffusion"):
             kept(f"steps/{model}", lambda model=model: over_steps(model), model, "1")
+    gather()
 
 
 if __name__ == "__main__":
