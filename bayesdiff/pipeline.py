@@ -62,9 +62,9 @@ def run(cfg: DictConfig) -> Result:
     images_key = key_of(*sampled, cfg.metrics.num_images)
     told = {k: v for k, v in plain(cfg.uncertainty).items() if k not in WITHOUT_EFFECT}
     maps_key = key_of(*sampled, settings_of(posterior), told)
-    checked_key = validation_key(maps_key, estimator)
-    cell_key = key_of(maps_key, images_key, plain(cfg.metrics), checked_key)
     folder = this.folder / f"{solver.name}-{estimator.name}-{maps_key[:8]}"
+    checked_key = validation_key(maps_key, estimator, folder / "validation.json")
+    cell_key = key_of(maps_key, images_key, plain(cfg.metrics), checked_key)
     images = None
     if cfg.metrics.num_images:
         path = this.folder / f"images-{solver.name}-{images_key[:8]}.npz"
@@ -89,7 +89,9 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     """Build and check everything, before any work is done; then start the other processes."""
     devices = check_devices(cfg)
     check_settings(**{k: cfg.laplace[k] for k in ("structure", *_NUMBERS)})
-    at_least("laplace.seed", cfg.laplace.seed, 0)
+    for name, seed in (("laplace.seed", cfg.laplace.seed), ("metrics.seed", cfg.metrics.seed)):
+        if at_least(name, seed, 0) >= 2**32:
+            raise UserError(f"{name} must be below 2**32 = {2**32}, got {seed}")
     solver: Solver = instantiate(cfg.solver)
     estimator: Estimator = instantiate(cfg.uncertainty)
     at_least("solver.num_steps", solver.num_steps)
@@ -194,11 +196,11 @@ def settings_of(posterior: HeadPosterior) -> list[Any]:
     return [posterior.curvature.source, posterior.structure, *numbers]
 
 
-def validation_key(maps_key: str, estimator: Estimator) -> str | None:
-    """What a comparison of the maps depends on, None where none is wanted."""
-    if not estimator.validate:
-        return None
-    return key_of(maps_key, estimator.validate_images, estimator.validate_members)
+def validation_key(maps_key: str, estimator: Estimator, path: Path) -> str | None:
+    """What a comparison of the maps depends on, None where none is wanted nor already there."""
+    key = key_of(maps_key, estimator.validate_images, estimator.validate_members)
+    there = (read_json(path) or {}).get("key") == key
+    return key if estimator.validate or there else None
 
 
 def settings(

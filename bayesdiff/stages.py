@@ -106,7 +106,7 @@ def make_validation(
     found = validate(maps, starts(run, solver), posterior, reference, size)
     if rank() == 0:
         columns = {name: getattr(found, name).tolist() for name in COLUMNS}
-        write_json(path, {"key": key, "metrics": found.metrics(reference.seed), "images": columns})
+        write_json(path, {"key": key, "metrics": found.metrics(run.cfg.seed), "images": columns})
     return found
 
 

@@ -113,8 +113,15 @@ def flatten(row: dict[str, Any], keys: list[str]) -> dict[str, Any]:
 def shown_metrics(rows: list[dict[str, Any]]) -> list[str]:
     """The few metrics that fit on a screen; the CSV has all of them."""
     names = [name for row in rows for name in row.get("metrics", {})]
-    wanted = ("fid@", "is@", "nfe", "summed_variance/mean", "laplace/effective_parameters")
-    return list(dict.fromkeys(n for w in wanted for n in names if n == w or n.startswith(w)))
+    wanted = (
+        "fid@", "is@", "nfe", "summed_variance/mean", "laplace/effective_parameters",
+        "validation/image_rank", "validation/pixel_rank", "validation/log_ratio",
+    )  # fmt: skip
+    return list(
+        dict.fromkeys(
+            n for w in wanted for n in names if n == w or w[-1] == "@" and n.startswith(w)
+        )
+    )
 
 
 def _number(text: str) -> float | str:

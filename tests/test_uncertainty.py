@@ -52,7 +52,7 @@ def test_ensemble_has_the_shared_weight_variance_of_an_affine_flow(solver, value
     samples = Ensemble(members=members)(start_of(model, solver, first=0.7), posterior)
     got = float(samples.variance)
     assert got == pytest.approx(value, rel=4 * math.sqrt(2 / (members - 1)))
-    draws = posterior.draw(members, torch.Generator().manual_seed(0))[:, 0, 1] / SCALE
+    draws = Ensemble(members=members).weights(posterior)[:, 0, 1] / SCALE
     grid = [k / solver.num_steps for k in range(solver.num_steps + 1)]
     gain = sensitivity(grid, heun=isinstance(solver, Heun))
     assert got == pytest.approx(gain**2 * float(draws.var()), rel=1e-4)
@@ -82,7 +82,7 @@ def test_a_coarse_ensemble_is_the_euler_method_on_the_coarse_grid(skip):
     )
     assert torch.equal(samples.images, image)
     grid = [*(k / 10 for k in range(0, 10, skip)), 1.0]
-    draws = posterior.draw(30, torch.Generator().manual_seed(0))[:, 0, 1] / SCALE
+    draws = Ensemble(members=30).weights(posterior)[:, 0, 1] / SCALE
     expected = sensitivity(grid) ** 2 * float(draws.var())
     assert float(samples.variance) == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(samples.times, torch.tensor(grid[1:]))
@@ -96,7 +96,7 @@ def test_a_coarse_ensemble_converges_to_the_same_number():
         return float(Ensemble(members=10, skip_interval=skip)(start, posterior).variance)
 
     limit = (SCALE * math.expm1(M) / M) ** 2
-    draws = posterior.draw(10, torch.Generator().manual_seed(0))[:, 0, 1] / SCALE
+    draws = Ensemble(members=10).weights(posterior)[:, 0, 1] / SCALE
     errors = [variance(n, 4) / float(draws.var()) - limit for n in (40, 80, 160)]
     for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(2, abs=0.15)
@@ -185,7 +185,7 @@ def test_ensemble_equals_sampling_once_per_member(name):
     assert torch.equal(fast.images, plain(start()))
     trained = [p.clone() for p in net.head.parameters()]
     images = []
-    for draw in posterior.draw(members, torch.Generator().manual_seed(9)):
+    for draw in Ensemble(members=members, seed=9).weights(posterior):
         net.head.weight.copy_(draw[:, :-1].view_as(net.head.weight))
         net.head.bias.copy_(draw[:, -1])
         images.append(plain(start()))
@@ -361,19 +361,23 @@ def test_sampler_noise_is_that_of_trajectories_sampled_one_by_one():
 
 @pytest.mark.parametrize("skip", [2, 3])
 @torch.no_grad()
-def test_coarse_members_take_the_noise_of_the_first_step_they_stand_for(skip):
+def test_coarse_members_take_the_noise_of_all_the_steps_they_stand_for(skip):
     net, posterior, _ = curved()
     solver, path, prediction = DDPM(7), LINEAR, "v"
     model, shape = model_of(net, path, prediction), (1, 3, 3)
     fast = Ensemble(members=3, skip_interval=skip)(start_of(model, solver, 2, shape), posterior)
     start = start_of(model, solver, 2, shape)
     x_0 = start.draw()
-    noises = [start.draw() if step.noise else None for step in start.steps()][::skip]
-    coarse = start.steps(skip)
+    drawn = [(step.noise, start.draw() if step.noise else None) for step in start.steps()]
+    coarse, noises = start.steps(skip), []
+    for first in range(0, len(drawn), skip):
+        kept = [(c, z) for c, z in drawn[first : first + skip] if c]
+        size = math.sqrt(sum(c * c for c, _ in kept))
+        noises.append(sum(c * z for c, z in kept) / size if kept else None)
     assert len(noises) == len(coarse)
     trained = [p.clone() for p in net.head.parameters()]
     images = []
-    for draw in posterior.draw(3, torch.Generator().manual_seed(0)):
+    for draw in Ensemble(members=3).weights(posterior):
         net.head.weight.copy_(draw[:, :-1].view_as(net.head.weight))
         net.head.bias.copy_(draw[:, -1])
         own = iter([z for z, step in zip(noises, coarse, strict=True) if step.noise])
@@ -482,3 +486,28 @@ def test_unusable_settings_are_refused_in_one_line(make, named):
     with pytest.raises(UserError, match=named) as refused:
         make()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("solver", [DDPM(12), DDIM(12, eta=1.0)])
+def test_a_coarse_member_gets_the_noise_of_all_the_steps_it_stands_for(solver):
+    """Without weights' doing, a coarse path stays near the shown image, whatever the skip."""
+    net, _ = small_unet()
+    posterior = certain(net.head)
+    model = model_of(net, LINEAR, "noise", num_classes=3)
+
+    def start():
+        return Trajectory(model, solver, None, SampleNoise(0, range(6), (1, 8, 8)), CPU)
+
+    estimator = Ensemble(members=2, skip_interval=3, noise_members=0)
+    image, members = estimator.images(start(), posterior)
+    other = image.roll(1, 0)
+    near = torch.nn.functional.cosine_similarity(members[0].flatten(1), image.flatten(1))
+    far = torch.nn.functional.cosine_similarity(members[0].flatten(1), other.flatten(1))
+    assert near.mean() > 0.6 > far.mean() + 0.3
+
+
+def test_an_ensemble_shares_no_draws_with_other_estimators_of_its_seed():
+    _, posterior = affine_flow()
+    ours = Ensemble(members=4, seed=3).weights(posterior)
+    theirs = posterior.draw(4, torch.Generator().manual_seed(3))
+    assert not torch.isclose(ours, theirs)[..., -1].any()  # the bias, the only uncertain weight

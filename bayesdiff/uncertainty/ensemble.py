@@ -15,6 +15,9 @@ from bayesdiff.solvers.integrate import Observe
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.samples import Recorder, Samples, Trajectory, check_skip_interval
 
+# Other draws than an estimator of the same seed has: agreement must not come from sharing them.
+_SALT = 1_000_003
+
 
 @dataclass(frozen=True)
 class Ensemble(Estimator):
@@ -82,6 +85,11 @@ class Ensemble(Estimator):
             image, members.var(0), start.labels, field.evaluations, name, of_noise
         )
 
+    def weights(self, posterior: HeadPosterior) -> Tensor:
+        """The members' heads, ``(M, C_out, P)`` float64."""
+        generator = torch.Generator().manual_seed(self.seed + _SALT)
+        return posterior.draw(self.members, generator)
+
     @torch.inference_mode()
     def images(self, start: Trajectory, posterior: HeadPosterior) -> tuple[Tensor, Tensor]:
         """The trained model's images ``(B, C, H, W)`` and the members' ``(M, B, C, H, W)``."""
@@ -100,8 +108,7 @@ class Ensemble(Estimator):
         observe: Observe | None = None,
     ) -> Tensor:
         """Last states of the members; ``noise`` is where the image's own began after x_0."""
-        generator = torch.Generator().manual_seed(self.seed)
-        weights = posterior.draw(self.members, generator).to(start.device)
+        weights = self.weights(posterior).to(start.device)
         fresh = _of_coarse_steps(noise, start.steps(), self.skip_interval)
         return integrate(
             MemberField(field, weights),
@@ -148,13 +155,15 @@ class MemberField:
 def _of_coarse_steps(
     noise: Callable[[], Tensor], fine: list[Step], skip_interval: int
 ) -> Iterator[Tensor]:
-    """The image's noise once more; a coarse step gets that of the first step it stands for.
+    """The image's noise once more; a coarse step gets the sum of what its fine steps had.
 
     Yields:
-        Noise of the coarse steps that need it, ``(B, C, H, W)``.
+        Noise of the coarse steps that need it, ``(B, C, H, W)``, of unit variance.
     """
-    for number, step in enumerate(fine):
-        if step.noise:
-            z = noise()
-            if number % skip_interval == 0:
-                yield z
+    for first in range(0, len(fine), skip_interval):
+        drawn = [(s.noise, noise()) for s in fine[first : first + skip_interval] if s.noise]
+        if len(drawn) == 1:
+            yield drawn[0][1]
+        elif drawn:
+            size = sum(scale**2 for scale, _ in drawn) ** 0.5
+            yield torch.stack([scale / size * z for scale, z in drawn]).sum(0)

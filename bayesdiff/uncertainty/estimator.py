@@ -49,7 +49,8 @@ class Estimator(ABC):
     def __post_init__(self) -> None:
         at_least("uncertainty.num_images", self.num_images)
         at_least("uncertainty.batch_size", self.batch_size)
-        at_least("uncertainty.seed", self.seed, 0)
+        if at_least("uncertainty.seed", self.seed, 0) >= 2**32:
+            raise UserError(f"uncertainty.seed must be below 2**32 = {2**32}, got {self.seed}")
         positive("uncertainty.max_memory", self.max_memory, "give GiB above 0")
         if self.units not in UNITS:
             raise UserError(

@@ -27,6 +27,7 @@ from bayesdiff.uncertainty.tangent import PRODUCTS, Product, TangentField, diffe
 
 log = logging.getLogger(__name__)
 
+_MOST_DRAWS = 32
 _TARGET_DRAWS, _TARGET_PRODUCTS = 2, 8
 _BATCH = 8  # training images that share their target draws
 _HELD_OUT = 0.1
@@ -45,11 +46,13 @@ class Refined(Estimator):
     solver or settings trains another one. Another posterior of the same curvature is served if it
     is the same up to a common factor and 10 % in every direction, since maps scale with it; one
     that moved further away trains its own. A refiner that does not beat the live map on the
-    held-out images is refused, with a warning, and the live map stands.
+    held-out images is refused, with a warning, and the live map stands. Training takes about as
+    many network evaluations as 2.7 ``train_images`` trajectories; ``max_memory`` bounds maps, not
+    training.
 
     Args:
-        budget: network evaluations for the map, as a share of the image's own; at least two
-            directions are followed. In bfloat16 they take half the time of the image's.
+        budget: network evaluations for the map, as a share of the image's own; at least 2 and at
+            most 32 directions are followed. In bfloat16 they take half the time of the image's.
         products: products J d of each direction.
         derivative: ``difference`` or ``bfloat16``, see ``Linearised``; ``auto`` takes the second
             where the device gains from it.
@@ -87,7 +90,7 @@ class Refined(Estimator):
         at_least("uncertainty.noise_draws", self.noise_draws, 0)
 
     def check(self, solver: Solver) -> None:
-        """Every solver is served; a skip interval must leave a product."""
+        """Every solver is served; a skip interval must not exceed its steps."""
         if self.skip_interval is not None:
             check_skip_interval(self.skip_interval, solver)
 
@@ -100,23 +103,31 @@ class Refined(Estimator):
         """Which of ``count`` evaluations get a product."""
         if self.skip_interval is None:
             return spread_nodes(count, self.products)
-        return frozenset(range(0, count, self.skip_interval)) - {0}
+        return spread_nodes(count, max(1, count // self.skip_interval))
 
     def draws(self, count: int) -> int:
         """Directions that the budget pays for along ``count`` evaluations."""
-        products = self.products if self.skip_interval is None else count / self.skip_interval
-        return max(2, int(self.budget * count / products + 1e-9))
+        paid = int(self.budget * count / max(1, len(self.nodes(count))) + 1e-9)
+        return min(max(2, paid), _MOST_DRAWS)
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
-        """With rule and refiner, read from the run folder or trained now."""
+        """With rule and refiner, read from the run folder or trained now.
+
+        Raises:
+            UserError: if another process's refiner is not there.
+        """
         key = self.key(starts([0]), posterior)
         found = None if folder is None else nearest(folder, key, posterior)
         barrier()  # nobody writes before everybody has looked
-        if found is None:
-            # Every process trains its own, the same for the same seed; one writes.
+        if found is None and (folder is None or rank() == 0):
             found = (*self.train(starts, posterior), 0.0)
-            if folder is not None and rank() == 0:
+            if folder is not None:
                 save(folder, key, posterior, found[0], found[1])
+        barrier()
+        if found is None and folder is not None:  # what the first process has trained
+            found = nearest(folder, key, posterior)
+        if found is None:
+            raise UserError(f"the refiner vanished from {folder}; run the same command again")
         rule, refiner, shift = found
         return replace(self, fitted=(rule, refiner.to(starts([0]).device), shift))
 
@@ -125,7 +136,7 @@ class Refined(Estimator):
         numbers = [
             [s.times, s.inputs, s.output, s.noise, s.kept, s.history] for s in start.steps()
         ]
-        mine = [self.budget, self.products, self.skip_interval, self.derivative]
+        mine = [self.budget, self.products, self.skip_interval, self.product(start).__name__]
         return key_of(
             weights_key(start.model),
             [posterior.curvature.source, posterior.structure],

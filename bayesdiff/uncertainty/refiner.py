@@ -128,7 +128,12 @@ def train_refiner(
     seen: Evidence, target: Tensor, *, patch: int, epochs: int, seed: int, batch: int = 32
 ) -> Refiner:
     """Fit a refiner to N images with M independent sensitivities each, ``(N, M, C, H, W)``."""
-    torch.manual_seed(seed)
+    with torch.random.fork_rng():  # a caller's own draws go on as if nothing had happened
+        torch.manual_seed(seed)
+        return _train(seen, target, patch, epochs, batch)
+
+
+def _train(seen: Evidence, target: Tensor, patch: int, epochs: int, batch: int) -> Refiner:
     refiner = Refiner(seen.images.shape[1], seen.features.shape[1], patch).to(seen.images.device)
     log = seen.variance.clamp(min=FLOOR).log()
     refiner.scale.copy_(torch.stack([log.mean(), log.std()]))  # type: ignore[operator]
