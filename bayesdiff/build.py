@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.artefacts import key_of, write_atomic
-from bayesdiff.checks import UserError, at_least, positive, share
+from bayesdiff.checks import UserError, at_least, positive, seed_of, share
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.device import autocast_dtype
 from bayesdiff.laplace.head import HeadGeometry
@@ -113,9 +113,7 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         UserError: one line with the value and the cure.
     """
-    seed = at_least("seed", cfg.seed, 0)
-    if seed >= 2**32:
-        raise UserError(f"seed must be below 2**32 = {2**32}, got {seed}")
+    seed_of("seed", cfg.seed)
     at_least("data.batch_size", cfg.data.batch_size)
     for name in ("fit", "data.flip"):
         if not isinstance(value := OmegaConf.select(cfg, name), bool):

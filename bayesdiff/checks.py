@@ -40,3 +40,14 @@ def share(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise UserError(f"{name} must be a number from 0 to below 1, got {value!r}")
     return value
+
+
+def seed_of(name: str, value: int) -> int:
+    """A seed that every generator takes.
+
+    Raises:
+        UserError: if it is not a whole number from 0 to 2**32 - 1.
+    """
+    if at_least(name, value, 0) >= 2**32:
+        raise UserError(f"{name} must be below 2**32 = {2**32}, got {value}")
+    return int(value)

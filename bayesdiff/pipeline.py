@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.artefacts import key_of, read_json, weights_key, write_json, write_text
 from bayesdiff.build import Run, build, choose_device, is_main_process, plain
-from bayesdiff.checks import UserError, at_least
+from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.curvature import check_pass
@@ -89,9 +89,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     """Build and check everything, before any work is done; then start the other processes."""
     devices = check_devices(cfg)
     check_settings(**{k: cfg.laplace[k] for k in ("structure", *_NUMBERS)})
-    for name, seed in (("laplace.seed", cfg.laplace.seed), ("metrics.seed", cfg.metrics.seed)):
-        if at_least(name, seed, 0) >= 2**32:
-            raise UserError(f"{name} must be below 2**32 = {2**32}, got {seed}")
+    seed_of("laplace.seed", cfg.laplace.seed)
     solver: Solver = instantiate(cfg.solver)
     estimator: Estimator = instantiate(cfg.uncertainty)
     at_least("solver.num_steps", solver.num_steps)
@@ -130,7 +128,7 @@ def check_metrics(cfg: DictConfig, this: Run) -> None:
         UserError: for bad values, data without labels, or Inception weights that are not there.
     """
     at_least("metrics.batch_size", cfg.batch_size)
-    at_least("metrics.seed", cfg.seed, 0)
+    seed_of("metrics.seed", cfg.seed)
     if cfg.features not in ("classifier", "inception"):
         raise UserError(
             f"unknown metrics.features {cfg.features!r}; choose classifier or inception"

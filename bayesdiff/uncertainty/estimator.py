@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
-from bayesdiff.checks import UserError, at_least, positive
+from bayesdiff.checks import UserError, at_least, positive, seed_of
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty.samples import UNITS, Samples, Starts, Trajectory
@@ -49,8 +49,7 @@ class Estimator(ABC):
     def __post_init__(self) -> None:
         at_least("uncertainty.num_images", self.num_images)
         at_least("uncertainty.batch_size", self.batch_size)
-        if at_least("uncertainty.seed", self.seed, 0) >= 2**32:
-            raise UserError(f"uncertainty.seed must be below 2**32 = {2**32}, got {self.seed}")
+        seed_of("uncertainty.seed", self.seed)
         positive("uncertainty.max_memory", self.max_memory, "give GiB above 0")
         if self.units not in UNITS:
             raise UserError(

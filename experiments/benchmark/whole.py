@@ -157,7 +157,10 @@ def training(repeats: int, batches: int = 8) -> dict[str, Any]:
     }
 
 
-SMOKE = ["metrics.num_images=0", "uncertainty.num_images=16", "trainer.max_epochs=10"]
+SMOKE = [
+    "metrics.num_images=0", "uncertainty=ensemble", "uncertainty.num_images=16",
+    "trainer.max_epochs=10",
+]  # fmt: skip
 
 
 def sweep(repeats: int) -> dict[str, Any]:
