@@ -62,6 +62,8 @@ def test_command_runs(given, data_root, trained, tmp_path, monkeypatch):
     overrides = [o.replace("path/to/last.ckpt", str(trained.checkpoint)) for o in overrides]
     if "data=zip" in overrides:
         overrides.append("metrics.num_images=0")  # one class only: nothing to classify
+    if "uncertainty.validate=true" in overrides:
+        overrides += ["uncertainty.validate_images=4", "uncertainty.validate_members=2"]
     cfg = compose_list(smallest(tmp_path, "solver.num_steps=6", *overrides))
     if "ckpt_path=last" in overrides:
         with pytest.raises(UserError, match="ckpt_path=last but there is no"):

@@ -245,6 +245,8 @@ def draw_cost(found: dict[str, Any]) -> None:
                 axis.plot([cost, cost], [low, high], color=color, linewidth=1)
                 axis.plot(cost, value, marker, color=color, label=estimator)
             axis.set_xscale("log")
+            axis.set_xticks([2, 3, 4, 6, 9, 17], ["2", "3", "4", "6", "9", "17"])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.set_ylabel(metric.replace("_", " ") if not column else "")
         axes[0, column].set_title(name, fontsize=9)
@@ -267,7 +269,8 @@ def draw_steps(steps: dict[str, Any]) -> None:
         axis.set(xscale="log", yscale="log", title=model, xlabel="steps")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("summed variance per image")
-    axes[0].legend(fontsize=7)
+    if steps:
+        axes[0].legend(fontsize=7)
     figure.savefig(HERE / "variance-over-steps.png", dpi=110)
 
 
