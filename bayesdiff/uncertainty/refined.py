@@ -271,11 +271,12 @@ def evidence(images: Tensor, features: list[Tensor], d: Tensor) -> Evidence:
 class _Remembering(Field):
     """Knows the features of the image when they are asked for twice."""
 
+    last: tuple[float, Tensor, Tensor] | None = None  # time, state, features
+
     def features(self, x: Tensor, t: float) -> Tensor:
         """Input of the head, computed once for the same state and time."""
         if len(x) != self.batch:
             return super().features(x, t)
-        last = self.__dict__.get("last")
-        if last is None or last[0] != t or not torch.equal(last[1], x):
-            last = self.last = (t, x.clone(), super().features(x, t))
-        return last[2]
+        if self.last is None or self.last[0] != t or not torch.equal(self.last[1], x):
+            self.last = (t, x.clone(), super().features(x, t))
+        return self.last[2]

@@ -230,7 +230,6 @@ def draw_cost(found: dict[str, Any]) -> None:
     figure = Figure(figsize=(3.1 * len(settings), 5.6), layout="constrained")
     axes = figure.subplots(2, len(settings), sharey="row", squeeze=False)
     for column, (name, setting) in enumerate(settings.items()):
-        timed = found["timing"].get(name, {})
         for row, metric in enumerate(("image_rank", "pixel_rank")):
             axis = axes[row, column]
             curve = [
@@ -239,7 +238,7 @@ def draw_cost(found: dict[str, Any]) -> None:
             axis.plot(*zip(*curve, strict=True), ".-", color="#555555", label="ensembles")
             for estimator in ESTIMATORS:
                 color, marker = STYLE[estimator]
-                cost = timed.get(estimator, setting[estimator]["nfe"])
+                cost = setting[estimator]["nfe"]
                 value = setting[estimator][metric]
                 low, high = (setting[estimator][f"{metric}_{end}"] for end in ("low", "high"))
                 axis.plot([cost, cost], [low, high], color=color, linewidth=1)
@@ -250,7 +249,7 @@ def draw_cost(found: dict[str, Any]) -> None:
             axis.grid(alpha=0.3)
             axis.set_ylabel(metric.replace("_", " ") if not column else "")
         axes[0, column].set_title(name, fontsize=9)
-        axes[1, column].set_xlabel("cost over plain sampling")
+        axes[1, column].set_xlabel("network evaluations\nover plain sampling")
     axes[0, 0].legend(fontsize=7)
     figure.savefig(HERE / "accuracy-over-cost.png", dpi=110)
 
@@ -259,9 +258,11 @@ def draw_steps(steps: dict[str, Any]) -> None:
     """Total variance over the number of steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * max(len(steps), 1), 3.4), layout="constrained")
-    axes = figure.subplots(1, max(len(steps), 1), squeeze=False)[0]
-    for axis, (model, values) in zip(axes, steps.items(), strict=False):
+    if not steps:
+        return
+    figure = Figure(figsize=(4.2 * len(steps), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(steps), squeeze=False)[0]
+    for axis, (model, values) in zip(axes, steps.items(), strict=True):
         for name, (color, marker) in STYLE.items():
             pairs = [(n, v) for n, v in zip(values["steps"], values[name], strict=True) if v > 0]
             if pairs:
@@ -269,8 +270,7 @@ def draw_steps(steps: dict[str, Any]) -> None:
         axis.set(xscale="log", yscale="log", title=model, xlabel="steps")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("summed variance per image")
-    if steps:
-        axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     figure.savefig(HERE / "variance-over-steps.png", dpi=110)
 
 
