@@ -65,8 +65,8 @@ class Refined(Estimator):
             refiner was trained for; made by ``fit``.
     """
 
-    budget: float = 1.5
-    products: int = 3
+    budget: float = 1.4
+    products: int = 4
     derivative: str = "auto"
     train_images: int = 1000
     epochs: int = 30

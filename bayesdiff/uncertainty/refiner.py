@@ -6,6 +6,7 @@ independent sample of the same variance: with d ~ N(0, V) the likelihood of d al
 clean map is ever needed (the argument of Lehtinen et al. 2018, "Noise2Noise", for a variance).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from bayesdiff.progress import track
 
+# Of standardised columns, as shares of the number of images: the live level speaks for itself, the
+# many pooled features must say the same in many images.
+_PENALTY, _FEATURE_PENALTY = 1e-3, 4.0
 FLOOR = 1e-30  # a variance of exactly zero has no logarithm
 
 
@@ -54,6 +58,63 @@ def overlap(d: Tensor) -> Tensor:
     return off / (len(d) * (len(d) - 1))
 
 
+class Level(nn.Module):
+    """Logarithm of an image's mean variance, by ridge regression on a summary of the evidence.
+
+    What ranks images is one number of each, and a thousand targets say little about it: closed
+    form and a strong penalty on the features use them better than training does.
+
+    Args:
+        features: D of the stored features.
+    """
+
+    center: Tensor
+    weights: Tensor
+    constant: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        count = 3 + 2 * features
+        self.register_buffer("center", torch.zeros(count))
+        self.register_buffer("weights", torch.zeros(count))
+        self.register_buffer("constant", torch.tensor(torch.nan))  # not fitted: nothing is missing
+
+    def forward(self, seen: Evidence) -> Tensor:
+        """Predictions ``(N,)``."""
+        return (summary(seen) - self.center) @ self.weights + self.constant
+
+    def missing(self, refined: Tensor, seen: Evidence) -> Tensor:
+        """What a log-variance map ``(N, C, H, W)`` lacks to have this level."""
+        if self.constant.isnan():
+            return refined.new_zeros(())
+        level = refined.flatten(1).logsumexp(1) - math.log(refined[0].numel())
+        return (self(seen).to(refined.dtype) - level)[:, None, None, None]
+
+    @torch.no_grad()
+    def fit(self, seen: Evidence, target: Tensor) -> None:
+        """To sensitivities ``(N, M, C, H, W)``; the sum over all images comes out right."""
+        x, total = summary(seen).double(), target.square().flatten(1).mean(1).double()
+        y = total.clamp(min=FLOOR).log()
+        center, scale = x.mean(0), x.std(0) + 1e-2
+        x = (x - center) / scale
+        penalty = x.new_full((x.shape[1],), _FEATURE_PENALTY * len(x))
+        penalty[:3] = _PENALTY * len(x)
+        weights = torch.linalg.solve(x.T @ x + penalty.diag(), x.T @ (y - y.mean()))
+        self.center.copy_(center)
+        self.weights.copy_(weights / scale)
+        # A mean of logarithms is below the logarithm of the mean.
+        self.constant.copy_((total.sum() / (x @ weights).exp().sum()).log())
+
+
+def summary(seen: Evidence) -> Tensor:
+    """Numbers of every image ``(N, 3 + 2 D)``: level, unevenness, overlap, pooled features."""
+    level = seen.variance.mean((1, 2, 3)).clamp(min=FLOOR)
+    uneven = (seen.variance / level[:, None, None, None]).square().mean((1, 2, 3))
+    numbers = [level.log(), uneven.clamp(min=1e-6).log(), seen.overlap.clamp(min=1e-6).log()]
+    features = seen.features.float()
+    return torch.cat([torch.stack(numbers, 1), features.mean((2, 3)), features.std((2, 3))], 1)
+
+
 class Refiner(nn.Module):
     """Log-variance map from ``Evidence``; untrained, it smooths the live map a little.
 
@@ -80,6 +141,7 @@ class Refiner(nn.Module):
         self.out = nn.Conv2d(width, 2 * pixels, 1)
         for parameter in [*self.out.parameters(), *self.whole[-1].parameters()]:
             nn.init.zeros_(parameter)
+        self.level = Level(features)
         self.register_buffer("helps", torch.ones(()))  # 0: refused, the live map stays as it is
         self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # mean and sd of the log-variance
 
@@ -103,8 +165,8 @@ class Refiner(nn.Module):
         hidden = hidden + F.silu(self.second(hidden + shift[:, :-1]))
         change, blend = F.pixel_shuffle(self.out(hidden), self.patch).chunk(2, 1)
         trust = torch.sigmoid(blend + 1)
-        refined = trust * log + (1 - trust) * near + change + shift[:, -1:]
-        return refined * sd + mean
+        refined = (trust * log + (1 - trust) * near + change + shift[:, -1:]) * sd + mean
+        return refined + self.level.missing(refined, seen)
 
 
 def _pooled_log(variance: Tensor, size: int, mean: Tensor, sd: Tensor) -> Tensor:
@@ -147,4 +209,5 @@ def _train(seen: Evidence, target: Tensor, patch: int, epochs: int, batch: int) 
             loss(refiner(seen[index]), target[index]).backward()
             optimizer.step()
             schedule.step()
+    refiner.level.fit(seen, target)
     return refiner.eval()
