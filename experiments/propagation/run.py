@@ -60,6 +60,7 @@ ESTIMATORS: dict[str, Callable[[int, int], Estimator]] = {
 }
 # The default with more or less to spend, each with the products that suit it; on one setting.
 BUDGETS = {"0.7": (0.7, 3), "3": (3.0, 6), "6": (6.0, 8)}
+SPENT = ("budget-0.7", "default", "budget-3", "budget-6")
 BUDGETS_ON = "fashion-flow/euler20"
 SIZES = (2, 3, 5, 8, 16)
 TURNS = 4  # of a timing, best over best
@@ -250,6 +251,14 @@ def draw_cost(found: dict[str, Any]) -> None:
                 (setting[f"ensemble{n}"]["nfe"], setting[f"ensemble{n}"][metric]) for n in SIZES
             ]
             axis.plot(*zip(*curve, strict=True), ".-", color="#555555", label="ensembles")
+            spent = [setting[name] for name in SPENT if name in setting]
+            axis.plot(
+                [one["nfe"] for one in spent],
+                [one[metric] for one in spent],
+                "o--",
+                color=STYLE["default"][0],
+                markerfacecolor="none",
+            )
             for estimator in ESTIMATORS:
                 color, marker = STYLE[estimator]
                 cost = setting[estimator]["nfe"]
