@@ -92,7 +92,7 @@ class Level(nn.Module):
 
     @torch.no_grad()
     def fit(self, seen: Evidence, target: Tensor) -> None:
-        """To sensitivities ``(N, M, C, H, W)``; the sum over all images comes out right."""
+        """To sensitivities ``(N, M, C, H, W)``; the mean ratio to them comes out as 1."""
         x, total = summary(seen).double(), target.square().flatten(1).mean(1).double()
         y = total.clamp(min=FLOOR).log()
         center, scale = x.mean(0), x.std(0) + 1e-2
@@ -102,8 +102,8 @@ class Level(nn.Module):
         weights = torch.linalg.solve(x.T @ x + penalty.diag(), x.T @ (y - y.mean()))
         self.center.copy_(center)
         self.weights.copy_(weights / scale)
-        # A mean of logarithms is below the logarithm of the mean.
-        self.constant.copy_((total.sum() / (x @ weights).exp().sum()).log())
+        # The optimum of the likelihood: every image counts the same, a few large ones do not decide.
+        self.constant.copy_((total / (x @ weights).exp()).mean().log())
 
 
 def summary(seen: Evidence) -> Tensor:
