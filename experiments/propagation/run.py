@@ -303,7 +303,9 @@ def draw_steps(steps: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> None:
     """Measure what is asked for, then gather all that has been measured."""
     flags = {a for a in arguments if a.startswith("--")}
-    for name in [a for a in arguments if a not in flags] or ([] if flags else SETTINGS):
+    for name in [a for a in arguments if a not in flags] or (
+        [] if flags == {"--steps"} else SETTINGS
+    ):
         kept(f"accuracy/{name}", lambda name=name: accuracy(Setting(name)), name, "2")
         if "--timing" in flags:
             kept(f"timing/{name}", lambda name=name: timing(Setting(name)), name, "2")
