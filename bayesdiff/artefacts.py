@@ -6,7 +6,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +136,61 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def note_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the run it is of: key, config, data; empty in others' files."""
+    note = read_checkpoint(path).get("bayesdiff")
+    return note if isinstance(note, dict) else {}
+
+
+def require_options(path: Path, config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a checkpoint that was trained with other options, which no shape need betray.
+
+    Args:
+        path: of the checkpoint; those of other programs say nothing and are taken.
+        config: options here, nested.
+        names: of those that must be the same, such as ``model.prediction``; ``net`` is all of it.
+
+    Raises:
+        UserError: if one is not.
+    """
+    there = note_of(path).get("config")
+    if not there:
+        return
+    for name in names:
+        one, other = (_leaves(values, name) for values in (config, there))
+        for leaf in one | other:
+            if one.get(leaf) != other.get(leaf):
+                raise UserError(
+                    f"checkpoint {path} was trained with {leaf}={other.get(leaf)}, not "
+                    f"{one.get(leaf)}; give the options it was trained with"
+                )
+
+
+def _leaves(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Values at ``name`` and below it, by their full names."""
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {k: v for key in value for k, v in _leaves(config, f"{name}.{key}").items()}
+
+
 def load_weights(model: nn.Module, path: Path) -> str:
     """Load a checkpoint's (averaged) weights into the model and return their key.
 
     Raises:
         UserError: if the checkpoint cannot be read, or belongs to another network.
+    """  # noqa: DOC502 - raised one level down
+    return load_state(model, read_checkpoint(path)["state_dict"], path)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> str:
+    """Load the weights that were read from ``path`` into the model and return their key.
+
+    Raises:
+        UserError: if they belong to another network.
     """
-    state = read_checkpoint(path)["state_dict"]
     own = model.state_dict()
     odd = [n for n in own.keys() | state.keys() if _shape(own, n) != _shape(state, n)]
     if odd:

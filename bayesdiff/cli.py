@@ -10,11 +10,15 @@ from bayesdiff.checks import UserError
 
 # Hydra raises a plain ValueError for model=3.
 _NUMBER_FOR_NAME = "Config group override must be a string"
-_ESTIMATORS = "ensemble, linearised, refined, published and total_variance"
+_ESTIMATORS = (
+    "ensemble, linearised, refined, published, total_variance, mc_dropout, deep_ensemble, "
+    "checkpoints and swag"
+)
 # Options that only some of them have.
 _OF_ESTIMATORS = (
     "skip_interval", "mc_samples", "members", "noise_members", "draws", "noise_draws",
     "derivative", "covariance", "var_x", "clamp", "gam2_at", "ddpm_fix", "cfg_joint",
+    "p", "mask",
 )  # fmt: skip
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 

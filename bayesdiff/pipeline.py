@@ -12,12 +12,13 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from bayesdiff.ablation import ablate, check_ablation
 from bayesdiff.artefacts import key_of, read_json, weights_key, write_json, write_text
 from bayesdiff.build import Run, build, choose_device, is_main_process, plain
 from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.laplace.callback import LastLayerLaplace
-from bayesdiff.laplace.curvature import check_pass
+from bayesdiff.laplace.grid import EvidenceCurve, evidence_curve
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.metrics.validation import Validation, reference_at_once
@@ -61,7 +62,7 @@ def run(cfg: DictConfig) -> Result:
     sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
     images_key = key_of(*sampled, cfg.metrics.num_images)
     told = {k: v for k, v in plain(cfg.uncertainty).items() if k not in WITHOUT_EFFECT}
-    maps_key = key_of(*sampled, settings_of(posterior), told)
+    maps_key = key_of(*sampled, settings_of(posterior), told, *estimator.sources(this))
     folder = this.folder / f"{solver.name}-{estimator.name}-{maps_key[:8]}"
     checked_key = validation_key(maps_key, estimator, folder / "validation.json")
     cell_key = key_of(maps_key, images_key, plain(cfg.metrics), checked_key)
@@ -80,45 +81,42 @@ def run(cfg: DictConfig) -> Result:
         if checked is not None:
             metrics |= checked.metrics(cfg.seed)
         result = Result(folder, metrics | laplace.statistics(), result.settings)
-        report(this, result, samples, cell_key, checked)
+        report(this, result, samples, cell_key, checked, evidence_curve(posterior))
     barrier()
+    ablate(this, solver, posterior, key_of(*sampled, settings_of(posterior)))
     return result
 
 
 def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     """Build and check everything, before any work is done; then start the other processes."""
     devices = check_devices(cfg)
-    check_settings(**{k: cfg.laplace[k] for k in ("structure", *_NUMBERS)})
+    check_settings(**{k: cfg.laplace[k] for k in _POSTERIOR})
     seed_of("laplace.seed", cfg.laplace.seed)
     solver: Solver = instantiate(cfg.solver)
     estimator: Estimator = instantiate(cfg.uncertainty)
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
     this = build(cfg)
-    check_pass(
-        cfg.laplace.draws,
-        cfg.laplace.num_images,
-        cfg.laplace.batch_size,
-        len(this.data.data.images),
-    )
+    laplace = LastLayerLaplace(path=this.folder / "curvature.safetensors", **plain(cfg.laplace))
+    laplace.check(this.model, len(this.data.data.images))
     model = this.model
     check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
     times = time_grid(solver.grid, model.path, solver.num_steps)
     solver.steps(model.path, model.prediction, times)  # or refuse now
     shape = this.data.data.images.shape[1:]
     images_at_once(estimator, solver, model, shape)
+    estimator.check_run(this)
     if estimator.validate:
         reference_at_once(estimator, solver, model, shape)
     check_metrics(cfg.metrics, this)
-    stored = this.folder / "curvature.safetensors"
-    laplace = LastLayerLaplace(path=stored, **plain(cfg.laplace))
-    if stored.is_file():
-        Curvature.load(stored)
+    check_ablation(this, solver)
+    if laplace.path is not None and laplace.path.is_file():
+        Curvature.load(laplace.path)
     launch(cfg, devices)
     return this, solver, estimator, laplace
 
 
-_NUMBERS = ("sigma_noise", "prior_precision", "n_eff")
+_POSTERIOR = ("structure", "sigma_noise", "prior_precision", "n_eff", "rank", "time_bins")
 
 
 def check_metrics(cfg: DictConfig, this: Run) -> None:
@@ -190,8 +188,7 @@ def launch(cfg: DictConfig, devices: int) -> None:
 
 def settings_of(posterior: HeadPosterior) -> list[Any]:
     """What the posterior depends on, with words like ``mle`` resolved."""
-    numbers = [posterior.sigma_noise, posterior.prior_precision, posterior.n_eff]
-    return [posterior.curvature.source, posterior.structure, *numbers]
+    return [posterior.curvature.source, *posterior.settings]
 
 
 def validation_key(maps_key: str, estimator: Estimator, path: Path) -> str | None:
@@ -250,7 +247,12 @@ def scores_of(
 
 
 def report(
-    this: Run, result: Result, samples: Samples, cell_key: str, checked: Validation | None
+    this: Run,
+    result: Result,
+    samples: Samples,
+    cell_key: str,
+    checked: Validation | None,
+    evidence: EvidenceCurve | None,
 ) -> None:
     """Pictures, TensorBoard, metrics.json last: its presence says that all else is there."""
     from bayesdiff.report import board
@@ -264,6 +266,7 @@ def report(
             result.settings,
             this.classes,
             validation=checked,
+            evidence=evidence,
         )
         write_text(
             result.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(this.cfg, resolve=True)

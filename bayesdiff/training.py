@@ -20,8 +20,10 @@ from omegaconf import OmegaConf
 
 from bayesdiff.artefacts import (
     load_weights,
+    note_of,
     read_checkpoint,
     read_json,
+    require_options,
     write_atomic,
     write_json,
     write_text,
@@ -96,26 +98,8 @@ def is_finished(run: Run, path: Path) -> bool:
 
 
 def require_same_kind(run: Run, path: Path) -> None:
-    """Refuse a checkpoint whose network predicts something else, which no shape would betray.
-
-    Raises:
-        UserError: if it says so; checkpoints of other programs say nothing.
-    """
-    config = _note(path).get("config") or {}
-    for name in ("model.prediction", "path"):
-        both = (run.cfg, OmegaConf.create(config))
-        here, there = (plain(OmegaConf.select(c, name)) for c in both)
-        if config and here != there:
-            raise UserError(
-                f"checkpoint {path} was trained with {name}={there}, not {here}; "
-                "give the model and path options it was trained with"
-            )
-
-
-def _note(path: Path) -> dict[str, Any]:
-    """What `Provenance` left in a checkpoint; empty for those of other programs."""
-    note = read_checkpoint(path).get("bayesdiff")
-    return note if isinstance(note, dict) else {}
+    """Refuse a checkpoint whose network predicts something else, which no shape would betray."""
+    require_options(path, plain(run.cfg), ("model.prediction", "path"))
 
 
 def resume_from(run: Run, last: Path) -> Path | None:
@@ -130,7 +114,7 @@ def resume_from(run: Run, last: Path) -> Path | None:
         return None
     if wanted == "last" and not last.is_file():
         raise UserError(f"ckpt_path=last but there is no {last}; leave ckpt_path out to begin")
-    key = _note(path).get("key")
+    key = note_of(path).get("key")
     if key != run.key:
         raise UserError(
             f"checkpoint {path} is of run {key}, this is run {run.key}: other data, model or "
@@ -193,7 +177,11 @@ class Provenance(Callback):
     """Writes into every checkpoint which run it is of, and with what configuration."""
 
     def __init__(self, run: Run) -> None:
-        self.note = {"key": run.key, "config": plain(run.cfg)}
+        self.note = {
+            "key": run.key,
+            "config": plain(run.cfg),
+            "data": run.data.data.fingerprint,
+        }
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -91,7 +91,8 @@ def test_estimators(name):
 @every("laplace")
 def test_posteriors(name):
     laplace = composed(f"laplace={name}").laplace
-    check_settings(laplace.structure, laplace.sigma_noise, laplace.prior_precision, laplace.n_eff)
+    numbers = [laplace.sigma_noise, laplace.prior_precision, laplace.n_eff, laplace.rank]
+    check_settings(laplace.structure, *numbers, laplace.time_bins)
     assert laplace.structure == name
 
 

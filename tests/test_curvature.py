@@ -1,6 +1,7 @@
 """The curvature pass against a plain loop in float64, and the callback that runs it."""
 
 import math
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -290,6 +291,9 @@ def test_single_precision_is_close_to_double():
         ({"num_images": 0}, "laplace.num_images"),
         ({"num_images": 8}, "laplace.num_images=8"),
         ({"num_images": 2.5}, "laplace.num_images"),
+        ({"time_bins": 0}, "laplace.time_bins"),
+        ({"time_bins": 8}, "laplace.time_bins=8"),
+        ({"time_bins": 4, "num_images": 3}, "laplace.time_bins=4"),
     ],
 )
 def test_a_pass_that_cannot_work_is_refused(options, named):
@@ -391,9 +395,11 @@ def test_the_callback_sees_averaged_weights(tmp_path, data):
 
 def test_what_would_fail_after_training_is_refused_before(tmp_path, data):
     with pytest.raises(UserError, match="laplace.structure"):
-        LastLayerLaplace(structure="kron")
+        LastLayerLaplace(structure="lowrank")
     with pytest.raises(UserError, match="laplace.sigma_noise"):
         LastLayerLaplace(sigma_noise=-1.0)
+    with pytest.raises(UserError, match="needs laplace.time_bins >= 2"):
+        LastLayerLaplace(sigma_noise="mle_per_time")
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -406,6 +412,16 @@ def test_what_would_fail_after_training_is_refused_before(tmp_path, data):
     loader = [(torch.zeros(2, 1, 8, 8), torch.zeros(2).long())]
     with pytest.raises(UserError, match="datamodule.data.images"):
         trainer.fit(trainable(), loader)
+    for options, words in (
+        ({"structure": "subspace", "rank": 38}, "rank=38 is more than the 37 weights"),
+        ({"structure": "empirical_fisher"}, "needs 10 images or more, got 8"),
+        ({"time_bins": 9}, "time_bins=9 is more than the 8 images"),
+        ({"num_images": 9}, "num_images=9 is more"),
+    ):
+        trainer.callbacks[0] = LastLayerLaplace(**options)
+        with pytest.raises(UserError, match=words):
+            trainer.fit(trainable(), datamodule=data)
+    trainer.callbacks[0] = LastLayerLaplace()
     model = trainable()
     model.net.head = nn.Sequential(model.net.head)
     with pytest.raises(UserError, match="the head is a Sequential"):
@@ -438,12 +454,42 @@ def test_other_draws_or_images_are_a_new_pass(tmp_path, data, monkeypatch):
     path = tmp_path / "curvature.safetensors"
     passes = count_passes(monkeypatch)
     model = trainable()
-    for options in ({}, {"draws": 2}, {"num_images": 5}, {"seed": 1}):
+    for options in ({}, {"draws": 2}, {"num_images": 5}, {"seed": 1}, {"time_bins": 2}):
         LastLayerLaplace(path, **options).fit(model, data.data)
         kept = Curvature.load(path)
         assert kept.draws == options.get("draws", 1)
         assert kept.num_images == options.get("num_images", 8)
-    assert len(passes) == 4
+        assert (kept.bins is None) is ("time_bins" not in options)
+    assert len(passes) == 5
+    LastLayerLaplace(path, time_bins=2, sigma_noise="mle_per_time").fit(model, data.data)
+    assert len(passes) == 5
+
+
+def test_a_file_of_the_first_version_is_made_again_with_a_word(
+    tmp_path, data, monkeypatch, caplog
+):
+    path = tmp_path / "curvature.safetensors"
+    passes = count_passes(monkeypatch)
+    model = trainable()
+    first = LastLayerLaplace(path, time_bins=1).fit(model, data.data).curvature
+    monkeypatch.setattr("bayesdiff.laplace.record._FORMAT", "bayesdiff-curvature-1")
+    replace(first, squared_gradients=None).save(path)
+    monkeypatch.undo()
+    passes = count_passes(monkeypatch)
+    assert Curvature.load(path).squared_gradients is None
+    with caplog.at_level("INFO", "bayesdiff"):
+        again = LastLayerLaplace(path).fit(model, data.data).curvature
+    assert len(passes) == 1 and "made again" in caplog.text
+    assert again.source == first.source and torch.equal(again.gram, first.gram)
+    assert torch.equal(Curvature.load(path).squared_gradients, first.squared_gradients)
+
+
+def test_a_posterior_that_sees_no_data_has_no_evidence_to_log(data):
+    callback = LastLayerLaplace(structure="prior_only")
+    callback.fit(trainable(), data.data)
+    statistics = callback.statistics()
+    assert "laplace/log_evidence" not in statistics
+    assert "laplace/effective_parameters" in statistics
 
 
 def test_the_curvature_of_another_checkpoint_or_data_set_is_refused(tmp_path, data, monkeypatch):

@@ -1,11 +1,15 @@
 """Our curvature and posterior against laplace-torch's own GGN on the same small head."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.fisher import squared_gradients
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.posterior import Curvature, HeadPosterior
 
@@ -31,7 +35,7 @@ SHAPES = {"linear": (4,), "tokens": (5, 3), "pixelwise": (3, 4, 5)}
 def example(name):
     torch.manual_seed(0)
     head = HEADS[name]().double()
-    features = torch.randn(6, *SHAPES.get(name, (2, 4, 5)), dtype=torch.float64)
+    features = torch.randn(12, *SHAPES.get(name, (2, 4, 5)), dtype=torch.float64)
     out = head(features).detach()
     target = (out + 0.3 * torch.randn_like(out)).flatten(1)
     return head, features, target
@@ -55,18 +59,22 @@ def library(head, features, target, structure, backend=None):
     return fitted
 
 
-def posterior_of(head, features, target, structure):
+def posterior_of(head, features, target, structure, rank=None):
+    residual = (head(features).detach().flatten(1) - target).view_as(head(features))
     curvature = Curvature(
         gram=gram(head, features),
         num_images=len(features),
         draws=1,
-        squared_error=float((head(features).flatten(1) - target).detach().square().sum()),
+        squared_error=float(residual.square().sum()),
         num_outputs=target.numel(),
         mean=head_matrix(head),
         source="test",
         geometry=HeadGeometry.of(head),
+        squared_gradients=squared_gradients(head, features, residual).sum(0),
     )
-    return HeadPosterior.fit(curvature, structure=structure, sigma_noise=0.3, prior_precision=2.0)
+    return HeadPosterior.fit(
+        curvature, structure=structure, sigma_noise=0.3, prior_precision=2.0, rank=rank
+    )
 
 
 def close(actual, expected):
@@ -139,13 +147,96 @@ def test_a_weighted_posterior_keeps_its_weight_in_the_copy():
 
     head, features, target = example("conv")
     curvature = posterior_of(head, features, target, "full").curvature
-    posterior = HeadPosterior.fit(curvature, sigma_noise=0.3, prior_precision=2.0, n_eff=60.0)
+    posterior = HeadPosterior.fit(curvature, sigma_noise=0.3, prior_precision=2.0, n_eff=120.0)
     copied = to_laplace(posterior, head)
     assert posterior.log_evidence() == pytest.approx(
         float(copied.log_marginal_likelihood()), rel=1e-9
     )
     precision = copied.posterior_precision[:18, :18]
     close(precision, posterior.precision[:18, :18])
+
+
+@pytest.mark.parametrize("name", ["linear", "pixelwise", "conv", "conv_without_bias"])
+def test_the_published_empirical_fisher_is_that_of_the_librarys_backend(name):
+    """Diagonal, one image a sample: the backend of the published last-layer posteriors."""
+    from laplace.curvature import BackPackEF
+
+    from bayesdiff.laplace.backend import to_laplace
+
+    head, features, target = example(name)
+    # It leaves hooks behind in the layer.
+    theirs = library(copy.deepcopy(head), features, target, "diag", BackPackEF)
+    posterior = posterior_of(head, features, target, "empirical_fisher_published")
+    copied = to_laplace(posterior, head)
+    close(copied.posterior_precision, theirs.posterior_precision)
+    evidence = float(theirs.log_marginal_likelihood())
+    assert posterior.log_evidence() == pytest.approx(evidence, rel=1e-9)
+    assert float(copied.log_marginal_likelihood()) == pytest.approx(evidence, rel=1e-9)
+    _, variance = copied(features, diagonal_output=True)
+    close(posterior.predictive_variance(features).flatten(1), variance)
+    corrected = posterior_of(head, features, target, "empirical_fisher")
+    close(corrected.eigenvalues, posterior.eigenvalues / (2 * 0.3**2))
+
+
+def test_kron_is_the_librarys_where_it_factors_exactly():
+    """One output vector per sample: KFAC of weights and of bias, each exact."""
+    from laplace.curvature import CurvlinopsGGN
+
+    head, features, target = example("linear")
+    theirs = library(head, features, target, "kron", CurvlinopsGGN)
+    posterior = posterior_of(head, features, target, "kron")
+    full = posterior_of(head, features, target, "full")
+    _, variance = theirs(features, diagonal_output=True)
+    closed = posterior.predictive_variance(features)
+    close(closed.expand_as(variance), variance)
+    assert (full.predictive_variance(features) - closed).abs().max() > 1e-4
+    evidence = float(theirs.log_marginal_likelihood())
+    assert posterior.log_evidence() == pytest.approx(evidence, rel=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["kron", "subspace", "prior_only", "hessian_free"])
+@pytest.mark.parametrize("name", ["conv", "conv_without_bias", "tokens"])
+def test_every_structure_goes_into_a_copy(name, structure):
+    from bayesdiff.laplace.backend import to_laplace
+
+    head, features, target = example(name)
+    rank = 3 if structure == "subspace" else None
+    posterior = posterior_of(head, features, target, structure, rank)
+    copied = to_laplace(posterior, head)
+    _, variance = copied(features, diagonal_output=True)
+    closed = posterior.predictive_variance(features).expand_as(head(features)).flatten(1)
+    close(closed, variance)
+    if posterior.has_evidence:
+        evidence = float(copied.log_marginal_likelihood())
+        assert posterior.log_evidence() == pytest.approx(evidence, rel=1e-9)
+
+
+def test_a_subspace_is_the_librarys_low_rank_posterior():
+    """Its own algebra on the leading eigenvectors; its fit needs a package that is long gone."""
+    from laplace import LowRankLaplace
+    from laplace.baselaplace import ParametricLaplace
+
+    class LowRank(LowRankLaplace):
+        def __init__(self, *args, **options):
+            ParametricLaplace.__init__(self, *args, **options)
+
+    head, features, target = example("conv_without_bias")
+    exact = library(head, features, target, "full")
+    low = LowRank(
+        nn.Sequential(head, nn.Flatten()), "regression", sigma_noise=0.3, prior_precision=2.0
+    )
+    values, vectors = torch.linalg.eigh(exact.H)
+    rank = 5  # of each of two output channels
+    low.H, low.mean = (vectors[:, -2 * rank :], values[-2 * rank :]), exact.mean
+    posterior = posterior_of(head, features, target, "subspace", rank)
+    jacobians, _ = exact.backend.jacobians(features)
+    variance = low.functional_variance(jacobians).diagonal(dim1=1, dim2=2)
+    closed = posterior.predictive_variance(features).expand_as(head(features)).flatten(1)
+    close(closed, variance)
+    ratio = float(low.log_det_posterior_precision) - exact.n_params * math.log(2.0)
+    ours = posterior_of(head, features, target, "full").log_evidence() - posterior.log_evidence()
+    theirs = 0.5 * (ratio - float(exact.log_det_ratio))
+    assert ours == pytest.approx(theirs, rel=1e-9)
 
 
 def test_models_the_backend_cannot_treat_are_refused():

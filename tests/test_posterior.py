@@ -284,7 +284,7 @@ def test_one_eigendecomposition_serves_a_sweep(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"structure": "kron"}, "full or diag"),
+        ({"structure": "lowrank"}, "full, diag"),
         ({"sigma_noise": 0.0}, "sigma_noise"),
         ({"sigma_noise": "best"}, "mle"),
         ({"prior_precision": -1.0}, "evidence"),
@@ -364,7 +364,9 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
     save_file({"gram": torch.zeros(2, 2)}, tmp_path / "foreign")
-    for name in [*broken, "foreign", "missing"]:
+    metadata = {"format": "bayesdiff-curvature-9"}
+    save_file({"gram": torch.zeros(2, 2)}, tmp_path / "later", metadata)
+    for name in [*broken, "foreign", "later", "missing"]:
         with pytest.raises(UserError) as refusal:
             Curvature.load(tmp_path / name)
         assert name in str(refusal.value) and "\n" not in str(refusal.value)

@@ -99,7 +99,7 @@ def to_laplace(posterior: HeadPosterior, head: nn.Module) -> FullLaplace | DiagL
     order = _parameter_order(head)
     mean = curvature.mean.flatten()[order]
     nn.utils.vector_to_parameters(mean, model.parameters())
-    kind = FullLaplace if posterior.structure == "full" else DiagLaplace
+    kind = DiagLaplace if posterior.is_diagonal else FullLaplace
     laplace = kind(
         model,
         "regression",
@@ -107,12 +107,13 @@ def to_laplace(posterior: HeadPosterior, head: nn.Module) -> FullLaplace | DiagL
         prior_precision=posterior.prior_precision,
         backend=HeadGGN,
     )
-    weight = posterior.n_eff / curvature.num_images
-    if posterior.structure == "full":
-        blocks = torch.block_diag(*[curvature.gram * weight] * len(curvature.mean))
-        laplace.H = blocks[order][:, order]
+    # It keeps sigma^2 times the likelihood's precision.
+    if posterior.is_diagonal:
+        data = posterior.eigenvalues.expand(curvature.mean.shape).flatten()
     else:
-        laplace.H = (curvature.gram.diagonal() * weight).repeat(len(curvature.mean))[order]
+        data = torch.block_diag(*[posterior.likelihood_precision] * len(curvature.mean))[:, order]
+    laplace.H = posterior.sigma_noise**2 * data[order]
+    weight = posterior.n_eff / curvature.num_images
     laplace.mean = mean
     laplace.loss = torch.tensor(weight * curvature.squared_error / 2, dtype=mean.dtype)
     laplace.n_data = posterior.n_eff  # type: ignore[assignment]  # a weight, not a count, here

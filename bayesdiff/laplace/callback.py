@@ -1,5 +1,6 @@
 """Last-layer Laplace as a Lightning callback, after training or on its own."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from bayesdiff.artefacts import key_of, weights_key
 from bayesdiff.checks import UserError
 from bayesdiff.distributed import barrier, rank
-from bayesdiff.laplace.curvature import fit_curvature
+from bayesdiff.laplace.curvature import check_pass, fit_curvature
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
+from bayesdiff.laplace.structures import check_structure
+
+log = logging.getLogger(__name__)
 
 
 class LastLayerLaplace(Callback):
@@ -29,10 +33,11 @@ class LastLayerLaplace(Callback):
 
     Args:
         path: where the curvature is kept; None keeps it in memory.
-        structure: ``full`` or ``diag``.
-        sigma_noise: number or ``mle``.
+        structure: what is kept of the data's part, see ``HeadPosterior.fit``.
+        sigma_noise: number, ``mle`` or ``mle_per_time``.
         prior_precision: number or ``evidence``.
         n_eff: images the likelihood counts; None for those of the pass.
+        rank: of ``structure="subspace"``.
         curvature: options of ``fit_curvature``.
     """
 
@@ -43,6 +48,7 @@ class LastLayerLaplace(Callback):
         sigma_noise: float | str = "mle",
         prior_precision: float | str = 1.0,
         n_eff: float | None = None,
+        rank: int | None = None,
         **curvature: Any,
     ) -> None:
         self.path = path
@@ -51,8 +57,9 @@ class LastLayerLaplace(Callback):
             "sigma_noise": sigma_noise,
             "prior_precision": prior_precision,
             "n_eff": n_eff,
+            "rank": rank,
         }
-        check_settings(**self.settings)
+        check_settings(**self.settings, time_bins=curvature.get("time_bins", 1))
         self.pass_options = curvature
         self.posterior: HeadPosterior | None = None
 
@@ -60,7 +67,7 @@ class LastLayerLaplace(Callback):
         """Refuse before training what would fail after it.
 
         Raises:
-            UserError: if the images or a usable head are missing.
+            UserError: if the images or a usable head are missing, or do not go with the settings.
         """
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if getattr(getattr(datamodule, "data", None), "images", None) is None:
@@ -68,7 +75,21 @@ class LastLayerLaplace(Callback):
                 "LastLayerLaplace needs the images in datamodule.data.images; "
                 "call trainer.fit(model, datamodule=...) with such a data module"
             )
-        HeadGeometry.of(pl_module.net.head)  # type: ignore[union-attr,arg-type]
+        self.check(pl_module, len(datamodule.data.images))
+
+    def check(self, model: Any, images: int) -> None:
+        """Refuse a head or a number of images that the settings do not go with."""
+        size = HeadGeometry.of(model.net.head).size
+        options: dict[str, Any] = {
+            "draws": 1,
+            "num_images": None,
+            "batch_size": 256,
+            "time_bins": 1,
+        }
+        options |= {k: v for k, v in self.pass_options.items() if k in options}
+        check_pass(available=images, **options)
+        count = options["num_images"] or images
+        check_structure(self.settings["structure"], self.settings["rank"], size, count)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit the posterior of the trained weights."""
@@ -81,7 +102,9 @@ class LastLayerLaplace(Callback):
 
     def fit(self, model: Any, data: Any) -> HeadPosterior:
         """Posterior for the model's present weights; a kept curvature of the same is reused."""
-        source = "-".join([weights_key(model), data.fingerprint, key_of(self.pass_options)])
+        # Sums that are not kept apart are the same: one bin is no option of the pass.
+        options = {k: v for k, v in self.pass_options.items() if (k, v) != ("time_bins", 1)}
+        source = "-".join([weights_key(model), data.fingerprint, key_of(options)])
         curvature = self._stored(source)
         if curvature is None:
             curvature = fit_curvature(
@@ -98,12 +121,13 @@ class LastLayerLaplace(Callback):
         if self.posterior is None:
             return {}
         low, high = self.posterior.eigenvalue_range
+        evidence = self.posterior.log_evidence() if self.posterior.has_evidence else None
         return {
             "laplace/eigenvalue_min": low,
             "laplace/eigenvalue_max": high,
             "laplace/effective_parameters": self.posterior.effective_parameters,
             "laplace/parameters": self.posterior.num_parameters,
-            "laplace/log_evidence": self.posterior.log_evidence(),
+            **({} if evidence is None else {"laplace/log_evidence": evidence}),
             "laplace/sigma_noise": self.posterior.sigma_noise,
             "laplace/prior_precision": self.posterior.prior_precision,
             "laplace/n_eff": self.posterior.n_eff,
@@ -115,5 +139,8 @@ class LastLayerLaplace(Callback):
         curvature = Curvature.load(self.path)
         if curvature.source.rpartition("-")[0] != source.rpartition("-")[0]:
             curvature.require_source(source)
+        if curvature.source == source and curvature.squared_gradients is None:
+            log.info("%s is of an older version without gradients and is made again", self.path)
+            return None
         # The same weights and data, but another number of draws or images: made anew.
         return curvature if curvature.source == source else None

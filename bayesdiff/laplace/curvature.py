@@ -1,13 +1,14 @@
-"""One pass over the data: the Gram matrix of the head's features, and the residuals."""
+"""One pass over the data: the Gram matrix of the head's features, residuals and gradients."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.module import to_model_range
 from bayesdiff.distributed import rank, total, world_size
+from bayesdiff.laplace.fisher import squared_gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
-from bayesdiff.laplace.record import Curvature
+from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.models import GenerativeModel
 from bayesdiff.progress import track
 
@@ -23,8 +24,11 @@ def fit_curvature(
     num_images: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
+    time_bins: int = 1,
 ) -> Curvature:
     """Sum phi phi^T over images, pixels and (t, noise) draws, and divide by the draws.
+
+    Squared residuals and squared gradients of every image are summed beside it.
 
     t is uniform, since a sampler visits all times alike. Draws depend on (seed, batch) only and
     whole batches are dealt to processes, so any number of processes gives the same sums.
@@ -38,15 +42,14 @@ def fit_curvature(
         num_images: use a random subset of this size; None for all.
         batch_size: images per network evaluation.
         seed: fixes subset and draws.
+        time_bins: equal intervals of t whose sums are kept apart too; 1 for none.
     """
-    check_pass(draws, num_images, batch_size, len(images))
-    head = model.net.head
-    geometry = HeadGeometry.of(head)
+    check_pass(draws, num_images, batch_size, len(images), time_bins)
+    head, net = model.net.head, model.net
     device = next(model.parameters()).device
     count = num_images or len(images)
     order = torch.randperm(len(images), generator=_generator(seed, 0))[:count]
-    sums = torch.zeros(geometry.size, geometry.size, dtype=torch.float64, device=device)
-    squared = torch.zeros((), dtype=torch.float64, device=device)
+    sums = _Sums(head, time_bins, device)
     training = model.training
     model.eval()
     batches = list(enumerate(order.split(batch_size), start=1))
@@ -56,28 +59,65 @@ def fit_curvature(
         for draw in range(draws):
             x_0, t = _noise_and_times(x_1, _generator(seed, number * draws + draw))
             x_t, target = model.corrupt(x_1, x_0, t * model.path.last_time)
-            features = model.net.features(x_t, t * model.path.last_time, y)
-            sums += gram(head, features)
-            residual = model.net.fold(head(features)) - target
-            squared += residual.double().square().sum()
+            features = net.features(x_t, t * model.path.last_time, y)
+            output = head(features)
+            residual = net.fold(output) - target
+            sums.add(t, features, residual, unfolded(net, output, residual))
     model.train(training)
+    bins = sums.over_processes(draws)
     return Curvature(
-        gram=(total(sums) / draws).cpu(),
+        gram=bins.gram.sum(0),
         num_images=count,
         draws=draws,
-        squared_error=float(total(squared)) / draws,
+        squared_error=float(bins.squared_error.sum()),
         num_outputs=count * images[0].numel(),
         mean=head_matrix(head).cpu(),
         source=source,
-        geometry=geometry,
+        geometry=sums.geometry,
+        squared_gradients=bins.squared_gradients.sum(0),
+        bins=bins if time_bins > 1 else None,
     )
 
 
-def check_pass(draws: int, num_images: int | None, batch_size: int, available: int) -> None:
+class _Sums:
+    """What the pass adds up, for each interval of t."""
+
+    def __init__(self, head: nn.Module, bins: int, device: torch.device) -> None:
+        self.head, self.geometry = head, HeadGeometry.of(head)
+        size, channels = self.geometry.size, len(head_matrix(head))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(bins, *shape, dtype=torch.float64, device=device)
+
+        self.gram, self.squares = zeros(size, size), zeros(channels, size)
+        self.error, self.outputs = zeros(), zeros()
+
+    def add(self, t: Tensor, features: Tensor, residual: Tensor, of_head: Tensor) -> None:
+        """Add one batch: times in [0, 1), residuals of the image and of the head's outputs."""
+        where = (t.double() * len(self.gram)).long().clamp(max=len(self.gram) - 1)
+        for number in where.unique().tolist():
+            # Without bins the batch stays whole: a copy of the features would cost time.
+            part = features if len(self.gram) == 1 else features[where == number]
+            self.gram[number] += gram(self.head, part)
+        errors = residual.flatten(1).double().square()
+        self.error.index_add_(0, where, errors.sum(1))
+        self.outputs.index_add_(0, where, errors.new_full((len(errors),), errors.shape[1]))
+        squares = squared_gradients(self.head, features, of_head)
+        self.squares.index_add_(0, where, squares)
+
+    def over_processes(self, draws: int) -> TimeBins:
+        """The sums of all processes, divided by the draws."""
+        sums = self.gram, self.error, self.outputs, self.squares
+        return TimeBins(*[(total(value) / draws).cpu() for value in sums])
+
+
+def check_pass(
+    draws: int, num_images: int | None, batch_size: int, available: int, time_bins: int = 1
+) -> None:
     """Refuse settings of the pass that cannot work.
 
     Raises:
-        UserError: for counts that are not positive, or more images than there are.
+        UserError: for counts that are not positive, or more images or intervals than there are.
     """
     at_least("laplace.draws", draws)
     at_least("laplace.batch_size", batch_size)
@@ -85,6 +125,11 @@ def check_pass(draws: int, num_images: int | None, batch_size: int, available: i
         raise UserError(
             f"laplace.num_images={num_images} is more than the {available} training images; "
             "use null for all"
+        )
+    count = num_images or available
+    if at_least("laplace.time_bins", time_bins) > count:
+        raise UserError(
+            f"laplace.time_bins={time_bins} is more than the {count} images of the pass; use fewer"
         )
 
 

@@ -2,13 +2,14 @@
 
 Exact Bayesian linear regression per output channel: precision ``w G / sigma^2 + tau I`` with G
 the Gram matrix of one pass over the data, w = n_eff / num_images (Bishop, "Pattern Recognition
-and Machine Learning", 2006, eq. 3.53-3.54). One ``eigh(G)`` serves every (sigma, tau) pair.
+and Machine Learning", 2006, eq. 3.53-3.54). One ``eigh(G)`` serves every (sigma, tau) pair. Other
+structures put something else in the place of ``G / sigma^2``.
 """
 
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import torch
 from scipy.optimize import brentq
@@ -16,28 +17,41 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError, positive
 from bayesdiff.laplace.record import Curvature
+from bayesdiff.laplace.structures import (
+    FITTED,
+    Spectrum,
+    Structure,
+    check_settings,
+    check_structure,
+    structure_of,
+)
 from bayesdiff.laplace.variance import TriangularFactor, diagonal_variance
 
-__all__ = ["Curvature", "HeadPosterior"]
+__all__ = ["Curvature", "HeadPosterior", "check_settings"]
 
 
 @dataclass(frozen=True)
 class HeadPosterior:
-    """Gaussian over the head's weights; independent and alike for every output channel.
+    """Gaussian over the head's weights; output channels are independent.
+
+    Channels are alike but under an empirical Fisher, where matrices and eigenvalues have a leading
+    axis of channels.
 
     Attributes:
         curvature: the data's part.
-        structure: "full" keeps all of G, "diag" its diagonal only.
+        structure: a name in ``structures.STRUCTURES``.
         sigma_noise: sd of the likelihood, in units of the network's output.
         prior_precision: tau, of every weight, around zero.
         n_eff: images the likelihood counts for.
+        rank: directions that keep their data; None but for ``subspace``.
     """
 
     curvature: Curvature
-    structure: Literal["full", "diag"]
+    structure: str
     sigma_noise: float
     prior_precision: float
     n_eff: float
+    rank: int | None = None
 
     @classmethod
     def fit(
@@ -48,26 +62,45 @@ class HeadPosterior:
         sigma_noise: float | str = "mle",
         prior_precision: float | str = 1.0,
         n_eff: float | None = None,
+        rank: int | None = None,
     ) -> "HeadPosterior":
         """Check the settings and fix the posterior; costs no pass over the data.
 
         Args:
             curvature: what the pass over the data left.
-            structure: "full" or "diag".
-            sigma_noise: positive number, or "mle" for the root mean squared residual.
+            structure: what is kept of the data's part, see ``structures.STRUCTURES``.
+            sigma_noise: positive number, "mle" for the root mean squared residual, or
+                "mle_per_time" for one such number in each interval of t that the pass had apart;
+                the attribute is then their geometric mean.
             prior_precision: positive number, or "evidence" for the value that maximises
                 ``log_evidence``.
             n_eff: weight of the likelihood in images; None takes the images of the pass.
+            rank: for "subspace", 0 to P.
         """
-        check_settings(structure, sigma_noise, prior_precision, n_eff)
-        noise = curvature.sigma_mle if sigma_noise == "mle" else float(sigma_noise)
+        check_settings(structure, sigma_noise, prior_precision, n_eff, rank)
+        check_structure(structure, rank, curvature.geometry.size, curvature.num_images)
+        if sigma_noise == "mle_per_time":
+            curvature = curvature.per_time()
+        fitted = sigma_noise in FITTED
+        noise = curvature.sigma_mle if fitted else float(sigma_noise)
+        positive("sigma_noise", noise, "the residuals are all zero, give a number")
         prior = 1.0 if prior_precision == "evidence" else float(prior_precision)
         images = float(curvature.num_images if n_eff is None else n_eff)
-        posterior = cls(curvature, structure, noise, prior, images)  # type: ignore[arg-type]
+        posterior = cls(curvature, structure, noise, prior, images, rank)
         if prior_precision == "evidence":
             posterior = replace(posterior, prior_precision=posterior._evidence_prior())
         posterior._check_precision()
         return posterior
+
+    @property
+    def kind(self) -> list[Any]:
+        """The structure with its rank, where it has one."""
+        return [self.structure] if self.rank is None else [self.structure, self.rank]
+
+    @property
+    def settings(self) -> list[Any]:
+        """All that the posterior depends on beside its curvature, with words resolved."""
+        return [*self.kind, self.sigma_noise, self.prior_precision, self.n_eff]
 
     def _check_precision(self) -> None:
         """Refuse a precision matrix that cannot be inverted in float64.
@@ -75,9 +108,9 @@ class HeadPosterior:
         Raises:
             UserError: if it is singular.
         """
-        values, tau = self.eigenvalues, self.prior_precision
-        low, high = float(values.min() + tau), float(values.max() + tau)
-        if not low > len(values) * torch.finfo(torch.float64).eps * high:
+        tau = self.prior_precision
+        low, high = (value + tau for value in self.eigenvalue_range)
+        if not low > self.num_parameters * torch.finfo(torch.float64).eps * high:
             raise UserError(
                 f"the posterior precision is singular in float64 (eigenvalues {low:.3g} to"
                 f" {high:.3g}); raise prior_precision={tau:g}"
@@ -88,16 +121,30 @@ class HeadPosterior:
         """P, weights of one output channel."""
         return self.curvature.geometry.size
 
+    @property
+    def _structure(self) -> Structure:
+        return structure_of(self.structure, self.rank)
+
+    @cached_property
+    def _spectrum(self) -> Spectrum:
+        return self._structure.spectrum(self.curvature, self.rank)
+
     @cached_property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues of the likelihood's precision ``w G / sigma^2`` (or of its diagonal)."""
-        full = self.structure == "full"
-        values = self.curvature.eigen[0] if full else self.curvature.gram.diagonal()
-        return self._likelihood_weight * values
+        """Eigenvalues of the likelihood's precision, ``(P,)``; ``(C_out, P)`` if channels differ.
+
+        In the order of the weights where the structure is diagonal.
+        """
+        return self._likelihood_weight * self._spectrum.values
 
     @property
     def _likelihood_weight(self) -> float:
-        return self.n_eff / self.curvature.num_images / self.sigma_noise**2
+        return self._structure.weight(self.n_eff / self.curvature.num_images, self.sigma_noise)
+
+    @property
+    def _variances(self) -> Tensor:
+        """Eigenvalues of the covariance, of the shape of ``eigenvalues``."""
+        return 1 / (self.eigenvalues + self.prior_precision)
 
     @property
     def eigenvalue_range(self) -> tuple[float, float]:
@@ -106,44 +153,73 @@ class HeadPosterior:
 
     @property
     def effective_parameters(self) -> float:
-        """Weights of one channel that the data determine, ``sum a / (a + tau sigma^2)`` <= P."""
-        return float((self.eigenvalues / (self.eigenvalues + self.prior_precision)).sum())
+        """Weights of one channel that the data determine, ``sum a / (a + tau sigma^2)`` <= P.
+
+        The mean over channels where they differ. For ``prior_only``, which sees nothing of the
+        data but its size, the number says how far that size outweighs tau.
+        """
+        shares = self.eigenvalues / (self.eigenvalues + self.prior_precision)
+        return self._over_channels(shares) / len(self.curvature.mean)
+
+    def _over_channels(self, values: Tensor) -> float:
+        """Sum over all channels of what is ``(P,)`` for each or ``(C_out, P)`` for all."""
+        return float(values.expand(self.curvature.mean.shape).sum())
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the weights are independent."""
+        return self._spectrum.vectors is None
+
+    @property
+    def likelihood_precision(self) -> Tensor:
+        """The data's part of ``precision``, of its shape."""
+        return self._likelihood_weight * self._spectrum.matrix
 
     @property
     def precision(self) -> Tensor:
-        """Posterior precision of one channel, ``(P, P)`` float64."""
-        gram = self.curvature.gram * self._likelihood_weight
-        gram = gram if self.structure == "full" else gram.diagonal().diag()
-        return gram + self.prior_precision * torch.eye(len(gram), dtype=gram.dtype)
+        """Posterior precision, ``(P, P)`` float64; ``(C_out, P, P)`` if channels differ."""
+        prior = torch.full((self.num_parameters,), self.prior_precision, dtype=torch.float64)
+        return self.likelihood_precision + prior.diag()
 
     @property
     def covariance(self) -> Tensor:
-        """Posterior covariance of one channel, ``(P, P)`` float64."""
-        scales = 1 / (self.eigenvalues + self.prior_precision)
-        if self.structure == "diag":
-            return scales.diag()
-        vectors = self.curvature.eigen[1]
-        return (vectors * scales) @ vectors.T
+        """Posterior covariance, ``(P, P)`` float64; ``(C_out, P, P)`` if channels differ."""
+        return self._spectrum.compose(self._variances)
+
+    @property
+    def has_evidence(self) -> bool:
+        """Whether ``log_evidence`` has a meaning for this structure."""
+        return self._structure.sees_data
 
     def log_evidence(self) -> float:
         """Log marginal likelihood in closed form, all constants included.
 
         Prior mean 0; the likelihood counts ``n_eff / num_images`` times (Bishop, eq. 3.86).
-        Equals laplace-torch's ``log_marginal_likelihood``.
+        Equals laplace-torch's ``log_marginal_likelihood``. An approximation where the structure
+        is one.
+
+        Raises:
+            UserError: for a structure that does not see the data.
         """
+        if not self.has_evidence:
+            raise UserError(
+                f"laplace.structure={self.structure} has no evidence, since it does not see the"
+                " data; use another one"
+            )
         curvature, tau = self.curvature, self.prior_precision
         weight = self.n_eff / curvature.num_images
         log_likelihood = -0.5 * curvature.squared_error / self.sigma_noise**2
         log_likelihood -= curvature.num_outputs * math.log(self.sigma_noise * math.sqrt(math.tau))
         # log det of posterior over prior precision, for all channels
-        log_ratio = len(curvature.mean) * float(torch.log1p(self.eigenvalues / tau).sum())
+        log_ratio = self._over_channels(torch.log1p(self.eigenvalues / tau))
         scatter = tau * float(curvature.mean.square().sum())
         return weight * log_likelihood - 0.5 * (log_ratio + scatter)
 
     def _evidence_prior(self) -> float:
-        """The tau that maximises the evidence: tau |m|^2 = C sum a / (a + tau), Bishop, eq. 3.92.
+        """The tau that maximises the evidence: tau |m|^2 = sum a / (a + tau) over channels.
 
-        The left side rises and the right side falls in tau, so the root is the only one.
+        The left side rises and the right side falls in tau, so the root is the only one (Bishop,
+        eq. 3.92).
 
         Raises:
             UserError: if the evidence has no maximum at a finite tau above zero.
@@ -156,11 +232,9 @@ class HeadPosterior:
 
         def slope(log_tau: float) -> float:
             tau = math.exp(log_tau)
-            return tau * squares / len(self.curvature.mean) - float(
-                (values / (values + tau)).sum()
-            )
+            return tau * squares - self._over_channels(values / (values + tau))
 
-        high = math.log(len(self.curvature.mean) * len(values) / squares)
+        high = math.log(self.curvature.mean.numel() / squares)
         low = high - 1
         while slope(low) > 0:
             low -= 10
@@ -172,24 +246,23 @@ class HeadPosterior:
         noise = torch.randn(
             n, *mean.shape, generator=generator, device=generator.device, dtype=mean.dtype
         )
-        noise = noise * (self.eigenvalues + self.prior_precision).rsqrt().to(noise.device)
-        if self.structure == "full":
-            noise = noise @ self.curvature.eigen[1].T.to(noise.device)
-        return mean + noise
+        noise = noise * self._variances.sqrt().to(noise.device)
+        vectors = self._spectrum.vectors
+        return mean + (noise if vectors is None else noise @ vectors.T.to(noise.device))
 
     def columns(self) -> Tensor:
         """Weight directions ``(C_out P, C_out, P)`` float64 whose outer products sum to Sigma."""
-        scales = (self.eigenvalues + self.prior_precision).rsqrt()
-        root = scales.diag() if self.structure == "diag" else self.curvature.eigen[1] * scales
-        return torch.block_diag(*[root.T] * len(self.curvature.mean)).unflatten(
-            1, self.curvature.mean.shape
-        )
+        root = self._spectrum.vectors
+        root = torch.eye(self.num_parameters, dtype=torch.float64) if root is None else root
+        scales = self._variances.sqrt().expand(self.curvature.mean.shape)
+        blocks = [(root * scale).T for scale in scales]
+        return torch.block_diag(*blocks).unflatten(1, self.curvature.mean.shape)
 
     def predictive_variance(self, features: Tensor, ones: float = 1.0) -> Tensor:
-        """Variance of every output due to the weights, alike for all channels.
+        """Variance of every output due to the weights.
 
-        Closed form ``phi^T Sigma phi``: ``|L^-1 phi|^2`` with ``L L^T`` the precision (full), a
-        convolution of the squared features with the variances (diag).
+        Closed form ``phi^T Sigma phi``: ``|L^-1 phi|^2`` with ``L L^T`` the precision, or a
+        convolution of the squared features with the variances where Sigma is diagonal.
 
         Args:
             features: ``(B, D, h, w)``, or ``(B, ..., D)`` for a linear head.
@@ -197,18 +270,18 @@ class HeadPosterior:
                 step have been combined.
 
         Returns:
-            ``(B, 1, h, w)``, or ``(B, ..., 1)``; float32 for features of lower precision.
+            ``(B, 1, h, w)``, or ``(B, ..., 1)``, the same for all channels; C_out in the place of
+            the 1 if channels differ. Float32 for features of lower precision.
         """
         geometry = self.curvature.geometry
         geometry.check(features)
         if features.dtype != torch.float64:
             features = features.float()
         key = (features.dtype, features.device)
-        if self.structure == "diag":
-            if key not in self._variances:
-                scales = 1 / (self.eigenvalues + self.prior_precision)
-                self._variances[key] = scales.to(features)
-            return diagonal_variance(features, self._variances[key], geometry, ones)
+        if self.is_diagonal:
+            if key not in self._scales:
+                self._scales[key] = self._variances.to(features)
+            return diagonal_variance(features, self._scales[key], geometry, ones)
         if key not in self._factors:
             self._factors[key] = TriangularFactor.of(self.precision, geometry, features)
         return self._factors[key].variance(features, ones)
@@ -219,26 +292,5 @@ class HeadPosterior:
         return {}
 
     @cached_property
-    def _variances(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+    def _scales(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
         return {}
-
-
-def check_settings(
-    structure: str,
-    sigma_noise: float | str = "mle",
-    prior_precision: float | str = 1.0,
-    n_eff: float | None = None,
-) -> None:
-    """Refuse settings that no curvature could make a posterior of, before any work is done.
-
-    Raises:
-        UserError: if a setting is unusable.
-    """
-    if structure not in {"full", "diag"}:
-        raise UserError(f"laplace.structure must be full or diag, got {structure!r}")
-    if sigma_noise != "mle":
-        positive("laplace.sigma_noise", sigma_noise, "give a number above 0, or mle")  # type: ignore[arg-type]
-    if prior_precision != "evidence":
-        positive("laplace.prior_precision", prior_precision, "give a number above 0, or evidence")  # type: ignore[arg-type]
-    if n_eff is not None:
-        positive("laplace.n_eff", n_eff, "give a number of images above 0, or null")

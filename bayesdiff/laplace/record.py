@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,12 +16,37 @@ from bayesdiff.artefacts import write_atomic
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.head import HeadGeometry
 
-_FORMAT = "bayesdiff-curvature-1"
+_FORMAT = "bayesdiff-curvature-2"
+# Without squared gradients and time bins; all else is the same.
+_OLD_FORMAT = "bayesdiff-curvature-1"
+_BINS = "bins."
+
+
+@dataclass(frozen=True)
+class TimeBins:
+    """The sums of the pass, apart for B equal intervals of t.
+
+    Attributes:
+        gram: ``(B, P, P)`` float64.
+        squared_error: ``(B,)`` float64.
+        num_outputs: ``(B,)`` float64, residuals per draw.
+        squared_gradients: ``(B, C_out, P)`` float64.
+    """
+
+    gram: Tensor
+    squared_error: Tensor
+    num_outputs: Tensor
+    squared_gradients: Tensor
+
+    @property
+    def sigma_mle(self) -> Tensor:
+        """Root mean squared residual of each interval, ``(B,)``; nan where no time fell."""
+        return (self.squared_error / self.num_outputs).sqrt()
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """What one pass over the data leaves: enough for every sigma_noise and prior_precision.
+    """What one pass over the data leaves: enough for every structure and every number.
 
     Attributes:
         gram: ``(P, P)`` float64, sum over images and pixels, divided by ``draws``.
@@ -32,6 +57,9 @@ class Curvature:
         mean: ``(C_out, P)`` float64, the trained weights of the head.
         source: hash of the checkpoint and data this came from.
         geometry: how the head reads its features.
+        squared_gradients: ``(C_out, P)`` float64, the sum over images of the squared gradient of
+            half an image's squared error, divided by ``draws``; None where it was not computed.
+        bins: the same sums apart for intervals of t, None where they were not asked for.
     """
 
     gram: Tensor
@@ -42,6 +70,8 @@ class Curvature:
     mean: Tensor
     source: str
     geometry: HeadGeometry
+    squared_gradients: Tensor | None = None
+    bins: TimeBins | None = None
 
     def __post_init__(self) -> None:
         size, (channels, width) = self.geometry.size, self.mean.shape
@@ -50,9 +80,16 @@ class Curvature:
                 f"a curvature of {channels} outputs needs a {size} x {size} Gram matrix and"
                 f" {size} weights each, got {tuple(self.gram.shape)} and {width}"
             )
-        if not (self.gram.isfinite().all() and self.mean.isfinite().all()):
+        squares = self.squared_gradients
+        held = [self.gram, self.mean] if squares is None else [self.gram, self.mean, squares]
+        if not all(bool(tensor.isfinite().all()) for tensor in held):
             raise UserError(
                 "the features or the head hold values that are not finite; train again"
+            )
+        if squares is not None and squares.shape != self.mean.shape:
+            raise UserError(
+                f"a curvature of {channels} outputs with {size} weights each needs as many"
+                f" squared gradients, got {tuple(squares.shape)}"
             )
 
     @property
@@ -63,9 +100,45 @@ class Curvature:
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Ascending eigenvalues ``(P,)``, never negative, and eigenvectors ``(P, P)`` of G."""
-        values, vectors = torch.linalg.eigh(self.gram)
-        # G is a sum of squares; a negative value is rounding.
-        return values.clamp(min=0), vectors
+        return _eigh(self.gram)
+
+    @cached_property
+    def eigen_blocks(self) -> tuple[Tensor, Tensor]:
+        """The same of G without what ties weights and bias; that of the bias comes last."""
+        if not self.geometry.bias:
+            return self.eigen
+        values, vectors = _eigh(self.gram[:-1, :-1])
+        one = torch.ones(1, 1, dtype=vectors.dtype)
+        return torch.cat([values, self.gram[-1, -1:]]), torch.block_diag(vectors, one)
+
+    def per_time(self) -> "Curvature":
+        """This curvature with every interval of t weighted by its own noise, 1 / sigma_b^2.
+
+        Sums are scaled to the geometric mean of the noise levels over all outputs: with that as
+        sigma_noise, likelihood and evidence are those of the heteroscedastic Gaussian.
+
+        Raises:
+            UserError: if the pass had one interval only, or fitted one of them without error.
+        """
+        if self.bins is None:
+            raise UserError(
+                "sigma_noise=mle_per_time needs a curvature by time; set laplace.time_bins=10"
+            )
+        seen = self.bins.num_outputs > 0
+        sigma, outputs = self.bins.sigma_mle[seen], self.bins.num_outputs[seen]
+        if not bool((sigma > 0).all()):
+            raise UserError("the residuals of a time bin are all zero; give sigma_noise a number")
+        level = ((outputs * sigma.log()).sum() / outputs.sum()).exp()
+        weights = (level / sigma).square()
+        return replace(
+            self,
+            gram=torch.einsum("b,bpq->pq", weights, self.bins.gram[seen]),
+            squared_error=float(weights @ self.bins.squared_error[seen]),
+            squared_gradients=torch.einsum(
+                "b,bcp->cp", weights.square(), self.bins.squared_gradients[seen]
+            ),
+            source=self.source.removesuffix("-per_time") + "-per_time",
+        )
 
     def require_source(self, source: str) -> None:
         """Refuse to pair this curvature with another checkpoint.
@@ -81,7 +154,12 @@ class Curvature:
 
     def save(self, path: str | Path) -> None:
         """Write the record as safetensors; a crash leaves the old file or none, never half."""
-        tensors = {"gram": self.gram.cpu().contiguous(), "mean": self.mean.cpu().contiguous()}
+        tensors = {"gram": self.gram, "mean": self.mean}
+        if self.squared_gradients is not None:
+            tensors["squared_gradients"] = self.squared_gradients
+        if self.bins is not None:
+            tensors |= {_BINS + name: value for name, value in vars(self.bins).items()}
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
         counts = json.dumps(
             {
                 "num_images": self.num_images,
@@ -99,6 +177,8 @@ class Curvature:
     def load(cls, path: str | Path) -> "Curvature":
         """Read what ``save`` wrote; nothing in the file is ever run.
 
+        A file of the first format is read too, and has no squared gradients.
+
         Raises:
             UserError: if the file is missing, truncated, changed, or something else.
         """
@@ -108,18 +188,26 @@ class Curvature:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                if metadata.get("format") not in (_FORMAT, _OLD_FORMAT):
                     found = metadata.get("format", "no format")
                     raise UserError(f"{path} is not a {_FORMAT} file (has {found}); {cure}")
-                tensors = {name: file.get_tensor(name) for name in ("gram", "mean")}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if _checksum(tensors, metadata["record"]) != metadata["checksum"]:
                 raise UserError(f"{path} is damaged (its checksum differs); {cure}")
             record = json.loads(metadata["record"])
             geometry = HeadGeometry(**record.pop("geometry"))
-            return cls(**tensors, **record, geometry=geometry)
+            sums = {k.removeprefix(_BINS): tensors.pop(k) for k in list(tensors) if _BINS in k}
+            bins = TimeBins(**sums) if sums else None
+            return cls(**tensors, **record, geometry=geometry, bins=bins)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} cannot be read as a curvature ({reason}); {cure}") from error
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(gram)
+    # A Gram matrix is a sum of squares; a negative value is rounding.
+    return values.clamp(min=0), vectors
 
 
 def _checksum(tensors: dict[str, Tensor], record: str) -> str:

@@ -81,20 +81,23 @@ def diagonal_variance(
 
     Args:
         features: what the head reads.
-        variances: ``(P,)`` in phi's order, of the dtype of the features.
+        variances: ``(P,)`` in phi's order, of the dtype of the features, or ``(C_out, P)`` for as
+            many channels of results.
         geometry: of the head.
         ones: the trailing entry of phi.
     """
     width, k = geometry.features, geometry.kernel_size
-    weights = variances[: width * geometry.taps].reshape(width, geometry.taps)
-    constant = variances[-1] * ones**2 if geometry.bias else variances.new_zeros(())
+    rows = variances.reshape(-1, geometry.size)
+    weights = rows[:, : width * geometry.taps]
+    constant = rows[:, -1] * ones**2 if geometry.bias else rows.new_zeros(len(rows))
     with full_precision(features):
         if not k:
-            return features.square() @ weights + constant
-        kernel = weights.reshape(1, 1, width, k, k)
+            return features.square() @ weights.T + constant
+        kernel = weights.reshape(1, len(rows), width, k, k)
         chunks = features.split(max(1, _CHUNK_SQUARES // features[0].numel()))
         squares = (chunk.square()[None] for chunk in chunks)
-        return torch.cat([convolve_separately(x, kernel)[0] for x in squares]) + constant
+        sums = torch.cat([convolve_separately(x, kernel)[0] for x in squares])
+        return sums + constant[:, None, None]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One generated set in TensorBoard: metrics, HPARAMS row, score histogram and every figure."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor
 
 from bayesdiff.report import figures
+from bayesdiff.report.ablation import evidence_figure
 from bayesdiff.report.layout import conditions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
+    from bayesdiff.laplace.grid import EvidenceCurve
     from bayesdiff.metrics.validation import Validation
     from bayesdiff.uncertainty.samples import Samples
 
@@ -31,6 +34,7 @@ def write(
     scores: Tensor | None = None,
     figures_dir: str | Path | None = None,
     validation: "Validation | None" = None,
+    evidence: "EvidenceCurve | None" = None,
 ) -> list[Path]:
     """Write the report of one generated set; an earlier report in the same place is replaced.
 
@@ -43,25 +47,74 @@ def write(
         scores: ``(B,)`` uncertainty of each image; its summed variance when left out.
         figures_dir: folder of the PNG files; ``figures`` beside ``writer_dir`` when left out.
         validation: comparison with a reference, drawn where there is one.
+        evidence: over prior_precision, drawn where there is one.
 
     Returns:
         The PNG files.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     folder = Path(writer_dir)
     pictures = folder.parent / "figures" if figures_dir is None else Path(figures_dir)
-    for earlier in folder.glob(f"*{SUFFIX}"):
-        # Two reports of one run would draw every value twice.
-        earlier.unlink()
     values = samples.variance.flatten(1).sum(1) if scores is None else scores
-    with SummaryWriter(str(folder), filename_suffix=SUFFIX) as writer:
+    with _new_report(folder) as writer:
         _numbers(writer, samples, metrics, values)
         _hparams_row(writer, flat(hparams), metrics)
-        return [
+        made = [
             _picture(writer, tag, figure, pictures / f"{tag.split('/')[-1]}.png")
             for tag, figure in _pictures(samples, classes, scores, values, validation)
         ]
+        if evidence is not None:
+            curve = zip(evidence.prior_precision, evidence.log_evidence, strict=True)
+            _curve(writer, "laplace/log_evidence_over_prior", curve)
+            figure = evidence_figure(evidence)
+            made.append(_picture(writer, "laplace/evidence", figure, pictures / "evidence.png"))
+        return made
+
+
+def write_study(
+    writer_dir: str | Path,
+    metrics: Mapping[str, float],
+    curves: Mapping[str, Iterable[tuple[float, float | None]]],
+    made: Iterable[tuple[str, "Figure"]],
+) -> list[Path]:
+    """Write numbers, curves and figures of a study; an earlier report there is replaced.
+
+    Args:
+        writer_dir: TensorBoard folder; ``figures`` lies beside it.
+        metrics: names and values.
+        curves: points (prior_precision, value) by name, None for a missing value.
+        made: tags and figures.
+
+    Returns:
+        The PNG files.
+    """
+    folder = Path(writer_dir)
+    with _new_report(folder) as writer:
+        for name, value in metrics.items():
+            writer.add_scalar(name, float(value), 0)
+        for name, points in curves.items():
+            _curve(writer, name, points)
+        return [
+            _picture(writer, tag, figure, folder.parent / "figures" / f"{tag.split('/')[-1]}.png")
+            for tag, figure in made
+        ]
+
+
+def _new_report(folder: Path) -> "SummaryWriter":
+    """A writer in place of an earlier report's: two of one run would draw every value twice."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for earlier in folder.glob(f"*{SUFFIX}"):
+        earlier.unlink()
+    return SummaryWriter(str(folder), filename_suffix=SUFFIX)
+
+
+def _curve(
+    writer: "SummaryWriter", name: str, points: Iterable[tuple[float | Tensor, Any]]
+) -> None:
+    """A curve over prior_precision; a step is a tenth of a decade, 0 at prior_precision 1."""
+    for x, value in points:
+        if value is not None and math.isfinite(value):
+            writer.add_scalar(name, float(value), round(10 * math.log10(x)))
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:

@@ -4,15 +4,39 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
+
+from omegaconf import DictConfig
 
 from bayesdiff.checks import UserError, at_least, positive, seed_of
+from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty.samples import UNITS, Samples, Starts, Trajectory
 
 # Settings that change no map: how the work is cut up, and whether it is checked afterwards.
 WITHOUT_EFFECT = ("batch_size", "max_memory", "validate", "validate_images", "validate_members")
+
+
+class Training(Protocol):
+    """The run that an estimator belongs to, for those that read its files or compare others'."""
+
+    @property
+    def cfg(self) -> DictConfig:
+        """Its resolved configuration."""
+
+    @property
+    def data(self) -> ImageDataModule:
+        """Images it is trained on."""
+
+    @property
+    def model(self) -> GenerativeModel:
+        """Its network, trained or not."""
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder, which need not be there yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +93,13 @@ class Estimator(ABC):
     @abstractmethod
     def copies(self, solver: Solver) -> int:
         """Network inputs per image that are held at once."""
+
+    def check_run(self, run: Training) -> None:  # noqa: B027 - most have nothing to refuse
+        """Refuse, before any work, a run that cannot have these maps; most can."""
+
+    def sources(self, run: Training) -> list[Any]:
+        """What the maps come from beside weights, posterior and settings, for their key."""
+        return []
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
         """The estimator made ready for this model, solver and posterior; most need nothing.

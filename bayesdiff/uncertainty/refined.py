@@ -139,7 +139,7 @@ class Refined(Estimator):
         mine = [self.budget, self.products, self.skip_interval, self.product(start).__name__]
         return key_of(
             weights_key(start.model),
-            [posterior.curvature.source, posterior.structure],
+            [posterior.curvature.source, *posterior.kind],
             [numbers, start.solver.guidance, start.noise.seed],
             [*mine, self.train_images, self.epochs, self.seed],
         )

@@ -87,12 +87,14 @@ class Level(nn.Module):
         """What a log-variance map ``(N, C, H, W)`` lacks to have this level."""
         if self.constant.isnan():
             return refined.new_zeros(())
-        level = refined.flatten(1).logsumexp(1) - math.log(refined[0].numel())
-        return (self(seen).to(refined.dtype) - level)[:, None, None, None]
+        return (self(seen).to(refined.dtype) - level_of(refined))[:, None, None, None]
 
     @torch.no_grad()
-    def fit(self, seen: Evidence, target: Tensor) -> None:
-        """To sensitivities ``(N, M, C, H, W)``; the mean ratio to them comes out as 1."""
+    def fit(self, seen: Evidence, target: Tensor, mean: Tensor) -> None:
+        """To sensitivities ``(N, M, C, H, W)``, but for the ``mean`` over images, which is given.
+
+        A few targets of very large variance would decide the mean; ranks do not need it.
+        """
         x, total = summary(seen).double(), target.square().flatten(1).mean(1).double()
         y = total.clamp(min=FLOOR).log()
         center, scale = x.mean(0), x.std(0) + 1e-2
@@ -102,8 +104,12 @@ class Level(nn.Module):
         weights = torch.linalg.solve(x.T @ x + penalty.diag(), x.T @ (y - y.mean()))
         self.center.copy_(center)
         self.weights.copy_(weights / scale)
-        # The optimum of the likelihood: every image counts the same, a few large ones do not decide.
-        self.constant.copy_((total / (x @ weights).exp()).mean().log())
+        self.constant.copy_(mean)
+
+
+def level_of(log_variance: Tensor) -> Tensor:
+    """Logarithm of the mean variance of maps ``(N, C, H, W)``, ``(N,)``."""
+    return log_variance.flatten(1).logsumexp(1) - math.log(log_variance[0].numel())
 
 
 def summary(seen: Evidence) -> Tensor:
@@ -209,5 +215,7 @@ def _train(seen: Evidence, target: Tensor, patch: int, epochs: int, batch: int) 
             loss(refiner(seen[index]), target[index]).backward()
             optimizer.step()
             schedule.step()
-    refiner.level.fit(seen, target)
-    return refiner.eval()
+    refiner.eval()
+    with torch.no_grad():
+        refiner.level.fit(seen, target, level_of(refiner(seen)).mean())
+    return refiner

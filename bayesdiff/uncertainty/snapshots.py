@@ -1,0 +1,95 @@
+"""Weights along the training: kept at the ends of its last epochs, read as plain tensors."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bayesdiff.artefacts import write_atomic
+from bayesdiff.checks import UserError, at_least
+
+_NAME = re.compile(r"epoch-(\d+)\.safetensors")
+
+
+class Snapshots(Callback):
+    """Keeps the weights at the end of every k-th epoch, the last few of them.
+
+    They are the optimiser's own weights, not their moving average: the average hardly moves any
+    more when training ends. They lie in the run folder as ``snapshots/epoch-00120.safetensors``,
+    the number of finished epochs; a training that is continued finds those it has left, and one
+    that begins anew removes them.
+
+    Args:
+        keep: snapshots, at least 2.
+        every: epochs between them. Learning rates fall to zero at the end: the longer, the more
+            the snapshots differ.
+    """
+
+    def __init__(self, keep: int = 10, every: int = 1) -> None:
+        self.keep = at_least("callbacks.snapshots.keep", keep, 2)
+        self.every = at_least("callbacks.snapshots.every", every)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove what lies ahead of the epoch that training starts from."""
+        if trainer.is_global_zero:
+            for path in snapshots_of(Path(trainer.default_root_dir)):
+                if _epoch(path) > trainer.current_epoch:
+                    path.unlink()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep this epoch's weights if it is their turn, and drop the oldest ones."""
+        epochs = trainer.current_epoch + 1
+        if not trainer.is_global_zero or epochs % self.every:
+            return
+        folder = Path(trainer.default_root_dir)
+        state = {k: v.detach().cpu().contiguous() for k, v in pl_module.state_dict().items()}
+        path = folder / "snapshots" / f"epoch-{epochs:05d}.safetensors"
+        write_atomic(path, lambda file: save_file(state, file))
+        for old in snapshots_of(folder)[: -self.keep]:
+            old.unlink()
+
+
+def snapshots_of(folder: Path) -> list[Path]:
+    """Snapshots in a run folder, oldest first."""
+    found = (path for path in (folder / "snapshots").glob("*") if _NAME.fullmatch(path.name))
+    return sorted(found, key=_epoch)
+
+
+def read_snapshot(path: Path) -> dict[str, Tensor]:
+    """The weights in a snapshot.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"snapshot {path} is truncated or corrupt ({error}); delete it to do without"
+        ) from error
+
+
+def planned_snapshots(callbacks: Any, max_epochs: int | None) -> int:
+    """Snapshots that a training with these callbacks will keep, all where its length is open.
+
+    Args:
+        callbacks: their configurations, by name; None for none.
+        max_epochs: of the training; None or -1 where steps bound it.
+    """
+    for options in (callbacks or {}).values():
+        if options and str(options.get("_target_")).endswith(".Snapshots"):
+            made = Snapshots(**{k: v for k, v in options.items() if k != "_target_"})
+            if not max_epochs or max_epochs < 0:
+                return made.keep
+            return min(made.keep, max_epochs // made.every)
+    return 0
+
+
+def _epoch(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found else 0
