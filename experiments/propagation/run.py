@@ -37,7 +37,6 @@ SETTINGS = [
     "fashion-diffusion/dpmpp20",
     "mnist-flow/euler20",
     "mnist-flow/heun10",
-    "mnist-flow/euler50",
 ]
 BUDGET, PRODUCTS = 1.4, 4  # of the default
 
@@ -62,8 +61,13 @@ ESTIMATORS: dict[str, Callable[[int, int], Estimator]] = {
 BUDGETS = {"3": (3.0, 6)}
 SPENT = ("default", "budget-3")
 BUDGETS_ON = "fashion-flow/euler20"
+# Baselines that would take a quarter of an hour and are known from the other settings.
+LEFT_OUT = {
+    ("fashion-flow/euler50", "published"),
+    ("fashion-flow/euler50", "total-variance"),
+}
 SIZES = (2, 3, 5, 8, 16)
-TURNS = 4  # of a timing, best over best
+TURNS = 3  # of a timing, best over best
 VERSION = 2  # of what is measured and kept
 SEED = 1  # of the estimators' draws; the reference has its own
 BATCH = 64
@@ -134,6 +138,8 @@ def accuracy(setting: Setting) -> dict[str, Any]:
             for name, (budget, products) in BUDGETS.items()
         }
     for name, estimator in estimators.items():
+        if (setting.name, name) in LEFT_OUT:
+            continue
 
         def measure(estimator: Estimator = estimator) -> dict[str, float]:
             variance, took, evaluations = setting.maps(estimator)
@@ -172,11 +178,7 @@ def timing(setting: Setting) -> dict[str, Any]:
     """Wall time over plain sampling, measured in turns, nothing else running."""
     nfe = setting.plain()[1]
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "turns": TURNS}
-    timed = {name: make(SEED, nfe) for name, make in ESTIMATORS.items()}
-    if setting.name == BUDGETS_ON:
-        timed |= {f"ensemble{size}": Ensemble(members=size, seed=SEED) for size in (2, 5)}
-    else:  # the others cost the same everywhere
-        timed = {name: timed[name] for name in ("default", "linearised")}
+    timed = {name: ESTIMATORS[name](SEED, nfe) for name in ("default", "linearised")}
     for name, estimator in timed.items():
         turns = [(setting.plain()[0], setting.maps(estimator)[1]) for _ in range(TURNS)]
         plain, seconds = (min(each) for each in zip(*turns, strict=True))
@@ -218,7 +220,7 @@ def gather() -> None:
                 stored.pop("key")
                 found["settings" if kind == "accuracy" else kind][name] = stored
     for name in ("default", "linearised", "published", "ensemble5"):
-        each = [setting[name] for setting in found["settings"].values()]
+        each = [setting[name] for setting in found["settings"].values() if name in setting]
         found[f"{name}.image_rank"] = min(one["image_rank"] for one in each)
         found[f"{name}.pixel_rank"] = min(one["pixel_rank"] for one in each)
         ratios = [one["variance_ratio"] for one in each]
@@ -264,7 +266,7 @@ def draw_cost(found: dict[str, Any]) -> None:
                 color=STYLE["default"][0],
                 markerfacecolor="none",
             )
-            for estimator in ESTIMATORS:
+            for estimator in [name for name in ESTIMATORS if name in setting]:
                 color, marker = STYLE[estimator]
                 cost = setting[estimator]["nfe"]
                 value = setting[estimator][metric]
