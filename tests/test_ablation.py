@@ -20,7 +20,6 @@ from bayesdiff.checks import UserError
 from bayesdiff.cli import explain
 from bayesdiff.laplace.grid import (
     best_settings,
-    eigenvectors,
     evidence_curve,
     evidence_grid,
     separate_priors,
@@ -185,11 +184,11 @@ def test_eigenvectors_are_those_of_the_covariance(structure):
     _, _, curvature = example()
     rank = 5 if structure == "subspace" else None
     posterior = HeadPosterior.fit(curvature, structure=structure, rank=rank)
-    vectors = eigenvectors(posterior)
+    vectors = posterior.eigenvectors
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(len(vectors), dtype=torch.float64))
     variances = 1 / (posterior.eigenvalues + posterior.prior_precision)
     torch.testing.assert_close((vectors * variances) @ vectors.T, posterior.covariance)
-    assert eigenvectors(HeadPosterior.fit(curvature, structure="diag")) is None
+    assert HeadPosterior.fit(curvature, structure="diag").eigenvectors is None
 
 
 def test_the_curve_holds_the_run_and_the_maximum(tmp_path):

@@ -79,17 +79,6 @@ def likelihood_precisions(posterior: HeadPosterior, sigma_noise: Tensor) -> Tens
     return torch.stack(found)[which]
 
 
-def eigenvectors(posterior: HeadPosterior) -> Tensor | None:
-    """Orthonormal columns ``(P, P)`` in the order of the eigenvalues; None for the weights' axes.
-
-    No sigma_noise or prior_precision changes them.
-    """
-    if posterior.is_diagonal:
-        return None
-    rows = posterior.columns()[: posterior.num_parameters, 0]
-    return (rows * (posterior.eigenvalues + posterior.prior_precision).sqrt()[:, None]).T
-
-
 def resolved(precisions: Tensor) -> Tensor:
     """Which precision matrices float64 can invert, from their eigenvalues ``(..., C_out, P)``."""
     bound = precisions.shape[-1] * torch.finfo(torch.float64).eps
@@ -207,7 +196,7 @@ def separate_priors(posterior: HeadPosterior) -> SeparatePriors:
 
 def _bias_shares(posterior: HeadPosterior) -> Tensor:
     """Squared component of the bias in every eigenvector, ``(P,)``."""
-    vectors = eigenvectors(posterior)
+    vectors = posterior.eigenvectors
     if vectors is not None:
         return vectors[-1].square()
     share = torch.zeros_like(posterior.eigenvalues)

@@ -99,8 +99,13 @@ class HeadPosterior:
 
     @property
     def settings(self) -> list[Any]:
-        """All that the posterior depends on beside its curvature, with words resolved."""
-        return [*self.kind, self.sigma_noise, self.prior_precision, self.n_eff]
+        """All that the posterior depends on beside its curvature, with words resolved.
+
+        To nine digits: a sum over the data has other last bits in another order, on another
+        machine or on more of them, and makes no other posterior.
+        """
+        numbers = self.sigma_noise, self.prior_precision, self.n_eff
+        return [*self.kind, *(float(f"{number:.9g}") for number in numbers)]
 
     def _check_precision(self) -> None:
         """Refuse a precision matrix that cannot be inverted in float64.
@@ -168,7 +173,15 @@ class HeadPosterior:
     @property
     def is_diagonal(self) -> bool:
         """Whether the weights are independent."""
-        return self._spectrum.vectors is None
+        return self.eigenvectors is None
+
+    @property
+    def eigenvectors(self) -> Tensor | None:
+        """Orthonormal columns ``(P, P)`` in the order of the eigenvalues; None if independent.
+
+        No sigma_noise or prior_precision changes them.
+        """
+        return self._spectrum.vectors
 
     @property
     def likelihood_precision(self) -> Tensor:
@@ -247,12 +260,12 @@ class HeadPosterior:
             n, *mean.shape, generator=generator, device=generator.device, dtype=mean.dtype
         )
         noise = noise * self._variances.sqrt().to(noise.device)
-        vectors = self._spectrum.vectors
+        vectors = self.eigenvectors
         return mean + (noise if vectors is None else noise @ vectors.T.to(noise.device))
 
     def columns(self) -> Tensor:
         """Weight directions ``(C_out P, C_out, P)`` float64 whose outer products sum to Sigma."""
-        root = self._spectrum.vectors
+        root = self.eigenvectors
         root = torch.eye(self.num_parameters, dtype=torch.float64) if root is None else root
         scales = self._variances.sqrt().expand(self.curvature.mean.shape)
         blocks = [(root * scale).T for scale in scales]

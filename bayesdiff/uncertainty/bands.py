@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.grid import eigenvectors, likelihood_precisions, resolved
+from bayesdiff.laplace.grid import likelihood_precisions, resolved
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.uncertainty.linearised import follow
 from bayesdiff.uncertainty.samples import Trajectory
@@ -83,7 +83,7 @@ class Bands:
                 columns.append(ratio.mean(1) / count)
                 spreads.append(ratio.amax(1) / ratio.amin(1))
             rows.append(deltas.unflatten(1, shape))
-        directions, vectors = torch.cat(rows), eigenvectors(posterior)
+        directions, vectors = torch.cat(rows), posterior.eigenvectors
         return cls(
             directions if vectors is None else directions @ vectors.T,
             torch.tensor(of),
