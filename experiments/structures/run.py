@@ -20,6 +20,7 @@ from bayesdiff.artefacts import (
     key_of,
     read_arrays,
     read_json,
+    weights_key,
     write_arrays,
     write_json,
     write_text,
@@ -39,6 +40,7 @@ from bayesdiff.uncertainty import (
     Ensemble,
     Estimator,
     MCDropout,
+    Starts,
     Swag,
     starts_of,
 )
@@ -86,26 +88,44 @@ class Bench:
         self.posterior = laplace.fit(self.run.model, self.run.data.data)
 
     def maps(self, name: str, estimator: Estimator, posterior: HeadPosterior) -> Tensor:
-        """Variance of all images, ``(IMAGES, C, H, W)``; made once."""
-        run = self.run
-        key = key_of(run.key, repr(estimator), pipeline.settings_of(posterior), IMAGES)
+        """Variance ``(IMAGES, C, H, W)`` under an estimator that is still to be fitted."""
+        made_from = key_of(repr(estimator), pipeline.settings_of(posterior))
+        return self._kept(
+            name,
+            made_from,
+            posterior,
+            lambda: estimator.fit(self.starts, posterior, self.run.folder),
+        )
+
+    def deep(self, networks: tuple[GenerativeModel, ...], name: str = "deep_ensemble") -> Tensor:
+        """Variance ``(IMAGES, C, H, W)`` over networks that were trained apart."""
+        made_from = key_of([weights_key(network) for network in networks])
+        ready = DeepEnsemble(networks=networks)
+        return self._kept(name, made_from, self.posterior, lambda: ready)
+
+    def _kept(
+        self, name: str, made_from: str, posterior: HeadPosterior, fit: Callable[[], Estimator]
+    ) -> Tensor:
+        """Made once."""
+        key = key_of(self.run.key, made_from, IMAGES)
         path = STORE / f"seed-{self.seed}" / f"{name}.npz"
         stored = read_arrays(path, key)
         if stored is None:
-            shape = run.data.data.images.shape[1:]
-            start = starts_of(run.model, self.solver, run.cfg.seed, shape, run.device)
-            ready = estimator.fit(start, posterior, run.folder)
+            ready = fit()
             parts = [
-                ready(start(part.tolist()), posterior).variance
+                ready(self.starts(part.tolist()), posterior).variance
                 for part in track(list(torch.arange(IMAGES).split(BATCH)), name)
             ]
             stored = {"variance": torch.cat(parts)}
             write_arrays(path, key, stored)
         return stored["variance"]
 
-    def deep(self, networks: tuple[GenerativeModel, ...], name: str = "deep_ensemble") -> Tensor:
-        """Variance over networks that were trained apart."""
-        return self.maps(name, DeepEnsemble(networks=networks), self.posterior)
+    @property
+    def starts(self) -> Starts:
+        """Starts of the run's own samples."""
+        run = self.run
+        shape = run.data.data.images.shape[1:]
+        return starts_of(run.model, self.solver, run.cfg.seed, shape, run.device)
 
 
 def trained(*more: str) -> tuple[Run, Solver, LastLayerLaplace]:
