@@ -170,9 +170,9 @@ SOLVERS = {
 }
 
 
-def small_unet():
+def small_unet(channels=1):
     torch.manual_seed(0)
-    net = UNet(1, 8, num_classes=3, channels=(8, 16), blocks=1, patch=2)
+    net = UNet(channels, 8, num_classes=3, channels=(8, 16), blocks=1, patch=2)
     for parameter in net.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.2)
@@ -183,7 +183,8 @@ def small_unet():
 def real_start(net, name):
     solver, path, prediction = SOLVERS[name]
     model = model_of(net, path, prediction, num_classes=3)
-    return Trajectory(model, solver, torch.tensor([0, 2]), SampleNoise(1, (4, 7), (1, 8, 8)), CPU)
+    shape = (len(net.head.weight) // net.patch**2, 8, 8)
+    return Trajectory(model, solver, torch.tensor([0, 2]), SampleNoise(1, (4, 7), shape), CPU)
 
 
 class Double:

@@ -344,10 +344,10 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_differences_are_as_accurate_as_stated(name):
+@pytest.mark.parametrize(("name", "channels"), [*((name, 1) for name in REAL), ("heun", 3)])
+def test_differences_are_as_accurate_as_stated(name, channels):
     """In the network's single precision; bfloat16 keeps the direction of every sensitivity."""
-    net, posterior = small_unet()
+    net, posterior = small_unet(channels)
     deltas = directions(posterior, 6, 0)
     exact, close, coarse = (
         follow(real_start(net, name), deltas, 1 / 6, PRODUCTS[kind]).sensitivities

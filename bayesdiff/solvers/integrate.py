@@ -22,6 +22,7 @@ class Field:
 
     Attributes:
         evaluations: network evaluations so far, per image of the batch.
+        layout: memory format that inputs are brought to; vmap knows ``preserve_format`` alone.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Field:
         self.batch = batch
         self.guidance = guidance
         self.evaluations = 0
+        self.layout = torch.channels_last
 
     def features(self, x: Tensor, t: float) -> Tensor:
         """Input of the head for n copies of the batch, ``(n B, C, H, W) -> (n B, D, h, w)``."""
@@ -45,7 +47,7 @@ class Field:
         copies = len(x) // self.batch
         times = torch.full((len(x),), t, device=x.device)
         labels = None if self.labels is None else self.labels.repeat(copies)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(memory_format=self.layout)
         guided = self._evaluate(x, times, labels)
         self.evaluations += copies
         if self.guidance == 1 or labels is None:

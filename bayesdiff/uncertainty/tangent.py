@@ -1,6 +1,7 @@
 """The network beside its derivative along weight directions of the head, in one pass."""
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -138,14 +139,14 @@ def _unit(d: Tensor) -> tuple[Tensor, Tensor]:
 
 def derivatives(field: Field, x: Tensor, output: Tensor, d: Tensor, t: float) -> Tensor:
     """J d by forward-mode differentiation; the image's own evaluation is repeated, once."""
+    inside = copy(field)
+    inside.layout, inside.evaluations = torch.preserve_format, 0
 
     def tangent(row: Tensor) -> Tensor:
-        return torch.func.jvp(lambda state: field(state, t), (x,), (row,))[1]
+        return torch.func.jvp(lambda state: inside(state, t), (x,), (row,))[1]
 
-    before = field.evaluations
     result = torch.func.vmap(tangent)(d)
-    per_row = field.evaluations - before
-    field.evaluations = before + per_row * (1 + len(d))
+    field.evaluations += inside.evaluations * (1 + len(d))
     return result
 
 
