@@ -1,0 +1,223 @@
+"""What a selection by doubt gains over random selections of the same size, with intervals."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from bayesdiff.checks import UserError, at_least
+from bayesdiff.metrics.pool import Pool
+from bayesdiff.metrics.selection import (
+    checked_doubt,
+    checked_fraction,
+    least_doubtful,
+    random_kept,
+)
+
+Row = dict[str, Any]
+Figures = dict[str, Tensor]
+
+# By what a row is found again in the table of another seed, and what differs between the seeds.
+_NAMES = ("score", "mode", "keep", "kept")
+_VALUES = ("fid", "fid_gain", "z", "precision", "precision_gain", "precision_z")
+
+
+def gains(
+    doubts: Mapping[str, Tensor],
+    images: Pool,
+    fractions: Sequence[float],
+    *,
+    seed: int,
+    subsets: int = 10,
+    draws: int = 0,
+    level: float = 0.95,
+) -> list[Row]:
+    """Figures of the images that each score keeps, against random choices of the same size.
+
+    Args:
+        doubts: scores by name, each (N,) in the order of the list behind the pool, see
+            ``selection.kept``.
+        images: the pool.
+        fractions: shares that are kept.
+        seed: fixes the random choices and the resampled images.
+        subsets: random choices, at least 2; the same for all scores.
+        draws: bootstrap samples for the intervals over images; 0 leaves these out.
+        level: of all intervals.
+
+    Returns:
+        One row for each mode (``global`` and, where the pool has groups, ``per_class``), fraction
+        and score: ``score``, ``mode``, ``keep``, ``kept`` (number of images); ``fid``,
+        ``fid_random`` and ``fid_random_sd`` over the random choices, ``fid_gain`` =
+        ``fid_random - fid``, ``z`` = ``fid_gain / fid_random_sd`` and ``fid_chance``: the gain of
+        one more random choice lies within plus and minus this (Student's t). The same for
+        precision, ``precision_gain`` = ``precision - precision_random``: a positive gain is
+        always the better. With draws also ``fid_gain_low`` to ``fid_gain_high``, the interval of
+        the gain over images (its bootstrap spread, Student's t), and that of ``precision_gain``.
+
+    Raises:
+        UserError: if a fraction discards no image, or a score lacks one.
+    """
+    at_least("subsets", subsets, 2)
+    if draws:
+        at_least("draws", draws, 2)
+    stacked = torch.stack([_doubt(name, doubt, images) for name, doubt in doubts.items()])
+    modes = {"global": None, "per_class": images.groups}
+    rows: list[Row] = []
+    for mode, groups in modes.items():
+        if mode == "per_class" and groups is None:
+            continue
+        for fraction in fractions:
+            chosen = least_doubtful(stacked, checked_fraction(fraction), groups)
+            if chosen.shape[1] == len(images):
+                raise UserError(
+                    f"keep fraction {fraction} discards none of {len(images)} images; lower it"
+                )
+            chance = random_kept(len(images), fraction, seed, groups, subsets=subsets)
+            own, rivals = images.figures(chosen), images.figures(chance)
+            found = _against(own, rivals, level)
+            if draws:
+                samples = _bootstrap(stacked, images, groups, fraction, seed + 1, subsets, draws)
+                found |= _intervals(found, samples, level)
+            name = {"mode": mode, "keep": fraction, "kept": chosen.shape[1]}
+            for place, score in enumerate(doubts):
+                values = {key: float(value[place]) for key, value in found.items()}
+                rows.append({"score": score, **name, **values})
+    return rows
+
+
+def over_seeds(tables: Sequence[Sequence[Mapping[str, Any]]], level: float = 0.95) -> list[Row]:
+    """Rows of ``gains`` from several generator seeds as one.
+
+    Args:
+        tables: the rows of each seed, with the same scores, modes and fractions.
+        level: of the intervals.
+
+    Returns:
+        One row for each score, mode and fraction: ``seeds``, and of every figure its mean and
+        ``_low`` to ``_high``, Student's t interval of that mean over the seeds. Every seed has
+        its own images, so it holds the spread of both; NaN for one seed.
+
+    Raises:
+        UserError: if the seeds hold different rows.
+    """
+    keyed = [{tuple(row[name] for name in _NAMES): row for row in table} for table in tables]
+    if not keyed or any(table.keys() != keyed[0].keys() for table in keyed):
+        raise UserError(
+            f"the tables of {len(keyed)} seeds must hold the same scores, modes and fractions; "
+            "evaluate every seed alike"
+        )
+    rows = []
+    for key in keyed[0]:
+        row: Row = dict(zip(_NAMES, key, strict=True)) | {"seeds": len(keyed)}
+        for name in _VALUES:
+            values = torch.tensor([table[key][name] for table in keyed], dtype=torch.float64)
+            mean, half = float(values.mean()), torch.nan
+            if len(keyed) > 1:
+                half = _t(len(keyed), level) * float(values.std()) / len(keyed) ** 0.5
+            row |= {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+        rows.append(row)
+    return rows
+
+
+def spread_of_one(sd: float | Tensor, count: int, level: float) -> Any:
+    """Half the interval around the mean of ``count`` normal numbers where one more lies.
+
+    Args:
+        sd: standard deviation of the numbers.
+        count: how many, at least 2.
+        level: probability of the interval.
+    """
+    return sd * (1 + 1 / count) ** 0.5 * _t(count, level)
+
+
+def _against(own: Figures, rivals: Figures, level: float) -> Figures:
+    """Columns of K scores, each (K,), from their figures (K,) and those of random choices (S,)."""
+    gained = _gain(own, rivals)
+    found: Figures = {}
+    for name, z in (("fid", "z"), ("precision", "precision_z")):
+        sd, mean = rivals[name].std(), rivals[name].mean()
+        columns = {
+            f"{name}_random": mean,
+            f"{name}_random_sd": sd,
+            f"{name}_chance": spread_of_one(sd, len(rivals[name]), level),
+        }
+        found |= {name: own[name], f"{name}_gain": gained[name], z: gained[name] / sd}
+        found |= {key: value.expand_as(own[name]) for key, value in columns.items()}
+    return found
+
+
+def _gain(own: Figures, rivals: Figures) -> Figures:
+    """Gains of K selections over the mean of the random ones, positive if better, each (K,)."""
+    return {
+        "fid": rivals["fid"].mean() - own["fid"],
+        "precision": own["precision"] - rivals["precision"].mean(),
+    }
+
+
+def _bootstrap(
+    doubts: Tensor,
+    images: Pool,
+    groups: Tensor | None,
+    fraction: float,
+    seed: int,
+    subsets: int,
+    draws: int,
+) -> Figures:
+    """Gains on resampled images, each (draws, K), for doubts (K, N).
+
+    Images are drawn with replacement, within their classes where the selection is. All scores and
+    the random choices select from the same ones, so what these have in common cancels. There are
+    as many random choices as behind the gain itself; a single one would add its own spread.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Tensor]] = {"fid": [], "precision": []}
+    for _ in range(draws):
+        index = _resampled(len(images), groups, generator)
+        lots = torch.rand(subsets, len(images), generator=generator, dtype=torch.float64)
+        rivals = images.figures(index[least_doubtful(lots, fraction, groups)])
+        own = images.figures(index[least_doubtful(doubts[:, index], fraction, groups)])
+        for name, gain in _gain(own, rivals).items():
+            found[name].append(gain)
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def _resampled(count: int, groups: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Images drawn with replacement; the class of every place stays."""
+    if groups is None:
+        return torch.randint(count, (count,), generator=generator)
+    index = torch.empty(count, dtype=torch.long)
+    for group in groups.unique():
+        members = (groups == group).nonzero().flatten()
+        index[members] = members[torch.randint(len(members), members.shape, generator=generator)]
+    return index
+
+
+def _intervals(found: Figures, samples: Figures, level: float) -> Figures:
+    """Ends of the interval of each gain, (K,), from bootstrap samples (draws, K).
+
+    Only the spread of the samples is used, their centre is wrong: images drawn twice raise the
+    FID, and those that a score keeps are few already, so they pay twice and random choices once.
+    Where the FID is mostly that of few images, the spread is too wide, up to 1.4 times.
+    """
+    columns: Figures = {}
+    for name, values in samples.items():
+        gain, half = found[f"{name}_gain"], _t(len(values), level) * values.std(0)
+        columns |= {f"{name}_gain_low": gain - half, f"{name}_gain_high": gain + half}
+    return columns
+
+
+def _doubt(name: str, doubt: Tensor, images: Pool) -> Tensor:
+    doubt = checked_doubt(doubt, f"doubt {name!r}")
+    if len(doubt) != len(images):
+        raise UserError(
+            f"doubt {name!r} has {len(doubt)} numbers for {len(images)} images; "
+            "score every image of the pool"
+        )
+    return doubt.double()[images.order]
+
+
+def _t(count: int, level: float) -> float:
+    """Two-sided quantile of Student's t with ``count - 1`` degrees of freedom."""
+    return float(stdtrit(count - 1, (1 + level) / 2))
