@@ -14,20 +14,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.ablation import ablate, check_ablation
 from bayesdiff.artefacts import key_of, read_json, weights_key, write_json, write_text
-from bayesdiff.build import Run, build, choose_device, is_main_process, plain
+from bayesdiff.build import Run, build, choose_device, plain
 from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.distributed import barrier, rank
+from bayesdiff.filtering import check_filtering, filter_images
+from bayesdiff.laplace.block import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.grid import EvidenceCurve, evidence_curve
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
-from bayesdiff.laplace.record import Curvature
 from bayesdiff.metrics.validation import Validation, reference_at_once
 from bayesdiff.report import table
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
-from bayesdiff.stages import make_images, make_maps, make_validation, score
+from bayesdiff.stages import check_metrics, make_images, make_maps, make_validation, score
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Estimator, Samples
+from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 from bayesdiff.uncertainty.memory import images_at_once
 
@@ -58,6 +60,7 @@ def run(cfg: DictConfig) -> Result:
     weights = fit(this, laplace)
     this.model.to(this.device).eval()
     posterior = laplace.fit(this.model, this.data.data)
+    estimator = with_block(estimator, laplace.block)
     # The same weights make other images where they are told to predict something else.
     sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
     images_key = key_of(*sampled, cfg.metrics.num_images)
@@ -80,10 +83,13 @@ def run(cfg: DictConfig) -> Result:
         metrics = scores_of(this, images, samples, folder, cell_key, images_key)
         if checked is not None:
             metrics |= checked.metrics(cfg.seed)
-        result = Result(folder, metrics | laplace.statistics(), result.settings)
+        metrics |= laplace.statistics() | laplace.block_statistics()
+        result = Result(folder, metrics, result.settings)
         report(this, result, samples, cell_key, checked, evidence_curve(posterior))
     barrier()
-    ablate(this, solver, posterior, key_of(*sampled, settings_of(posterior)))
+    made_from = key_of(*sampled, settings_of(posterior))
+    ablate(this, solver, posterior, made_from)
+    filter_images(this, solver, estimator, posterior, made_from)
     return result
 
 
@@ -91,9 +97,12 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     """Build and check everything, before any work is done; then start the other processes."""
     devices = check_devices(cfg)
     check_settings(**{k: cfg.laplace[k] for k in _POSTERIOR})
+    check_subset(**{k: cfg.laplace[k] for k in ("subset", "structure", "sigma_noise", "probes")})
     seed_of("laplace.seed", cfg.laplace.seed)
     solver: Solver = instantiate(cfg.solver)
     estimator: Estimator = instantiate(cfg.uncertainty)
+    if cfg.laplace.subset == "last_block":
+        check_block_ensemble(estimator, ablation=cfg.get("ablation") is not None)
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
     this = build(cfg)
@@ -110,38 +119,13 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
         reference_at_once(estimator, solver, model, shape)
     check_metrics(cfg.metrics, this)
     check_ablation(this, solver)
-    if laplace.path is not None and laplace.path.is_file():
-        Curvature.load(laplace.path)
+    check_filtering(this, solver)
+    laplace.check_files()
     launch(cfg, devices)
     return this, solver, estimator, laplace
 
 
 _POSTERIOR = ("structure", "sigma_noise", "prior_precision", "n_eff", "rank", "time_bins")
-
-
-def check_metrics(cfg: DictConfig, this: Run) -> None:
-    """Refuse scores that could not be computed once the images are there.
-
-    Raises:
-        UserError: for bad values, data without labels, or Inception weights that are not there.
-    """
-    at_least("metrics.batch_size", cfg.batch_size)
-    seed_of("metrics.seed", cfg.seed)
-    if cfg.features not in ("classifier", "inception"):
-        raise UserError(
-            f"unknown metrics.features {cfg.features!r}; choose classifier or inception"
-        )
-    if at_least("metrics.num_images", cfg.num_images, 0) == 1:
-        raise UserError("metrics.num_images=1 cannot be scored; give 2 or more, or 0 for none")
-    if cfg.num_images and cfg.features == "inception" and is_main_process():
-        from bayesdiff.metrics.features import inception_extractor
-
-        inception_extractor(cfg.weights_path)
-    if cfg.num_images and cfg.features == "classifier" and this.data.data.num_classes < 2:
-        raise UserError(
-            f"data set {this.data.data.name} has no labels for metrics.features=classifier; "
-            "use metrics=inception, or metrics.num_images=0 for no scores"
-        )
 
 
 def check_devices(cfg: DictConfig) -> int:
@@ -208,6 +192,8 @@ def settings(
         "prediction": this.model.prediction,
         "seed": cfg.seed,
         "structure": posterior.structure,
+        **({} if posterior.rank is None else {"rank": posterior.rank}),
+        "subset": cfg.laplace.subset,
         "sigma_noise": posterior.sigma_noise,
         "prior_precision": posterior.prior_precision,
         "n_eff": posterior.n_eff,

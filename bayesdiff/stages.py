@@ -3,13 +3,15 @@
 import logging
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from bayesdiff.artefacts import read_arrays, read_json, write_arrays, write_json
-from bayesdiff.build import Run
+from bayesdiff.build import Run, is_main_process
+from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, gather_rows, rank, world_size
 from bayesdiff.laplace.posterior import HeadPosterior
@@ -25,13 +27,19 @@ from bayesdiff.solvers import Solver, integrate
 from bayesdiff.uncertainty import Estimator, Samples, Starts, starts_of
 from bayesdiff.uncertainty.memory import images_at_once
 
+if TYPE_CHECKING:  # these import torch-fidelity, which costs seconds
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    from bayesdiff.metrics.scores import Reference
+
 log = logging.getLogger(__name__)
 
 
-def starts(run: Run, solver: Solver) -> Starts:
-    """Start of the run's samples by their numbers."""
+def starts(run: Run, solver: Solver, seed: int | None = None) -> Starts:
+    """Start of samples by their numbers; None takes the run's own seed."""
     shape = run.data.data.images.shape[1:]
-    return starts_of(run.model, solver, run.cfg.seed, shape, run.device)
+    seed = run.cfg.seed if seed is None else seed
+    return starts_of(run.model, solver, seed, shape, run.device)
 
 
 @torch.inference_mode()
@@ -61,15 +69,21 @@ def make_images(run: Run, solver: Solver, count: int, path: Path, key: str) -> T
 
 
 def make_maps(
-    run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, path: Path, key: str
+    run: Run,
+    solver: Solver,
+    estimator: Estimator,
+    posterior: HeadPosterior,
+    path: Path,
+    key: str,
+    seed: int | None = None,
 ) -> Samples:
-    """The first images again, each with its uncertainty map."""
+    """The first images of a seed, None being the run's own, each with its uncertainty map."""
     stored = read_arrays(path, key)
     barrier()
     if stored is not None:
         log.info("uncertainty: %d maps made before", len(stored["images"]))
         return _from_arrays(stored)
-    start_of = starts(run, solver)
+    start_of = starts(run, solver, seed)
     ready = estimator.fit(start_of, posterior, run.folder)
     size = images_at_once(ready, solver, run.model, run.data.data.images.shape[1:])
     batches = list(torch.arange(ready.num_images).split(size))
@@ -135,28 +149,38 @@ def _from_arrays(arrays: dict[str, Tensor]) -> Samples:
     return Samples(**values)
 
 
+def check_metrics(cfg: DictConfig, run: Run) -> None:
+    """Refuse scores that could not be computed once the images are there.
+
+    Raises:
+        UserError: for bad values, data without labels, or Inception weights that are not there.
+    """
+    at_least("metrics.batch_size", cfg.batch_size)
+    seed_of("metrics.seed", cfg.seed)
+    if cfg.features not in ("classifier", "inception"):
+        raise UserError(
+            f"unknown metrics.features {cfg.features!r}; choose classifier or inception"
+        )
+    if at_least("metrics.num_images", cfg.num_images, 0) == 1:
+        raise UserError("metrics.num_images=1 cannot be scored; give 2 or more, or 0 for none")
+    if cfg.num_images and cfg.features == "inception" and is_main_process():
+        from bayesdiff.metrics.features import inception_extractor
+
+        inception_extractor(cfg.weights_path)
+    if cfg.num_images and cfg.features == "classifier" and run.data.data.num_classes < 2:
+        raise UserError(
+            f"data set {run.data.data.name} has no labels for metrics.features=classifier; "
+            "use metrics=inception, or metrics.num_images=0 for no scores"
+        )
+
+
 def score(run: Run, images: Tensor) -> dict[str, float]:
     """FID, IS, KID, precision and recall of the images, and of real test images beside them."""
-    from bayesdiff.metrics.features import build_extractor, extract, weights_hash
-    from bayesdiff.metrics.scores import reference_statistics, scores
+    from bayesdiff.metrics.features import extract
+    from bayesdiff.metrics.scores import scores
 
     cfg, data = run.cfg.metrics, run.data.data
-    cache = Path(run.cfg.output_dir) / "cache"
-    extractor = build_extractor(
-        cfg.features,
-        data,
-        cache_dir=cache,
-        seed=cfg.seed,
-        weights_path=cfg.weights_path,
-        device=run.device,
-    )
-    key = f"{data.fingerprint}-{weights_hash(extractor)}"
-    reference = reference_statistics(
-        lambda: extract(extractor, data.images, cfg.batch_size),
-        key=key,
-        cache_dir=cache,
-        seed=cfg.seed,
-    )
+    extractor, reference = judge(run)
     name, seed = cfg.features, cfg.seed
     values = scores(
         extract(extractor, images, cfg.batch_size), reference, seed=seed, extractor=name
@@ -171,3 +195,32 @@ def score(run: Run, images: Tensor) -> dict[str, float]:
     if accuracy is not None:
         values["classifier_test_accuracy"] = float(accuracy)
     return values
+
+
+def judge(run: Run, seed: int | None = None) -> tuple["FeatureExtractorBase", "Reference"]:
+    """The extractor that ``metrics`` names with the statistics of the training images under it.
+
+    Args:
+        run: gives both.
+        seed: of a classifier; None is that of the run's scores.
+    """
+    from bayesdiff.metrics.features import build_extractor, extract, weights_hash
+    from bayesdiff.metrics.scores import reference_statistics
+
+    cfg, data = run.cfg.metrics, run.data.data
+    cache = Path(run.cfg.output_dir) / "cache"
+    extractor = build_extractor(
+        cfg.features,
+        data,
+        cache_dir=cache,
+        seed=cfg.seed if seed is None else seed,
+        weights_path=cfg.weights_path,
+        device=run.device,
+    )
+    reference = reference_statistics(
+        lambda: extract(extractor, data.images, cfg.batch_size),
+        key=f"{data.fingerprint}-{weights_hash(extractor)}",
+        cache_dir=cache,
+        seed=cfg.seed,
+    )
+    return extractor, reference

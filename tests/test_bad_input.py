@@ -30,6 +30,7 @@ from bayesdiff.models import GenerativeModel
 
 DIFFUSION = ("model=diffusion", "solver.num_steps=3")
 PUBLISHED = ("uncertainty=published",)
+LAST_BLOCK = ("laplace.subset=last_block",)
 VALIDATE = ("uncertainty.validate=true", "uncertainty.validate_images=4")
 
 # Overrides, as on the command line, and what the line must contain.
@@ -71,6 +72,35 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     (
         ("laplace=prior_only", "laplace.prior_precision=evidence"),
         ["laplace.structure=prior_only", "no evidence", "number"],
+    ),
+    ("laplace.subset=body", ["laplace.subset", "head, last_block", "'body'"]),
+    ((*LAST_BLOCK, "laplace=diag"), ["laplace.structure=diag", "laplace.subset=head"]),
+    (
+        (*LAST_BLOCK, "laplace.sigma_noise=mle_per_time", "laplace.time_bins=2"),
+        ["mle_per_time", "laplace.subset=last_block", "mle"],
+    ),
+    ((*LAST_BLOCK, "laplace.probes=0"), ["laplace.probes", "all", "got 0"]),
+    ("laplace.probes=few", ["laplace.probes", "all", "'few'"]),
+    (
+        (*LAST_BLOCK, "laplace.num_images=9"),
+        ["laplace.subset=last_block", "10 images", "got 9", "laplace.num_images"],
+    ),
+    *(
+        (
+            (*LAST_BLOCK, f"uncertainty={name}"),
+            [f"uncertainty={name}", "use uncertainty=ensemble", "laplace.subset=head"],
+        )
+        for name in (
+            "linearised refined published total_variance mc_dropout deep_ensemble checkpoints swag"
+        ).split()
+    ),
+    (
+        (*LAST_BLOCK, *VALIDATE),
+        ["uncertainty.validate=true", "laplace.subset=last_block", "uncertainty.validate=false"],
+    ),
+    (
+        (*LAST_BLOCK, "experiment=prior_ablation", "uncertainty=ensemble"),
+        ["an ablation", "ablation=null", "laplace.subset=head"],
     ),
     ("metrics.features=dino", ["unknown metrics.features 'dino'", "classifier or inception"]),
     ("model.prediction=score", ["unknown model.prediction 'score'", "velocity, noise, data, v"]),

@@ -1,7 +1,6 @@
 """The curvature pass against a plain loop in float64, and the callback that runs it."""
 
 import math
-from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -9,16 +8,19 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace import curvature as curvature_module
+from bayesdiff.laplace import record as record_module
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.gram import head_matrix
-from bayesdiff.laplace.record import Curvature
+from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT, VariancePreserving
@@ -377,6 +379,7 @@ def test_the_callback_fits_the_trained_weights_and_logs_what_it_found(tmp_path, 
     )
     assert statistics["laplace/sigma_noise"] == pytest.approx(again.sigma_mle, rel=1e-5)
     assert statistics["laplace/prior_precision"] == 2 and statistics["laplace/n_eff"] == 100
+    assert statistics["laplace/distance_from_optimum"] == callback.posterior.distance > 0
     logger.experiment.flush()
     logged = scalars(logger.log_dir)
     assert logged.keys() >= statistics.keys()
@@ -465,23 +468,41 @@ def test_other_draws_or_images_are_a_new_pass(tmp_path, data, monkeypatch):
     assert len(passes) == 5
 
 
-def test_a_file_of_the_first_version_is_made_again_with_a_word(
-    tmp_path, data, monkeypatch, caplog
+def write_as(version, curvature, path):
+    """The file as that version wrote it: without the sums that came later."""
+    curvature.save(path)
+    later = ["gradient", "bins.gradient"]
+    if version == 1:
+        later += ["squared_gradients", *(f"bins.{name}" for name in TimeBins.__annotations__)]
+    with safe_open(path, framework="pt") as file:
+        metadata, names = file.metadata(), [n for n in file.keys() if n not in later]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in names}
+    metadata["format"] = f"bayesdiff-curvature-{version}"
+    metadata["checksum"] = record_module._checksum(tensors, metadata["record"])
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("time_bins", [1, 2])
+def test_a_file_of_an_older_version_is_made_again_with_a_word(
+    version, time_bins, tmp_path, data, monkeypatch, caplog
 ):
     path = tmp_path / "curvature.safetensors"
     passes = count_passes(monkeypatch)
     model = trainable()
-    first = LastLayerLaplace(path, time_bins=1).fit(model, data.data).curvature
-    monkeypatch.setattr("bayesdiff.laplace.record._FORMAT", "bayesdiff-curvature-1")
-    replace(first, squared_gradients=None).save(path)
-    monkeypatch.undo()
-    passes = count_passes(monkeypatch)
-    assert Curvature.load(path).squared_gradients is None
+    first = LastLayerLaplace(path, time_bins=time_bins).fit(model, data.data).curvature
+    write_as(version, first, path)
+    old = Curvature.load(path)
+    assert old.gradient is None and old.bins is None and torch.equal(old.gram, first.gram)
+    assert (old.squared_gradients is None) == (version == 1)
     with caplog.at_level("INFO", "bayesdiff"):
-        again = LastLayerLaplace(path).fit(model, data.data).curvature
-    assert len(passes) == 1 and "made again" in caplog.text
+        again = LastLayerLaplace(path, time_bins=time_bins).fit(model, data.data).curvature
+    assert len(passes) == 2 and "made again" in caplog.text
     assert again.source == first.source and torch.equal(again.gram, first.gram)
-    assert torch.equal(Curvature.load(path).squared_gradients, first.squared_gradients)
+    kept = Curvature.load(path)
+    assert torch.equal(kept.gradient, first.gradient)
+    assert torch.equal(kept.squared_gradients, first.squared_gradients)
+    assert (kept.bins is None) == (time_bins == 1)
 
 
 def test_a_posterior_that_sees_no_data_has_no_evidence_to_log(data):
@@ -489,6 +510,7 @@ def test_a_posterior_that_sees_no_data_has_no_evidence_to_log(data):
     callback.fit(trainable(), data.data)
     statistics = callback.statistics()
     assert "laplace/log_evidence" not in statistics
+    assert "laplace/distance_from_optimum" not in statistics
     assert "laplace/effective_parameters" in statistics
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.fisher import squared_gradients
+from bayesdiff.laplace.fisher import gradients
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.posterior import Curvature, HeadPosterior
 
@@ -70,7 +70,7 @@ def posterior_of(head, features, target, structure, rank=None):
         mean=head_matrix(head),
         source="test",
         geometry=HeadGeometry.of(head),
-        squared_gradients=squared_gradients(head, features, residual).sum(0),
+        squared_gradients=gradients(head, features, residual).square().sum(0),
     )
     return HeadPosterior.fit(
         curvature, structure=structure, sigma_noise=0.3, prior_precision=2.0, rank=rank

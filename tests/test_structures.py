@@ -11,7 +11,7 @@ from torch import nn
 from bayesdiff.checks import UserError
 from bayesdiff.laplace import curvature as curvature_module
 from bayesdiff.laplace.curvature import fit_curvature
-from bayesdiff.laplace.fisher import squared_gradients, unfolded
+from bayesdiff.laplace.fisher import gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature, TimeBins
@@ -54,6 +54,12 @@ def slow_squares(head, features, residual):
     return total
 
 
+def slow_gradient(head, features, residual):
+    """Gradient of half the squared error of all images."""
+    rows, r = patches(head, features).flatten(0, 1), errors(head, residual).flatten(0, 1)
+    return r.T @ rows
+
+
 def example(k=3, bias=True, channels=2, width=3, images=12, spread=0.2):
     torch.manual_seed(0)
     if k:
@@ -81,6 +87,7 @@ def curvature_of(head, features, residual):
         source="weights-data-pass",
         geometry=HeadGeometry.of(head),
         squared_gradients=slow_squares(head, features, residual),
+        gradient=slow_gradient(head, features, residual),
     )
 
 
@@ -298,7 +305,7 @@ def test_a_refit_of_a_loss_without_a_minimum_is_refused():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("k", [0, 1, 3, 5])
-def test_squared_gradients_are_those_of_autograd(k, bias, monkeypatch):
+def test_gradients_are_those_of_autograd(k, bias, monkeypatch):
     head, features, residual, _ = example(k, bias)
     target = head(features).detach() - residual
     expected = []
@@ -306,15 +313,15 @@ def test_squared_gradients_are_those_of_autograd(k, bias, monkeypatch):
         head.zero_grad()
         (0.5 * (head(x) - y).square().sum()).backward()
         parts = [head.weight.grad.flatten(1)] + ([head.bias.grad[:, None]] if bias else [])
-        expected.append(torch.cat(parts, 1).square())
+        expected.append(torch.cat(parts, 1))
     expected = torch.stack(expected)
-    found = squared_gradients(head, features, residual)
+    found = gradients(head, features, residual)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    single = squared_gradients(head, features.float(), residual.float())
+    single = gradients(head, features.float(), residual.float())
     assert single.dtype == torch.float64
     torch.testing.assert_close(single, expected, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("bayesdiff.laplace.fisher._CHUNK", 1)
-    torch.testing.assert_close(squared_gradients(head, features, residual), found)
+    torch.testing.assert_close(gradients(head, features, residual), found)
 
 
 def test_residuals_of_the_image_go_back_to_the_heads_own_outputs():
@@ -335,7 +342,7 @@ def test_the_empirical_fisher_of_white_residuals():
         curvature_of(head, features[:10], residual[:10]),
         gram=gram(head, features),
         num_images=count,
-        squared_gradients=squared_gradients(head, features, residual).sum(0),
+        squared_gradients=gradients(head, features, residual).square().sum(0),
     )
 
     def ratio(name, sigma):
@@ -359,6 +366,7 @@ def binned(head, features, residual, parts, draws=1):
             residual[part].square().sum(),
             torch.tensor(float(residual[part].numel())).double(),
             slow_squares(head, features[part], residual[part]),
+            slow_gradient(head, features[part], residual[part]),
         )
         for part in parts
     ]
@@ -392,6 +400,68 @@ def test_noise_per_time_weights_the_gram_matrix_by_its_own_precision():
     assert again.settings == posterior.settings
     assert again.curvature.source == posterior.curvature.source != curvature.source
     torch.testing.assert_close(again.precision, expected, rtol=1e-10, atol=1e-8)
+
+
+@torch.no_grad()
+def least_squares(head, features, residual, noise, tau, count=1.0):
+    """Regularised optimum ``(C, P)`` by QR; pixels with noise levels of their own."""
+    phi, r = patches(head, features).flatten(0, 1), errors(head, residual).flatten(0, 1)
+    target = phi @ head_matrix(head).T - r
+    scale = math.sqrt(count) / noise
+    rows = torch.cat([scale * phi, math.sqrt(tau) * torch.eye(phi.shape[1]).double()])
+    right = torch.cat([scale * target, torch.zeros(phi.shape[1], target.shape[1]).double()])
+    return torch.linalg.lstsq(rows, right).solution.T
+
+
+@pytest.mark.parametrize("structure", ["full", "hessian_free"])
+@pytest.mark.parametrize(("k", "bias"), [(3, True), (3, False), (1, True), (0, True)])
+def test_the_optimum_is_that_of_regularised_least_squares(k, bias, structure):
+    head, features, residual, curvature = example(k, bias)
+    posterior = fit(curvature, structure, n_eff=30)
+    sigma = torch.full((1, 1), SIGMA, dtype=torch.float64)
+    expected = least_squares(head, features, residual, sigma, TAU, 30 / 12)
+    torch.testing.assert_close(posterior.optimum, expected, rtol=1e-9, atol=1e-11)
+    step = (expected - curvature.mean)[:, None]
+    distance = (step @ posterior.precision @ step.mT).sum() / step.numel()
+    assert posterior.distance == pytest.approx(math.sqrt(float(distance)), rel=1e-9)
+
+
+def test_a_posterior_draw_lies_at_distance_one_from_the_optimum():
+    """Weights that are a draw, with the residuals they give: on average 1."""
+    head, features, residual, curvature = example()
+    posterior = fit(curvature, "full")
+    squares = []
+    for draw in posterior.draw(100, torch.Generator().manual_seed(0)) - curvature.mean:
+        moved = posterior.optimum + draw
+        slope = curvature.gradient + (moved - curvature.mean) @ curvature.gram
+        squares.append(fit(replace(curvature, mean=moved, gradient=slope), "full").distance ** 2)
+    # The sd of a mean of 100 chi squares over their 56 degrees of freedom is 0.019.
+    assert sum(squares) / 100 == pytest.approx(1, abs=0.06)
+
+
+def test_the_optimum_weights_every_time_by_its_own_noise():
+    head, features, residual, _ = example()
+    residual[:4] *= 5
+    parts = [slice(0, 4), slice(4, 7), slice(7, 12)]
+    curvature = binned(head, features, residual, parts)
+    noise = torch.cat(
+        [residual[p].square().mean().sqrt().expand(len(residual[p]) * 20) for p in parts]
+    )
+    timed = fit(curvature, "full", sigma_noise="mle_per_time")
+    expected = least_squares(head, features, residual, noise[:, None], TAU)
+    torch.testing.assert_close(timed.optimum, expected, rtol=1e-9, atol=1e-11)
+    plain = fit(curvature, "full", sigma_noise="mle")
+    assert float((plain.optimum - expected).abs().max()) > 1e-3
+
+
+def test_other_matrices_or_no_gradient_have_no_optimum():
+    _, _, _, curvature = example()
+    for structure in STRUCTURES:
+        known = structure in ("full", "hessian_free")
+        posterior = fit(curvature, structure)
+        assert (posterior.optimum is not None) == (posterior.distance is not None) == known
+    without = fit(replace(curvature, gradient=None), "full")
+    assert without.optimum is None and without.distance is None
 
 
 def test_equal_noise_at_all_times_is_plain_mle():
@@ -460,8 +530,10 @@ def test_the_pass_sums_gradients_and_intervals_of_time():
         rows = patches(head, features[chosen]).flatten(0, 1)
         error = residual[chosen].square().sum()
         squares = slow_squares(head, features[chosen], residual[chosen])
-        total.append((rows.T @ rows / 2, error / 2, residual[chosen].numel() / 2, squares / 2))
-    for number, (matrix, error, outputs, squares) in enumerate(total):
+        slope = slow_gradient(head, features[chosen], residual[chosen])
+        sums = rows.T @ rows, error, residual[chosen].numel(), squares, slope
+        total.append([value / 2 for value in sums])
+    for number, (matrix, error, outputs, squares, slope) in enumerate(total):
         bins = found.bins
         torch.testing.assert_close(bins.gram[number], matrix.detach(), rtol=1e-9, atol=1e-9)
         assert float(bins.squared_error[number]) == pytest.approx(float(error), rel=1e-3)
@@ -469,12 +541,16 @@ def test_the_pass_sums_gradients_and_intervals_of_time():
         torch.testing.assert_close(
             bins.squared_gradients[number], squares, rtol=1e-2, atol=1e-3 * float(squares.max())
         )
+        near = 1e-3 * float(slope.abs().max())
+        torch.testing.assert_close(bins.gradient[number], slope, rtol=1e-2, atol=near)
     plain = fit_curvature(model, images, None, source="a", batch_size=8, draws=2)
     assert plain.bins is None and float(found.bins.num_outputs.sum()) == found.num_outputs
     torch.testing.assert_close(found.gram, plain.gram, rtol=1e-12, atol=1e-10)
     torch.testing.assert_close(found.squared_gradients, plain.squared_gradients)
+    torch.testing.assert_close(found.gradient, plain.gradient)
+    torch.testing.assert_close(found.gradient, found.bins.gradient.sum(0))
     assert found.squared_error == pytest.approx(plain.squared_error, rel=1e-12)
-    summed = sum(squares for *_, squares in total)
+    summed = sum(squares for *_, squares, _ in total)
     scale = float(summed.max())
     torch.testing.assert_close(plain.squared_gradients, summed, rtol=1e-3, atol=1e-4 * scale)
 
@@ -490,7 +566,9 @@ def test_processes_add_up_to_the_same_gradients_and_intervals(monkeypatch):
         parts.append(fit_curvature(model, images, None, **options))
     summed = sum(part.squared_gradients for part in parts)
     torch.testing.assert_close(summed, alone.squared_gradients, rtol=1e-12, atol=1e-12)
-    for name in ("gram", "squared_error", "num_outputs", "squared_gradients"):
+    summed = sum(part.gradient for part in parts)
+    torch.testing.assert_close(summed, alone.gradient, rtol=1e-12, atol=1e-12)
+    for name in vars(alone.bins):
         ours = sum(getattr(part.bins, name) for part in parts)
         torch.testing.assert_close(ours, getattr(alone.bins, name), rtol=1e-12, atol=1e-10)
 
@@ -502,6 +580,7 @@ def test_gradients_and_intervals_are_kept_in_the_file(tmp_path):
     curvature.save(path)
     back = Curvature.load(path)
     assert torch.equal(back.squared_gradients, curvature.squared_gradients)
+    assert torch.equal(back.gradient, curvature.gradient)
     for name, value in vars(curvature.bins).items():
         assert torch.equal(getattr(back.bins, name), value)
     replace(curvature, bins=None).save(path)
@@ -547,8 +626,11 @@ def test_curvatures_that_cannot_serve_are_refused_in_one_line():
         HeadPosterior.fit(replace(curvature, squared_error=0.0))
     with pytest.raises(UserError, match="squared gradients, got"):
         replace(curvature, squared_gradients=torch.ones(2, 3))
-    with pytest.raises(UserError, match="not finite"):
-        replace(curvature, squared_gradients=curvature.squared_gradients * math.nan)
+    with pytest.raises(UserError, match="as many gradients, got"):
+        replace(curvature, gradient=torch.ones(3, 28))
+    for name in ("squared_gradients", "gradient"):
+        with pytest.raises(UserError, match="not finite"):
+            replace(curvature, **{name: getattr(curvature, name) * math.nan})
 
 
 @every

@@ -10,6 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from bayesdiff.artefacts import key_of, weights_key
 from bayesdiff.checks import UserError
 from bayesdiff.distributed import barrier, rank
+from bayesdiff.laplace.block import check_block, check_subset, factors_of
+from bayesdiff.laplace.block_posterior import BlockPosterior
+from bayesdiff.laplace.block_record import BlockFactors
 from bayesdiff.laplace.curvature import check_pass, fit_curvature
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
@@ -38,6 +41,10 @@ class LastLayerLaplace(Callback):
         prior_precision: number or ``evidence``.
         n_eff: images the likelihood counts; None for those of the pass.
         rank: of ``structure="subspace"``.
+        subset: ``head``, or ``last_block`` for a posterior of the network's last block beside it,
+            in ``block``; its factors are kept next to the curvature, as ``block.safetensors``.
+            Whatever is fitted, such as the evidence, is fitted to the head.
+        probes: of ``fit_block``.
         curvature: options of ``fit_curvature``.
     """
 
@@ -49,9 +56,12 @@ class LastLayerLaplace(Callback):
         prior_precision: float | str = 1.0,
         n_eff: float | None = None,
         rank: int | None = None,
+        subset: str = "head",
+        probes: int | str = 4,
         **curvature: Any,
     ) -> None:
         self.path = path
+        self.subset, self.probes = subset, probes
         self.settings: dict[str, Any] = {
             "structure": structure,
             "sigma_noise": sigma_noise,
@@ -60,8 +70,10 @@ class LastLayerLaplace(Callback):
             "rank": rank,
         }
         check_settings(**self.settings, time_bins=curvature.get("time_bins", 1))
+        check_subset(subset, structure, sigma_noise, probes)
         self.pass_options = curvature
         self.posterior: HeadPosterior | None = None
+        self.block: BlockPosterior | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse before training what would fail after it.
@@ -90,6 +102,21 @@ class LastLayerLaplace(Callback):
         check_pass(available=images, **options)
         count = options["num_images"] or images
         check_structure(self.settings["structure"], self.settings["rank"], size, count)
+        if self.subset == "last_block":
+            check_block(model.net, count)
+
+    @property
+    def block_path(self) -> Path | None:
+        """Where the factors of the last block are kept."""
+        return None if self.path is None else self.path.with_name("block.safetensors")
+
+    def check_files(self) -> None:
+        """Refuse kept files that cannot be read, before there is any work they could waste."""
+        if self.path is not None and self.path.is_file():
+            Curvature.load(self.path)
+        path = self.block_path if self.subset == "last_block" else None
+        if path is not None and path.is_file():
+            BlockFactors.load(path)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit the posterior of the trained weights."""
@@ -98,13 +125,15 @@ class LastLayerLaplace(Callback):
         data = trainer.datamodule.data  # type: ignore[attr-defined]
         self.fit(pl_module, data)
         for logger in trainer.loggers:
-            logger.log_metrics(self.statistics(), step=trainer.global_step)
+            found = self.statistics() | self.block_statistics()
+            logger.log_metrics(found, step=trainer.global_step)
 
     def fit(self, model: Any, data: Any) -> HeadPosterior:
         """Posterior for the model's present weights; a kept curvature of the same is reused."""
         # Sums that are not kept apart are the same: one bin is no option of the pass.
         options = {k: v for k, v in self.pass_options.items() if (k, v) != ("time_bins", 1)}
-        source = "-".join([weights_key(model), data.fingerprint, key_of(options)])
+        made_from = f"{weights_key(model)}-{data.fingerprint}"
+        source = f"{made_from}-{key_of(options)}"
         curvature = self._stored(source)
         if curvature is None:
             curvature = fit_curvature(
@@ -114,7 +143,22 @@ class LastLayerLaplace(Callback):
                 curvature.save(self.path)
             barrier()
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
+        if self.subset == "last_block":
+            options = {k: v for k, v in self.pass_options.items() if k != "time_bins"}
+            options["probes"] = self.probes
+            source = f"{made_from}-{key_of(options)}"
+            factors = factors_of(model, data, self.block_path, source, **options)
+            self.block = BlockPosterior.beside(self.posterior, factors)
         return self.posterior
+
+    def block_statistics(self) -> dict[str, float]:
+        """How much the data say of the last block, as flat scalars; none without one."""
+        if self.block is None:
+            return {}
+        return {
+            "laplace/block_effective_parameters": self.block.effective_parameters,
+            "laplace/block_parameters": self.block.num_parameters,
+        }
 
     def statistics(self) -> dict[str, float]:
         """What the fit found, as flat scalars for a logger."""
@@ -122,6 +166,7 @@ class LastLayerLaplace(Callback):
             return {}
         low, high = self.posterior.eigenvalue_range
         evidence = self.posterior.log_evidence() if self.posterior.has_evidence else None
+        distance = self.posterior.distance
         return {
             "laplace/eigenvalue_min": low,
             "laplace/eigenvalue_max": high,
@@ -131,6 +176,7 @@ class LastLayerLaplace(Callback):
             "laplace/sigma_noise": self.posterior.sigma_noise,
             "laplace/prior_precision": self.posterior.prior_precision,
             "laplace/n_eff": self.posterior.n_eff,
+            **({} if distance is None else {"laplace/distance_from_optimum": distance}),
         }
 
     def _stored(self, source: str) -> Curvature | None:
@@ -139,8 +185,8 @@ class LastLayerLaplace(Callback):
         curvature = Curvature.load(self.path)
         if curvature.source.rpartition("-")[0] != source.rpartition("-")[0]:
             curvature.require_source(source)
-        if curvature.source == source and curvature.squared_gradients is None:
-            log.info("%s is of an older version without gradients and is made again", self.path)
+        if curvature.source == source and curvature.gradient is None:
+            log.info("%s is of an older version and is made again", self.path)
             return None
         # The same weights and data, but another number of draws or images: made anew.
         return curvature if curvature.source == source else None

@@ -1,12 +1,15 @@
 """One pass over the data: the Gram matrix of the head's features, residuals and gradients."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.module import to_model_range
 from bayesdiff.distributed import rank, total, world_size
-from bayesdiff.laplace.fisher import squared_gradients, unfolded
+from bayesdiff.laplace.fisher import gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.models import GenerativeModel
@@ -28,7 +31,7 @@ def fit_curvature(
 ) -> Curvature:
     """Sum phi phi^T over images, pixels and (t, noise) draws, and divide by the draws.
 
-    Squared residuals and squared gradients of every image are summed beside it.
+    Squared residuals, gradients of every image and their squares are summed beside it.
 
     t is uniform, since a sampler visits all times alike. Draws depend on (seed, batch) only and
     whole batches are dealt to processes, so any number of processes gives the same sums.
@@ -46,23 +49,14 @@ def fit_curvature(
     """
     check_pass(draws, num_images, batch_size, len(images), time_bins)
     head, net = model.net.head, model.net
-    device = next(model.parameters()).device
     count = num_images or len(images)
-    order = torch.randperm(len(images), generator=_generator(seed, 0))[:count]
-    sums = _Sums(head, time_bins, device)
+    sums = _Sums(head, time_bins, next(model.parameters()).device)
     training = model.training
     model.eval()
-    batches = list(enumerate(order.split(batch_size), start=1))
-    for number, chosen in track(batches[rank() :: world_size()], "curvature"):
-        x_1 = to_model_range(images[chosen]).to(device)
-        y = None if labels is None or not model.num_classes else labels[chosen].to(device)
-        for draw in range(draws):
-            x_0, t = _noise_and_times(x_1, _generator(seed, number * draws + draw))
-            x_t, target = model.corrupt(x_1, x_0, t * model.path.last_time)
-            features = net.features(x_t, t * model.path.last_time, y)
-            output = head(features)
-            residual = net.fold(output) - target
-            sums.add(t, features, residual, unfolded(net, output, residual))
+    for seen in batches(model, images, labels, draws, count, batch_size, seed):
+        output = head(seen.features)
+        residual = net.fold(output) - seen.target
+        sums.add(seen.t, seen.features, residual, unfolded(net, output, residual))
     model.train(training)
     bins = sums.over_processes(draws)
     return Curvature(
@@ -75,8 +69,59 @@ def fit_curvature(
         source=source,
         geometry=sums.geometry,
         squared_gradients=bins.squared_gradients.sum(0),
+        gradient=bins.gradient.sum(0),
         bins=bins if time_bins > 1 else None,
     )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the head sees of one batch, and what the network should say.
+
+    Attributes:
+        t: ``(B,)`` in [0, 1).
+        features: ``(B, D, h, w)``, or ``(B, ..., D)`` for a linear head.
+        target: ``(B, C, H, W)``, of the folded output.
+    """
+
+    t: Tensor
+    features: Tensor
+    target: Tensor
+
+
+def batches(
+    model: GenerativeModel,
+    images: Tensor,
+    labels: Tensor | None,
+    draws: int = 1,
+    num_images: int | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Iterator[Batch]:
+    """This process's share of the batches of the pass, each as often as there are draws.
+
+    Args:
+        model: in evaluation mode; the rest as for ``fit_curvature``.
+        images: the same.
+        labels: the same.
+        draws: the same.
+        num_images: the same.
+        batch_size: the same.
+        seed: the same.
+
+    Yields:
+        The same batches in the same order whenever the arguments are the same.
+    """
+    net, device = model.net, next(model.parameters()).device
+    order = torch.randperm(len(images), generator=_generator(seed, 0))[:num_images]
+    numbered = list(enumerate(order.split(batch_size), start=1))
+    for number, chosen in track(numbered[rank() :: world_size()], "curvature"):
+        x_1 = to_model_range(images[chosen]).to(device)
+        y = None if labels is None or not model.num_classes else labels[chosen].to(device)
+        for draw in range(draws):
+            x_0, t = _noise_and_times(x_1, _generator(seed, number * draws + draw))
+            x_t, target = model.corrupt(x_1, x_0, t * model.path.last_time)
+            yield Batch(t, net.features(x_t, t * model.path.last_time, y), target)
 
 
 class _Sums:
@@ -89,7 +134,8 @@ class _Sums:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(bins, *shape, dtype=torch.float64, device=device)
 
-        self.gram, self.squares = zeros(size, size), zeros(channels, size)
+        self.gram = zeros(size, size)
+        self.squares, self.gradient = zeros(channels, size), zeros(channels, size)
         self.error, self.outputs = zeros(), zeros()
 
     def add(self, t: Tensor, features: Tensor, residual: Tensor, of_head: Tensor) -> None:
@@ -102,12 +148,13 @@ class _Sums:
         errors = residual.flatten(1).double().square()
         self.error.index_add_(0, where, errors.sum(1))
         self.outputs.index_add_(0, where, errors.new_full((len(errors),), errors.shape[1]))
-        squares = squared_gradients(self.head, features, of_head)
-        self.squares.index_add_(0, where, squares)
+        slopes = gradients(self.head, features, of_head)
+        self.squares.index_add_(0, where, slopes.square())
+        self.gradient.index_add_(0, where, slopes)
 
     def over_processes(self, draws: int) -> TimeBins:
         """The sums of all processes, divided by the draws."""
-        sums = self.gram, self.error, self.outputs, self.squares
+        sums = self.gram, self.error, self.outputs, self.squares, self.gradient
         return TimeBins(*[(total(value) / draws).cpu() for value in sums])
 
 

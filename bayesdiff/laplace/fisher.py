@@ -1,4 +1,4 @@
-"""Squared gradients of each image's loss: what an empirical Fisher is made of.
+"""Gradients of each image's loss: their squares make an empirical Fisher, their sum an optimum.
 
 The gradient of half an image's squared error in the head's weights is ``sum r phi`` over its
 pixels, r the residual: one small product per image, since the unfolded residuals are few.
@@ -17,8 +17,8 @@ _CHUNK = 4_000_000
 
 
 @torch.no_grad()
-def squared_gradients(head: nn.Module, features: Tensor, residual: Tensor) -> Tensor:
-    """``(sum_p r_p phi_p)^2`` of every image, float64 ``(B, C_out, P)``.
+def gradients(head: nn.Module, features: Tensor, residual: Tensor) -> Tensor:
+    """Gradient of half of each image's squared error, ``sum r phi``, float64 ``(B, C_out, P)``.
 
     Float32 features on a CPU are multiplied in float32, everything else in float64.
 
@@ -35,7 +35,7 @@ def squared_gradients(head: nn.Module, features: Tensor, residual: Tensor) -> Te
     chunks = zip(features.split(images), residual.split(images), strict=True)
     with full_precision(features):
         parts = [_gradients(geometry, f.to(wide), r.to(wide)) for f, r in chunks]
-    return torch.cat(parts).double().square()
+    return torch.cat(parts).double()
 
 
 def _gradients(geometry: HeadGeometry, features: Tensor, residual: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from bayesdiff.checks import UserError, positive
+from bayesdiff.laplace.evidence import best_prior, log_evidence
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.structures import (
     FITTED,
@@ -88,7 +88,8 @@ class HeadPosterior:
         images = float(curvature.num_images if n_eff is None else n_eff)
         posterior = cls(curvature, structure, noise, prior, images, rank)
         if prior_precision == "evidence":
-            posterior = replace(posterior, prior_precision=posterior._evidence_prior())
+            tau = best_prior(curvature.mean, posterior._all_eigenvalues)
+            posterior = replace(posterior, prior_precision=tau)
         posterior._check_precision()
         return posterior
 
@@ -163,12 +164,13 @@ class HeadPosterior:
         The mean over channels where they differ. For ``prior_only``, which sees nothing of the
         data but its size, the number says how far that size outweighs tau.
         """
-        shares = self.eigenvalues / (self.eigenvalues + self.prior_precision)
-        return self._over_channels(shares) / len(self.curvature.mean)
+        values = self._all_eigenvalues
+        return float((values / (values + self.prior_precision)).sum()) / len(values)
 
-    def _over_channels(self, values: Tensor) -> float:
-        """Sum over all channels of what is ``(P,)`` for each or ``(C_out, P)`` for all."""
-        return float(values.expand(self.curvature.mean.shape).sum())
+    @property
+    def _all_eigenvalues(self) -> Tensor:
+        """Those of every channel, ``(C_out, P)``."""
+        return self.eigenvalues.expand(self.curvature.mean.shape)
 
     @property
     def is_diagonal(self) -> bool:
@@ -219,39 +221,32 @@ class HeadPosterior:
                 f"laplace.structure={self.structure} has no evidence, since it does not see the"
                 " data; use another one"
             )
-        curvature, tau = self.curvature, self.prior_precision
-        weight = self.n_eff / curvature.num_images
-        log_likelihood = -0.5 * curvature.squared_error / self.sigma_noise**2
-        log_likelihood -= curvature.num_outputs * math.log(self.sigma_noise * math.sqrt(math.tau))
-        # log det of posterior over prior precision, for all channels
-        log_ratio = self._over_channels(torch.log1p(self.eigenvalues / tau))
-        scatter = tau * float(curvature.mean.square().sum())
-        return weight * log_likelihood - 0.5 * (log_ratio + scatter)
+        given = self.sigma_noise, self.prior_precision, self.n_eff
+        return log_evidence(self.curvature, self._all_eigenvalues, *given)
 
-    def _evidence_prior(self) -> float:
-        """The tau that maximises the evidence: tau |m|^2 = sum a / (a + tau) over channels.
+    @cached_property
+    def optimum(self) -> Tensor | None:
+        """Weights ``(C_out, P)`` that minimise ``w |r|^2 / (2 sigma^2) + tau |m|^2 / 2``.
 
-        The left side rises and the right side falls in tau, so the root is the only one (Bishop,
-        eq. 3.92).
-
-        Raises:
-            UserError: if the evidence has no maximum at a finite tau above zero.
+        One Newton step from the mean, where training ended; exact, as the loss is quadratic. None
+        for a matrix other than that of ``full``, or without the gradient.
         """
-        squares, values = float(self.curvature.mean.square().sum()), self.eigenvalues
-        if squares <= 0 or float(values.max()) <= 0:
-            raise UserError(
-                "prior_precision=evidence needs non-zero head weights and features; give a number"
-            )
+        gradient, mean = self.curvature.gradient, self.curvature.mean
+        if gradient is None or self._structure.spectrum is not structure_of("full").spectrum:
+            return None
+        slope = self._likelihood_weight * gradient + self.prior_precision * mean
+        return mean - slope @ self.covariance
 
-        def slope(log_tau: float) -> float:
-            tau = math.exp(log_tau)
-            return tau * squares - self._over_channels(values / (values + tau))
+    @property
+    def distance(self) -> float | None:
+        """Mahalanobis distance of mean and optimum, root mean square over all weights.
 
-        high = math.log(self.curvature.mean.numel() / squares)
-        low = high - 1
-        while slope(low) > 0:
-            low -= 10
-        return math.exp(brentq(slope, low, high + 1e-9, xtol=1e-13, rtol=1e-13))
+        A draw lies 1 from the mean. None where the optimum is.
+        """
+        if self.optimum is None:
+            return None
+        step = self.optimum - self.curvature.mean
+        return math.sqrt(float((step @ self.precision * step).mean()))
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Weights ``(n, C_out, P)`` float64 from the posterior, on the generator's device."""
@@ -292,18 +287,14 @@ class HeadPosterior:
             features = features.float()
         key = (features.dtype, features.device)
         if self.is_diagonal:
-            if key not in self._scales:
-                self._scales[key] = self._variances.to(features)
-            return diagonal_variance(features, self._scales[key], geometry, ones)
-        if key not in self._factors:
-            self._factors[key] = TriangularFactor.of(self.precision, geometry, features)
-        return self._factors[key].variance(features, ones)
+            if key not in self._kept:
+                self._kept[key] = self._variances.to(features)
+            return diagonal_variance(features, self._kept[key], geometry, ones)
+        if key not in self._kept:
+            self._kept[key] = TriangularFactor.of(self.precision, geometry, features)
+        return self._kept[key].variance(features, ones)
 
     # What predictive_variance keeps per dtype and device; the posterior itself never changes.
     @cached_property
-    def _factors(self) -> dict[tuple[torch.dtype, torch.device], TriangularFactor]:
-        return {}
-
-    @cached_property
-    def _scales(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+    def _kept(self) -> dict[tuple[torch.dtype, torch.device], Any]:
         return {}

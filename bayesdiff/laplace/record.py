@@ -16,9 +16,9 @@ from bayesdiff.artefacts import write_atomic
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.head import HeadGeometry
 
-_FORMAT = "bayesdiff-curvature-2"
-# Without squared gradients and time bins; all else is the same.
-_OLD_FORMAT = "bayesdiff-curvature-1"
+_FORMAT = "bayesdiff-curvature-3"
+# Without sums that came later; read to be recognised, not to be used.
+_OLDER = ("bayesdiff-curvature-1", "bayesdiff-curvature-2")
 _BINS = "bins."
 
 
@@ -31,12 +31,14 @@ class TimeBins:
         squared_error: ``(B,)`` float64.
         num_outputs: ``(B,)`` float64, residuals per draw.
         squared_gradients: ``(B, C_out, P)`` float64.
+        gradient: ``(B, C_out, P)`` float64.
     """
 
     gram: Tensor
     squared_error: Tensor
     num_outputs: Tensor
     squared_gradients: Tensor
+    gradient: Tensor
 
     @property
     def sigma_mle(self) -> Tensor:
@@ -59,6 +61,8 @@ class Curvature:
         geometry: how the head reads its features.
         squared_gradients: ``(C_out, P)`` float64, the sum over images of the squared gradient of
             half an image's squared error, divided by ``draws``; None where it was not computed.
+        gradient: ``(C_out, P)`` float64, the gradient of half the squared error at the mean,
+            divided by ``draws``; None where it was not computed.
         bins: the same sums apart for intervals of t, None where they were not asked for.
     """
 
@@ -71,6 +75,7 @@ class Curvature:
     source: str
     geometry: HeadGeometry
     squared_gradients: Tensor | None = None
+    gradient: Tensor | None = None
     bins: TimeBins | None = None
 
     def __post_init__(self) -> None:
@@ -80,17 +85,18 @@ class Curvature:
                 f"a curvature of {channels} outputs needs a {size} x {size} Gram matrix and"
                 f" {size} weights each, got {tuple(self.gram.shape)} and {width}"
             )
-        squares = self.squared_gradients
-        held = [self.gram, self.mean] if squares is None else [self.gram, self.mean, squares]
-        if not all(bool(tensor.isfinite().all()) for tensor in held):
+        given = ("squared gradients", self.squared_gradients), ("gradients", self.gradient)
+        sums = {name: value for name, value in given if value is not None}
+        if not all(bool(t.isfinite().all()) for t in (self.gram, self.mean, *sums.values())):
             raise UserError(
                 "the features or the head hold values that are not finite; train again"
             )
-        if squares is not None and squares.shape != self.mean.shape:
-            raise UserError(
-                f"a curvature of {channels} outputs with {size} weights each needs as many"
-                f" squared gradients, got {tuple(squares.shape)}"
-            )
+        for name, value in sums.items():
+            if value.shape != self.mean.shape:
+                raise UserError(
+                    f"a curvature of {channels} outputs with {size} weights each needs as many"
+                    f" {name}, got {tuple(value.shape)}"
+                )
 
     @property
     def sigma_mle(self) -> float:
@@ -137,6 +143,7 @@ class Curvature:
             squared_gradients=torch.einsum(
                 "b,bcp->cp", weights.square(), self.bins.squared_gradients[seen]
             ),
+            gradient=torch.einsum("b,bcp->cp", weights, self.bins.gradient[seen]),
             source=self.source.removesuffix("-per_time") + "-per_time",
         )
 
@@ -155,8 +162,9 @@ class Curvature:
     def save(self, path: str | Path) -> None:
         """Write the record as safetensors; a crash leaves the old file or none, never half."""
         tensors = {"gram": self.gram, "mean": self.mean}
-        if self.squared_gradients is not None:
-            tensors["squared_gradients"] = self.squared_gradients
+        for name in ("squared_gradients", "gradient"):
+            if (value := getattr(self, name)) is not None:
+                tensors[name] = value
         if self.bins is not None:
             tensors |= {_BINS + name: value for name, value in vars(self.bins).items()}
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
@@ -177,7 +185,7 @@ class Curvature:
     def load(cls, path: str | Path) -> "Curvature":
         """Read what ``save`` wrote; nothing in the file is ever run.
 
-        A file of the first format is read too, and has no squared gradients.
+        A file of an older version is read too, without its bins and with no ``gradient``.
 
         Raises:
             UserError: if the file is missing, truncated, changed, or something else.
@@ -188,7 +196,7 @@ class Curvature:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") not in (_FORMAT, _OLD_FORMAT):
+                if metadata.get("format") not in (_FORMAT, *_OLDER):
                     found = metadata.get("format", "no format")
                     raise UserError(f"{path} is not a {_FORMAT} file (has {found}); {cure}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -197,7 +205,7 @@ class Curvature:
             record = json.loads(metadata["record"])
             geometry = HeadGeometry(**record.pop("geometry"))
             sums = {k.removeprefix(_BINS): tensors.pop(k) for k in list(tensors) if _BINS in k}
-            bins = TimeBins(**sums) if sums else None
+            bins = TimeBins(**sums) if sums and metadata["format"] == _FORMAT else None
             return cls(**tensors, **record, geometry=geometry, bins=bins)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             reason = str(error).splitlines()[0]

@@ -6,7 +6,12 @@ from torch import Tensor, nn
 
 
 class Network(Protocol):
-    """forward = fold(head(features(x, t, y))); the head is what becomes Bayesian."""
+    """forward = fold(head(features(x, t, y))); the head is what becomes Bayesian.
+
+    A network may have a property ``last_block`` as well: the module, part of ``features``, whose
+    linear and convolution layers become Bayesian with the head under
+    ``laplace.subset=last_block``.
+    """
 
     head: nn.Module
 

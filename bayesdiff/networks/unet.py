@@ -168,6 +168,11 @@ class UNet(nn.Module):
             hidden = layer(hidden, embedding)
         return F.silu(self.norm(hidden))
 
+    @property
+    def last_block(self) -> nn.Module:
+        """The residual block before the head, at the highest resolution."""
+        return self.up[-1]
+
     def fold(self, output: Tensor) -> Tensor:
         """Head channels back to pixels, ``(B, C patch^2, h, w) -> (B, C, H, W)``."""
         return F.pixel_shuffle(output, self.patch)

@@ -8,6 +8,7 @@ with. Maps are kept under outputs/structures: an interrupted study goes on where
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from bayesdiff.uncertainty import (
     Swag,
     starts_of,
 )
+from bayesdiff.uncertainty.block_ensemble import BlockEnsemble
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -69,6 +71,11 @@ POSTERIORS: dict[str, dict[str, Any]] = {
     "hessian_free": {"structure": "hessian_free"},
     "subspace": {"structure": "subspace", "rank": RANK},
 }
+# Wider than the head; here the prior matters.
+BLOCKS: dict[str, dict[str, float]] = {
+    "last_block": {},
+    "last_block_tau_100": {"prior_precision": 100.0},
+}
 RIVALS: dict[str, Estimator] = {
     "mc_dropout": MCDropout(members=MEMBERS, seed=1),
     "mc_dropout_fresh": MCDropout(members=MEMBERS, seed=1, mask="fresh"),
@@ -81,11 +88,13 @@ class Bench:
     """One network under test, with its posterior."""
 
     def __init__(self, seed: int) -> None:
-        more = ["callbacks=snapshots", "callbacks.snapshots.every=4"]
+        more = ["callbacks=snapshots", "callbacks.snapshots.every=4", "laplace.subset=last_block"]
         self.seed = seed
         place = f"run_dir={STORE}/seed-{seed}"
         self.run, self.solver, laplace = trained(f"seed={seed}", place, *more)
         self.posterior = laplace.fit(self.run.model, self.run.data.data)
+        assert laplace.block is not None
+        self.block = laplace.block
 
     def maps(self, name: str, estimator: Estimator, posterior: HeadPosterior) -> Tensor:
         """Variance ``(IMAGES, C, H, W)`` under an estimator that is still to be fitted."""
@@ -95,6 +104,14 @@ class Bench:
             made_from,
             posterior,
             lambda: estimator.fit(self.starts, posterior, self.run.folder),
+        )
+
+    def of_block(self, name: str, **settings: float) -> Tensor:
+        """Variance ``(IMAGES, C, H, W)`` under the posterior of head and last block."""
+        block, head = replace(self.block, **settings), replace(self.posterior, **settings)
+        ensemble = BlockEnsemble(members=MEMBERS, seed=1, block=block)
+        return self._kept(
+            name, key_of(block.settings), head, lambda: ensemble.fit(self.starts, head)
         )
 
     def deep(self, networks: tuple[GenerativeModel, ...], name: str = "deep_ensemble") -> Tensor:
@@ -169,6 +186,8 @@ def under_test(bench: Bench) -> dict[str, Callable[[], Tensor]]:
     for name, settings in POSTERIORS.items():
         one = HeadPosterior.fit(posterior.curvature, **settings)
         made[name] = lambda name=name, one=one: bench.maps(name, ensemble, one)
+    for name, block in BLOCKS.items():
+        made[name] = lambda name=name, block=block: bench.of_block(name, **block)
     for name, rival in RIVALS.items():
         made[name] = lambda name=name, rival=rival: bench.maps(name, rival, posterior)
     return made

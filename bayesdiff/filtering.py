@@ -1,0 +1,278 @@
+"""Does a score find the bad images? One pool per seed, every score, the kept share swept.
+
+All scores see the same images, so that they differ by their choice alone; random choices of the
+same size are the baseline. Another classifier than the one that judges gives the scores their
+features.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+
+from bayesdiff.artefacts import key_of, read_json, write_json, write_text
+from bayesdiff.build import Run, plain
+from bayesdiff.checks import UserError, at_least, seed_of, share
+from bayesdiff.data.module import to_uint8
+from bayesdiff.distributed import barrier, rank
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.metrics.gains import Row, gains, over_seeds
+from bayesdiff.metrics.neighbours import neighbours
+from bayesdiff.metrics.pool import pool
+from bayesdiff.pools import ImagePool
+from bayesdiff.report import board, table
+from bayesdiff.report import filtering as pictures
+from bayesdiff.solvers import Solver
+from bayesdiff.stages import judge
+from bayesdiff.uncertainty import Estimator, Samples
+from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+from bayesdiff.uncertainty.image_scores import IMAGE_SCORES, MAP_SCORES
+from bayesdiff.uncertainty.member_scores import CONFIDENCE_SCORES, MEMBER_SCORES
+from bayesdiff.uncertainty.memory import images_at_once
+
+# Samples with the number of each by which they are sorted.
+Shown = tuple[Samples, Tensor]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filtering:
+    """What is generated, scored and kept.
+
+    Args:
+        num_images: of the pool of each seed.
+        seeds: of the pools' noise; the same network makes all of them.
+        keep: shares that are kept.
+        main_keep: the share whose gains have intervals over images, one of ``keep``.
+        maps: estimators beside the run's own, by name; their maps get the same scores.
+        members: posterior trajectories of every image for the scores of members; 0 for none.
+        aleatoric_draws: noise draws for the aleatoric scores; 0 for none.
+        subsets: random choices that a score is compared with.
+        draws: bootstrap samples of the intervals over images.
+        seed: of the random choices.
+    """
+
+    num_images: int = 3000
+    seeds: Sequence[int] = (0, 1, 2)
+    keep: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    main_keep: float = 0.8
+    maps: Mapping[str, Estimator] = field(default_factory=dict)
+    members: int = 5
+    aleatoric_draws: int = 5
+    subsets: int = 10
+    draws: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("filtering.num_images", self.num_images, 20)
+        for name in ("seeds", "keep"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise UserError(f"filtering.{name} must be a list such as [0.8], got {values!r}")
+        for seed in self.seeds:
+            seed_of("filtering.seeds", seed)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(
+                f"filtering.seeds={list(self.seeds)} names a seed twice; give each once"
+            )
+        for value in self.keep:
+            if share("filtering.keep", value) == 0:
+                raise UserError("filtering.keep=0 keeps nothing; give shares above 0")
+        if self.main_keep not in self.keep:
+            raise UserError(
+                f"filtering.main_keep={self.main_keep} must be one of filtering.keep="
+                f"{list(self.keep)}"
+            )
+        for name, floor in (("members", 2), ("aleatoric_draws", 2)):
+            if at_least(f"filtering.{name}", getattr(self, name), 0) == 1:
+                raise UserError(f"filtering.{name}=1 has no spread; give {floor} or more, or 0")
+        at_least("filtering.subsets", self.subsets, 2)
+        at_least("filtering.draws", self.draws, 2)
+        seed_of("filtering.seed", self.seed)
+
+
+def configured(run: Run) -> Filtering | None:
+    """The filtering that the configuration asks for."""
+    given = run.cfg.get("filtering")
+    return None if given is None else instantiate(given, _convert_="all")
+
+
+def check_filtering(run: Run, solver: Solver) -> None:
+    """Refuse before any work what could not be scored; nothing where no filtering is asked for.
+
+    Raises:
+        UserError: for data without labels, or a map that the solver cannot serve.
+    """
+    wanted = configured(run)
+    if wanted is None:
+        return
+    if run.cfg.metrics.features != "classifier" or run.data.data.num_classes < 2:
+        raise UserError(
+            "filtering reads classifiers of the data; use metrics=classifier and data with labels"
+        )
+    for estimator in wanted.maps.values():
+        estimator.check(solver)
+        estimator.check_run(run)
+        images_at_once(estimator, solver, run.model, run.data.data.images.shape[1:])
+
+
+def filter_images(
+    run: Run, solver: Solver, own: Estimator, posterior: HeadPosterior, made_from: str
+) -> Path | None:
+    """Tables and figures of every score's gain, in a folder of their own; results.json last.
+
+    Args:
+        run: with its trained model.
+        solver: of the samples.
+        own: the run's estimator.
+        posterior: of the head.
+        made_from: key of the network, the solver and the posterior.
+
+    Returns:
+        The folder, None where no filtering is asked for.
+    """
+    wanted = configured(run)
+    if wanted is None:
+        return None
+    told = {k: v for k, v in plain(run.cfg.filtering).items() if k not in WITHOUT_EFFECT}
+    of_maps = {k: v for k, v in plain(run.cfg.uncertainty).items() if k not in WITHOUT_EFFECT}
+    key = key_of(made_from, told, of_maps, plain(run.cfg.metrics))
+    folder = run.folder / f"filtering-{solver.name}-{key[:8]}"
+    stored = read_json(folder / "results.json") or {}
+    barrier()
+    if stored.get("key") == key:
+        log.info("filtering: made before, in %s", folder)
+        return folder
+    results, shown = _over_seeds(run, solver, own, posterior, wanted, made_from)
+    if rank() == 0:
+        _report(folder, wanted, results, shown, own.name)
+        write_json(folder / "results.json", {"key": key, **results})
+    barrier()
+    log.info("filtering: %d seeds in %s", len(wanted.seeds), folder)
+    return folder
+
+
+def _over_seeds(
+    run: Run,
+    solver: Solver,
+    own: Estimator,
+    posterior: HeadPosterior,
+    wanted: Filtering,
+    made_from: str,
+) -> tuple[dict[str, Any], Shown]:
+    """Numbers of all seeds, empty but on the first process, and what the first pool shows."""
+    tables: list[list[Row]] = []
+    shown: list[Shown] = []
+    for seed in wanted.seeds:
+        made = ImagePool(
+            run, solver, posterior, wanted.num_images, seed, run.folder / "pools", made_from
+        )
+        maps = {own.name: made.maps(own)} | {k: made.maps(v) for k, v in wanted.maps.items()}
+        members = made.members(wanted.members) if wanted.members else None
+        noise = made.aleatoric(wanted.aleatoric_draws) if wanted.aleatoric_draws else {}
+        shown.append((maps[own.name], maps[own.name].scores))
+        if rank() == 0:
+            tables.append(_judged(run, wanted, maps, members, noise))
+    return (_results(wanted, tables) if tables else {}), shown[0]
+
+
+def _judged(
+    run: Run,
+    wanted: Filtering,
+    maps: Mapping[str, Samples],
+    members: Tensor | None,
+    noise: Mapping[str, Tensor],
+) -> list[Row]:
+    """What every score of one pool gains; higher scores are worse."""
+    from bayesdiff.metrics.features import extract
+
+    size = run.cfg.metrics.batch_size
+    samples = next(iter(maps.values())).in_model_range()
+    images, labels = to_uint8(samples.images), samples.labels
+    scorer, known = judge(run, run.cfg.metrics.seed + 1)
+    doubts = {"random": torch.rand(len(images), generator=_generator(wanted.seed))}
+    for name, made in maps.items():
+        variance = made.in_model_range().variance
+        found = {k: of(variance, samples.images) for k, of in MAP_SCORES.items()}
+        doubts |= {f"{name}.{k}": value for k, value in found.items()}
+    doubts |= {f"image.{k}": of(images) for k, of in IMAGE_SCORES.items()}
+    doubts |= {f"aleatoric.{k}": value for k, value in noise.items()}
+    read = extract(scorer, images, size)
+    doubts |= {f"classifier.{k}": of(read.logits, labels) for k, of in CONFIDENCE_SCORES.items()}
+    near = neighbours(read.features, torch.from_numpy(known.subset))
+    doubts |= {"real.realism": -near.realism, "real.rarity": near.rarity.nan_to_num(torch.inf)}
+    if members is not None:
+        of_members = extract(scorer, members.flatten(0, 1), size)
+        given = {
+            "images": members.float() / 127.5 - 1,
+            "features": of_members.features.unflatten(0, members.shape[:2]),
+            "logits": of_members.logits.unflatten(0, members.shape[:2]),
+        }
+        doubts |= {f"members.{k}": each.of(given[each.reads]) for k, each in MEMBER_SCORES.items()}
+    extractor, reference = judge(run)
+    judged = pool(extract(extractor, images, size).features, reference, groups=labels)
+    log.info("filtering: %d scores of %d images", len(doubts), len(images))
+    rest = [each for each in wanted.keep if each != wanted.main_keep]
+    chance = {"seed": wanted.seed, "subsets": wanted.subsets}
+    rows = gains(doubts, judged, [wanted.main_keep], draws=wanted.draws, **chance)
+    return rows + (gains(doubts, judged, rest, **chance) if rest else [])
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _results(wanted: Filtering, tables: list[list[Row]]) -> dict[str, Any]:
+    """Rows of every seed and over all of them, and the choice that the last seed did not see.
+
+    The score with the best mean z within classes at the main share, over all seeds but the last,
+    is ``best``; its rows on the last seed are ``best_on_last``. Neither random nor what looks at
+    real images can be chosen.
+    """
+    results: dict[str, Any] = {
+        "conditions": {
+            "num_images": wanted.num_images,
+            "seeds": list(wanted.seeds),
+            "subsets": wanted.subsets,
+            "members": wanted.members,
+            "main_keep": wanted.main_keep,
+        },
+        "seeds": dict(zip(map(str, wanted.seeds), tables, strict=True)),
+        "over_seeds": over_seeds(tables),
+    }
+    if len(tables) > 1:
+        before = [row for row in over_seeds(tables[:-1]) if row["keep"] == wanted.main_keep]
+        within = [row for row in before if row["mode"] == "per_class" and _ours(row["score"])]
+        best = max(within, key=lambda row: row["z"])["score"]
+        last = [row for row in tables[-1] if row["score"] == best]
+        results |= {"best": best, "best_on_last": last}
+    return results
+
+
+def _ours(score: str) -> bool:
+    return score.split(".")[0] not in ("random", "real")
+
+
+def _report(
+    folder: Path,
+    wanted: Filtering,
+    results: Mapping[str, Any],
+    shown: Shown,
+    name: str,
+) -> None:
+    """Table, figures and TensorBoard."""
+    rows = sorted(
+        (row for row in results["over_seeds"] if row["keep"] == wanted.main_keep),
+        key=lambda row: (row["mode"], -row["z"]),
+    )
+    columns = ["mode", "score", "z", "z_low", "z_high", "fid", "fid_gain", "precision_gain"]
+    write_text(folder / "table.md", table.markdown(rows, columns))
+    scalars = {f"filtering/{row['mode']}/{row['score']}/z": row["z"] for row in rows}
+    figures = pictures.every(results, *shown, name)
+    board.write_study(folder / "tensorboard", scalars, {}, figures)

@@ -1,0 +1,60 @@
+"""Log marginal likelihood of exact regression in closed form, and the prior that maximises it."""
+
+import math
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from bayesdiff.checks import UserError
+from bayesdiff.laplace.record import Curvature
+
+
+def log_evidence(
+    curvature: Curvature, values: Tensor, sigma_noise: float, tau: float, n_eff: float
+) -> float:
+    """Log marginal likelihood with all constants (Bishop, eq. 3.86); prior mean 0.
+
+    Args:
+        curvature: gives residuals and weights.
+        values: eigenvalues of the likelihood's precision, ``(C_out, P)``.
+        sigma_noise: of the likelihood.
+        tau: prior precision.
+        n_eff: images the likelihood counts.
+    """
+    log_likelihood = -0.5 * curvature.squared_error / sigma_noise**2
+    log_likelihood -= curvature.num_outputs * math.log(sigma_noise * math.sqrt(math.tau))
+    # log det of posterior over prior precision, for all channels
+    log_ratio = float(torch.log1p(values / tau).sum())
+    scatter = tau * float(curvature.mean.square().sum())
+    return n_eff / curvature.num_images * log_likelihood - 0.5 * (log_ratio + scatter)
+
+
+def best_prior(mean: Tensor, values: Tensor) -> float:
+    """The tau that maximises the evidence: tau |m|^2 = sum a / (a + tau) over channels.
+
+    The left side rises and the right side falls in tau, so the root is the only one (Bishop,
+    eq. 3.92).
+
+    Args:
+        mean: weights ``(C_out, P)``.
+        values: eigenvalues of the likelihood's precision, ``(C_out, P)``.
+
+    Raises:
+        UserError: if the evidence has no maximum at a finite tau above zero.
+    """
+    squares = float(mean.square().sum())
+    if squares <= 0 or float(values.max()) <= 0:
+        raise UserError(
+            "prior_precision=evidence needs non-zero head weights and features; give a number"
+        )
+
+    def slope(log_tau: float) -> float:
+        tau = math.exp(log_tau)
+        return tau * squares - float((values / (values + tau)).sum())
+
+    high = math.log(mean.numel() / squares)
+    low = high - 1
+    while slope(low) > 0:
+        low -= 10
+    return math.exp(brentq(slope, low, high + 1e-9, xtol=1e-13, rtol=1e-13))
