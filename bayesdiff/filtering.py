@@ -89,9 +89,13 @@ class Filtering:
                 f"filtering.main_keep={self.main_keep} must be one of filtering.keep="
                 f"{list(self.keep)}"
             )
-        for name, floor in (("members", 2), ("aleatoric_draws", 2)):
+        if not isinstance(self.maps, Mapping):
+            raise UserError(
+                f"filtering.maps must name estimators with their settings, got {self.maps!r}"
+            )
+        for name in ("members", "aleatoric_draws"):
             if at_least(f"filtering.{name}", getattr(self, name), 0) == 1:
-                raise UserError(f"filtering.{name}=1 has no spread; give {floor} or more, or 0")
+                raise UserError(f"filtering.{name}=1 has no spread; give 2 or more, or 0")
         at_least("filtering.subsets", self.subsets, 2)
         at_least("filtering.draws", self.draws, 2)
         seed_of("filtering.seed", self.seed)
@@ -204,7 +208,8 @@ def _judged(
     doubts |= {f"image.{k}": of(images) for k, of in IMAGE_SCORES.items()}
     doubts |= {f"aleatoric.{k}": value for k, value in noise.items()}
     read = extract(scorer, images, size)
-    doubts |= {f"classifier.{k}": of(read.logits, labels) for k, of in CONFIDENCE_SCORES.items()}
+    confidence = [k for k in CONFIDENCE_SCORES if labels is not None or k != "off_label"]
+    doubts |= {f"classifier.{k}": CONFIDENCE_SCORES[k](read.logits, labels) for k in confidence}
     near = neighbours(read.features, torch.from_numpy(known.subset))
     doubts |= {"real.realism": -near.realism, "real.rarity": near.rarity.nan_to_num(torch.inf)}
     if members is not None:
@@ -247,8 +252,9 @@ def _results(wanted: Filtering, tables: list[list[Row]]) -> dict[str, Any]:
         "over_seeds": over_seeds(tables),
     }
     if len(tables) > 1:
+        mode = tables[0][-1]["mode"]  # within classes where there are any
         before = [row for row in over_seeds(tables[:-1]) if row["keep"] == wanted.main_keep]
-        within = [row for row in before if row["mode"] == "per_class" and _ours(row["score"])]
+        within = [row for row in before if row["mode"] == mode and _ours(row["score"])]
         best = max(within, key=lambda row: row["z"])["score"]
         last = [row for row in tables[-1] if row["score"] == best]
         results |= {"best": best, "best_on_last": last}

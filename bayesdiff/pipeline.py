@@ -102,7 +102,8 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     solver: Solver = instantiate(cfg.solver)
     estimator: Estimator = instantiate(cfg.uncertainty)
     if cfg.laplace.subset == "last_block":
-        check_block_ensemble(estimator, ablation=cfg.get("ablation") is not None)
+        studies = [name for name in ("ablation", "filtering") if cfg.get(name) is not None]
+        check_block_ensemble(estimator, *studies[:1])
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
     this = build(cfg)

@@ -30,6 +30,7 @@ from bayesdiff.models import GenerativeModel
 
 DIFFUSION = ("model=diffusion", "solver.num_steps=3")
 PUBLISHED = ("uncertainty=published",)
+FILTERING = ("experiment=filtering", "uncertainty=ensemble")
 LAST_BLOCK = ("laplace.subset=last_block",)
 VALIDATE = ("uncertainty.validate=true", "uncertainty.validate_images=4")
 
@@ -100,7 +101,30 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ),
     (
         (*LAST_BLOCK, "experiment=prior_ablation", "uncertainty=ensemble"),
-        ["an ablation", "ablation=null", "laplace.subset=head"],
+        ["ablation follows the posterior of the head", "ablation=null", "laplace.subset=head"],
+    ),
+    (
+        (*LAST_BLOCK, "experiment=filtering", "uncertainty=ensemble"),
+        ["filtering follows the posterior of the head", "filtering=null", "laplace.subset=head"],
+    ),
+    ((*FILTERING, "filtering.num_images=5"), ["filtering.num_images", "20", "got 5"]),
+    ((*FILTERING, "filtering.seeds=3"), ["filtering.seeds", "list", "3"]),
+    ((*FILTERING, "filtering.seeds=[1,1]"), ["filtering.seeds=[1, 1]", "twice"]),
+    ((*FILTERING, "filtering.seeds=[-1]"), ["filtering.seeds", "got -1"]),
+    ((*FILTERING, "filtering.keep=[0.8,1.5]"), ["filtering.keep", "below 1", "1.5"]),
+    ((*FILTERING, "filtering.keep=[0.0,0.8]"), ["filtering.keep=0", "above 0"]),
+    ((*FILTERING, "filtering.main_keep=0.75"), ["filtering.main_keep=0.75", "filtering.keep"]),
+    ((*FILTERING, "filtering.members=1"), ["filtering.members=1", "2 or more"]),
+    ((*FILTERING, "filtering.aleatoric_draws=1"), ["filtering.aleatoric_draws=1", "2 or more"]),
+    ((*FILTERING, "filtering.subsets=1"), ["filtering.subsets", "got 1"]),
+    ((*FILTERING, "filtering.maps=published"), ["filtering.maps", "'published'"]),
+    (
+        (*FILTERING, "metrics=inception", "metrics.num_images=0"),
+        ["filtering", "metrics=classifier"],
+    ),
+    (
+        (*FILTERING, "filtering.maps.published.skip_interval=9"),
+        ["uncertainty.skip_interval=9", "steps"],
     ),
     ("metrics.features=dino", ["unknown metrics.features 'dino'", "classifier or inception"]),
     ("model.prediction=score", ["unknown model.prediction 'score'", "velocity, noise, data, v"]),

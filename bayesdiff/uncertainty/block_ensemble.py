@@ -94,12 +94,12 @@ def _device(layer: nn.Module) -> torch.device:
     return cast(Tensor, layer.weight).device
 
 
-def check_block_ensemble(estimator: Estimator, ablation: bool) -> None:
+def check_block_ensemble(estimator: Estimator, study: str | None = None) -> None:
     """Refuse what knows the head alone, for a posterior of the last block.
 
     Args:
         estimator: as configured.
-        ablation: whether a grid of settings is asked for.
+        study: what else is asked for, such as ``ablation``.
 
     Raises:
         UserError: one line that names it and the cure.
@@ -115,9 +115,9 @@ def check_block_ensemble(estimator: Estimator, ablation: bool) -> None:
             "uncertainty.validate=true compares with draws of the head alone, which "
             "laplace.subset=last_block is wider than; use uncertainty.validate=false"
         )
-    if ablation:
+    if study:
         raise UserError(
-            "an ablation varies the posterior of the head alone; use ablation=null, or "
+            f"{study} follows the posterior of the head alone; use {study}=null, or "
             "laplace.subset=head"
         )
 
@@ -126,6 +126,6 @@ def with_block(estimator: Estimator, block: BlockPosterior | None) -> Estimator:
     """The estimator for this posterior of the last block; the same one where there is none."""
     if block is None:
         return estimator
-    check_block_ensemble(estimator, ablation=False)
+    check_block_ensemble(estimator)
     given = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
     return BlockEnsemble(**given, block=block)

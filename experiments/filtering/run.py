@@ -1,0 +1,95 @@
+"""Which score finds the bad images? Every score on several models, put together in one table.
+
+    python experiments/filtering/run.py [MODEL ...] [KEY=VALUE ...]
+
+Without a model: all of them. Pools are kept in the run folders, so an interrupted study goes on
+where it was; models of an earlier call stay in results.json.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from bayesdiff import pipeline
+from bayesdiff.artefacts import read_json, write_json, write_text
+from bayesdiff.report import figures, table
+from bayesdiff.report.filtering import z_by_score
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# As ../propagation trains them: the same run folders.
+SHORT = ["trainer.max_epochs=4", "laplace.num_images=20000"]
+EULER = ["model=flow", "solver=euler", "solver.num_steps=20"]
+DPM = ["model=diffusion", "solver=dpmpp_2m", "solver.num_steps=20"]
+MODELS = {
+    "mnist_flow": [*EULER, "data=mnist", *SHORT],
+    "fashion_flow": [*EULER, "data=fashion", *SHORT],
+    "mnist_diffusion": [*DPM, "data=mnist", *SHORT],
+    "fashion_diffusion": [*DPM, "data=fashion", *SHORT],
+}
+
+
+def filtered(model: str, *more: str) -> dict[str, Any]:
+    """The numbers of one model; whatever does not exist is made."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", ["experiment=filtering", *MODELS[model], *more])
+    cell = pipeline.run(cfg).folder
+    newest = max(
+        cell.parent.glob("filtering-*/results.json"), key=lambda path: path.stat().st_mtime_ns
+    )
+    found = read_json(newest)
+    assert found is not None
+    return found
+
+
+def flat(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """``<data>_<model>.<mode>.<score>.z``, ``.fid_gain``, ``.interval``; ``.best``, ``.best_z``."""
+    keys: dict[str, Any] = {}
+    for name, found in models.items():
+        keep = found["conditions"]["main_keep"]
+        for row in found["over_seeds"]:
+            if row["keep"] != keep:
+                continue
+            place = f"{name}.{row['mode']}.{row['score']}"
+            keys[f"{place}.z"], keys[f"{place}.fid_gain"] = row["z"], row["fid_gain"]
+            keys[f"{place}.interval"] = [row["fid_gain_low"], row["fid_gain_high"]]
+        if "best" in found:
+            last = [row for row in found["best_on_last"] if row["keep"] == keep]
+            keys[f"{name}.best"] = found["best"]
+            keys[f"{name}.best_z"] = last[-1]["z"]
+    return keys
+
+
+def write(models: dict[str, dict[str, Any]]) -> None:
+    """results.json, the table and a figure for every model."""
+    write_json(HERE / "results.json", {**flat(models), "models": models})
+    rows: dict[str, dict[str, Any]] = {}
+    for name, found in models.items():
+        for row in found["over_seeds"]:
+            if row["keep"] == found["conditions"]["main_keep"] and row["mode"] == "per_class":
+                line = rows.setdefault(row["score"], {"score": row["score"]})
+                line[f"{name}, z"] = f"{row['z']:.1f} [{row['z_low']:.1f}, {row['z_high']:.1f}]"
+        figures.save(z_by_score(found), HERE / f"{name}.png")
+    order = {row["score"]: -row["z"] for row in next(iter(models.values()))["over_seeds"]
+             if row["mode"] == "per_class"}  # fmt: skip
+    lines = sorted(rows.values(), key=lambda line: order.get(line["score"], 0))
+    write_text(HERE / "table.md", table.markdown(lines))
+
+
+def main(arguments: list[str]) -> None:
+    """Run the models asked for."""
+    overrides = [word for word in arguments if "=" in word]
+    names = [word for word in arguments if "=" not in word] or list(MODELS)
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        sys.exit(f"unknown model {unknown[0]}; choose from {', '.join(MODELS)}")
+    models = (read_json(HERE / "results.json") or {}).get("models", {})
+    for name in names:
+        models[name] = filtered(name, *overrides)
+        write({name: models[name] for name in MODELS if name in models})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
