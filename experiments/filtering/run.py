@@ -45,7 +45,7 @@ def filtered(model: str, *more: str) -> dict[str, Any]:
 
 
 def flat(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """``<data>_<model>.<mode>.<score>.z``, ``.fid_gain``, ``.interval``; ``.best``, ``.best_z``."""
+    """``DATA_MODEL.MODE.SCORE.z``, ``.fid_gain``, ``.interval``; ``.best``, ``.best_z``."""
     keys: dict[str, Any] = {}
     for name, found in models.items():
         keep = found["conditions"]["main_keep"]
