@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bayesdiff.laplace.gram import HeadGeometry, head_matrix
+from bayesdiff.laplace.fisher import gradients
+from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.posterior import Curvature, HeadPosterior
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
@@ -201,3 +202,21 @@ class Double:
 
     def __call__(self):
         return self.noise().double()
+
+
+@torch.no_grad()
+def curvature_of(head, features, residual, source="weights-data-pass"):
+    """What a pass over these features would leave."""
+    each = gradients(head, features, residual)
+    return Curvature(
+        gram=gram(head, features),
+        num_images=len(features),
+        draws=1,
+        squared_error=float(residual.square().sum()),
+        num_outputs=residual.numel(),
+        mean=head_matrix(head),
+        source=source,
+        geometry=HeadGeometry.of(head),
+        squared_gradients=each.square().sum(0),
+        gradient=each.sum(0),
+    )

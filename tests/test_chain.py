@@ -4,15 +4,13 @@ import math
 
 import pytest
 import torch
+from hand import curvature_of
 from torch import nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.chain import effective_draws, sample_chains, scale_reduction
-from bayesdiff.laplace.fisher import gradients
-from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.head import apply_head
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.laplace.record import Curvature
 
 SIGMA, TAU = 0.5, 3.0
 
@@ -29,17 +27,7 @@ def regression():
     features[:, 1] += features[:, 0]
     target = torch.randn(3, 2, 2, 2, dtype=torch.float64)
     residual = head(features) - target
-    curvature = Curvature(
-        gram=gram(head, features),
-        num_images=3,
-        draws=1,
-        squared_error=float(residual.square().sum()),
-        num_outputs=residual.numel(),
-        mean=head_matrix(head),
-        source="test",
-        geometry=HeadGeometry.of(head),
-        gradient=gradients(head, features, residual).sum(0),
-    )
+    curvature = curvature_of(head, features, residual)
     posterior = HeadPosterior.fit(curvature, sigma_noise=SIGMA, prior_precision=TAU)
 
     def loss(weights):

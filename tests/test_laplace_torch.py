@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
+from hand import curvature_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.fisher import gradients
-from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
-from bayesdiff.laplace.posterior import Curvature, HeadPosterior
+from bayesdiff.laplace.gram import head_matrix
+from bayesdiff.laplace.posterior import HeadPosterior
 
 
 @pytest.fixture(autouse=True)
@@ -61,19 +61,12 @@ def library(head, features, target, structure, backend=None):
 
 def posterior_of(head, features, target, structure, rank=None):
     residual = (head(features).detach().flatten(1) - target).view_as(head(features))
-    curvature = Curvature(
-        gram=gram(head, features),
-        num_images=len(features),
-        draws=1,
-        squared_error=float(residual.square().sum()),
-        num_outputs=target.numel(),
-        mean=head_matrix(head),
-        source="test",
-        geometry=HeadGeometry.of(head),
-        squared_gradients=gradients(head, features, residual).square().sum(0),
-    )
     return HeadPosterior.fit(
-        curvature, structure=structure, sigma_noise=0.3, prior_precision=2.0, rank=rank
+        curvature_of(head, features, residual),
+        structure=structure,
+        sigma_noise=0.3,
+        prior_precision=2.0,
+        rank=rank,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from hand import curvature_of
 from torch import nn
 
 from bayesdiff.checks import UserError
@@ -72,23 +73,10 @@ def example(k=3, bias=True, channels=2, width=3, images=12, spread=0.2):
     residual = spread * (torch.randn_like(out) + 0.5)
     if channels > 1:  # channels of their own size, so that mixing them up shows
         residual.select(1 if k else -1, 0).mul_(3)
-    return head, features, residual, curvature_of(head, features, residual)
-
-
-@torch.no_grad()
-def curvature_of(head, features, residual):
-    return Curvature(
-        gram=gram(head, features),
-        num_images=len(features),
-        draws=1,
-        squared_error=float(residual.square().sum()),
-        num_outputs=residual.numel(),
-        mean=head_matrix(head),
-        source="weights-data-pass",
-        geometry=HeadGeometry.of(head),
-        squared_gradients=slow_squares(head, features, residual),
-        gradient=slow_gradient(head, features, residual),
-    )
+    curvature = curvature_of(head, features, residual)
+    truth = slow_gradient(head, features, residual), slow_squares(head, features, residual)
+    exact = replace(curvature, gradient=truth[0], squared_gradients=truth[1])
+    return head, features, residual, exact
 
 
 def fit(curvature, structure, **options):

@@ -15,8 +15,9 @@ import torch
 from reference import IMAGES, configure, load, members, starts
 from torch import Tensor
 
-from bayesdiff.artefacts import key_of, read_json, write_json
+from bayesdiff.artefacts import key_of, read_json, write_json, write_text
 from bayesdiff.metrics.uncertainty import agreement, image_rank, pixel_rank
+from bayesdiff.report import table
 from bayesdiff.solvers import integrate
 from bayesdiff.uncertainty import (
     Ensemble,
@@ -228,8 +229,34 @@ def gather() -> None:
         found[f"{name}.cost"] = max(costs, default=None)
     found["note"] = "flat keys: the worst over all settings"
     write_json(HERE / "results.json", found)
+    write_text(HERE / "table.md", table.markdown(rows(found["settings"])))
     draw_cost(found)
     draw_steps(found["steps"])
+
+
+def rows(settings: dict[str, Any]) -> list[dict[str, str]]:
+    """Lines of the table."""
+    lines = []
+    for name, setting in settings.items():
+        for estimator, one in setting.items():
+            line = {"setting": name, "estimator": estimator}
+            if estimator == "reference":
+                line |= {
+                    "image rank [95 %]": f"{one['reliability_image']:.3f} (its own reliability)",
+                    "pixel rank": f"{one['reliability_pixel']:.3f}",
+                    "evaluations over plain": str(one["members"]),
+                }
+            else:
+                ends = "" if "groups" in one else " [{image_rank_low:.2f}, {image_rank_high:.2f}]"
+                line |= {
+                    "image rank [95 %]": ("{image_rank:.3f}" + ends).format(**one),
+                    "pixel rank": f"{one['pixel_rank']:.3f}",
+                    "variance ratio": f"{one['variance_ratio']:.3f}",
+                    "by the sum": f"{one['total_ratio']:.2f}",
+                    "evaluations over plain": f"{one['nfe']:.2f}",
+                }
+            lines.append(line)
+    return lines
 
 
 STYLE = {

@@ -75,6 +75,7 @@ POSTERIORS: dict[str, dict[str, Any]] = {
 BLOCKS: dict[str, dict[str, float]] = {
     "last_block": {},
     "last_block_tau_100": {"prior_precision": 100.0},
+    "last_block_tau_1e4": {"prior_precision": 1e4},
 }
 RIVALS: dict[str, Estimator] = {
     "mc_dropout": MCDropout(members=MEMBERS, seed=1),
