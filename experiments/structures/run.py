@@ -83,6 +83,7 @@ RIVALS: dict[str, Estimator] = {
     "checkpoints": Checkpoints(),
     "swag": Swag(members=MEMBERS, seed=1),
 }
+SHOWN = [*POSTERIORS, *BLOCKS, *RIVALS]
 
 
 class Bench:
@@ -237,7 +238,8 @@ def draw(seeds: dict[str, dict[str, Any]]) -> None:
     """Ranks against both references, a dot with its interval for every network under test."""
     from matplotlib.figure import Figure
 
-    names = [name for name in next(iter(seeds.values())) if name != "deep_ensemble"]
+    names = [name for name in set.intersection(*map(set, seeds.values())) if name in SHOWN]
+    names.sort(key=SHOWN.index)
     figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     references = (("", "the full posterior, 128 members"), ("deep_", "a deep ensemble"))
