@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from bayesdiff.artefacts import key_of, read_json, write_arrays, write_json
+from bayesdiff.artefacts import finite, key_of, read_json, write_arrays, write_json
 from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError
 from bayesdiff.distributed import barrier, gather_rows, rank, world_size
@@ -113,7 +113,7 @@ def make(
         arrays |= {"images": images, name: grid.float()}
     own = results["structures"][posterior.structure]
     results["grid_cost_ratio"] = own["grid_seconds"] / own["cell_seconds"]
-    return _plain(results), arrays
+    return finite(results), arrays
 
 
 def _with_structure(posterior: HeadPosterior, structure: str, rank: int | None) -> HeadPosterior:
@@ -207,14 +207,3 @@ def report(folder: Path, results: Mapping[str, Any], arrays: Mapping[str, Tensor
     scalars = {"ablation/grid_cost_ratio": results["grid_cost_ratio"]}
     made = pictures.every(results, arrays)
     board.write_study(folder / "tensorboard", scalars, curves, made)
-
-
-def _plain(value: Any) -> Any:
-    """Tensors as lists, numbers that are not finite as None."""
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import zipfile
@@ -57,10 +58,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             f"cannot write to {path.parent} ({error.strerror}); choose another output_dir"
         ) from error
     os.close(handle)
-    os.chmod(name, 0o666 & ~_UMASK)  # mkstemp's own mode hides results from colleagues
     temporary = Path(name)
     try:
         write(temporary)
+        # Last, since some writers put a new file there: mkstemp's mode hides results from others.
+        os.chmod(name, 0o666 & ~_UMASK)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -69,6 +71,17 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomic(path, lambda file: _write_text(file, text))
+
+
+def finite(value: Any) -> Any:
+    """Plain JSON: tensors as lists, numbers that are not finite as None, in any nesting."""
+    if isinstance(value, Tensor):
+        return finite(value.tolist())
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

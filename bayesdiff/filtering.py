@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from bayesdiff.artefacts import key_of, read_json, write_json, write_text
+from bayesdiff.artefacts import finite, key_of, read_json, write_json, write_text
 from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError, at_least, seed_of, share
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, rank
+from bayesdiff.doubts import doubts_of
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.gains import Row, gains, over_seeds
-from bayesdiff.metrics.neighbours import neighbours
 from bayesdiff.metrics.pool import pool
+from bayesdiff.metrics.selection import kept_count
 from bayesdiff.pools import ImagePool
 from bayesdiff.report import board, table
 from bayesdiff.report import filtering as pictures
@@ -31,8 +31,7 @@ from bayesdiff.solvers import Solver
 from bayesdiff.stages import judge
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
-from bayesdiff.uncertainty.image_scores import IMAGE_SCORES, MAP_SCORES
-from bayesdiff.uncertainty.member_scores import CONFIDENCE_SCORES, MEMBER_SCORES
+from bayesdiff.uncertainty.image_scores import MAP_SCORES
 from bayesdiff.uncertainty.memory import images_at_once
 
 # Samples with the number of each by which they are sorted.
@@ -71,10 +70,10 @@ class Filtering:
 
     def __post_init__(self) -> None:
         at_least("filtering.num_images", self.num_images, 20)
-        for name in ("seeds", "keep"):
+        for name, like in (("seeds", [0, 1]), ("keep", [0.8])):
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise UserError(f"filtering.{name} must be a list such as [0.8], got {values!r}")
+                raise UserError(f"filtering.{name} must be a list such as {like}, got {values!r}")
         for seed in self.seeds:
             seed_of("filtering.seeds", seed)
         if len(set(self.seeds)) < len(self.seeds):
@@ -91,7 +90,8 @@ class Filtering:
             )
         if not isinstance(self.maps, Mapping):
             raise UserError(
-                f"filtering.maps must name estimators with their settings, got {self.maps!r}"
+                f"filtering.maps must name estimators with their settings, got {self.maps!r};"
+                " for none remove them by name: ~filtering.maps.published"
             )
         for name in ("members", "aleatoric_draws"):
             if at_least(f"filtering.{name}", getattr(self, name), 0) == 1:
@@ -120,10 +120,34 @@ def check_filtering(run: Run, solver: Solver) -> None:
         raise UserError(
             "filtering reads classifiers of the data; use metrics=classifier and data with labels"
         )
+    _check_keep(wanted, run)
+    own = instantiate(run.cfg.uncertainty).name
+    if own in wanted.maps:
+        raise UserError(
+            f"filtering.maps.{own} has the name of the run's own estimator; "
+            f"add it under another name, or remove it: ~filtering.maps.{own}"
+        )
     for estimator in wanted.maps.values():
         estimator.check(solver)
         estimator.check_run(run)
         images_at_once(estimator, solver, run.model, run.data.data.images.shape[1:])
+
+
+def _check_keep(wanted: Filtering, run: Run) -> None:
+    """Refuse shares that discard no image, or keep too few of a class to judge.
+
+    Raises:
+        UserError: one line with the cure.
+    """
+    groups = run.model.num_classes or 1
+    each = wanted.num_images // groups
+    what = f"{each} images" + (" of each class" if groups > 1 else "")
+    for value in wanted.keep:
+        if kept_count(value, each) >= each or kept_count(value, each) * groups < 2:
+            raise UserError(
+                f"filtering.keep={value} of {what} discards or keeps none; raise "
+                f"filtering.num_images={wanted.num_images}, or leave that share out"
+            )
 
 
 def filter_images(
@@ -146,7 +170,8 @@ def filter_images(
         return None
     told = {k: v for k, v in plain(run.cfg.filtering).items() if k not in WITHOUT_EFFECT}
     of_maps = {k: v for k, v in plain(run.cfg.uncertainty).items() if k not in WITHOUT_EFFECT}
-    key = key_of(made_from, told, of_maps, plain(run.cfg.metrics))
+    sources = [each.sources(run) for each in (own, *wanted.maps.values())]
+    key = key_of(made_from, told, of_maps, sources, plain(run.cfg.metrics))
     folder = run.folder / f"filtering-{solver.name}-{key[:8]}"
     stored = read_json(folder / "results.json") or {}
     barrier()
@@ -156,7 +181,7 @@ def filter_images(
     results, shown = _over_seeds(run, solver, own, posterior, wanted, made_from)
     if rank() == 0:
         _report(folder, wanted, results, shown, own.name)
-        write_json(folder / "results.json", {"key": key, **results})
+        write_json(folder / "results.json", finite({"key": key, **results}))
     barrier()
     log.info("filtering: %d seeds in %s", len(wanted.seeds), folder)
     return folder
@@ -180,7 +205,8 @@ def _over_seeds(
         maps = {own.name: made.maps(own)} | {k: made.maps(v) for k, v in wanted.maps.items()}
         members = made.members(wanted.members) if wanted.members else None
         noise = made.aleatoric(wanted.aleatoric_draws) if wanted.aleatoric_draws else {}
-        shown.append((maps[own.name], maps[own.name].scores))
+        image, variance = maps[own.name].images, maps[own.name].variance
+        shown.append((maps[own.name], MAP_SCORES["sum"](variance, image)))
         if rank() == 0:
             tables.append(_judged(run, wanted, maps, members, noise))
     return (_results(wanted, tables) if tables else {}), shown[0]
@@ -193,44 +219,19 @@ def _judged(
     members: Tensor | None,
     noise: Mapping[str, Tensor],
 ) -> list[Row]:
-    """What every score of one pool gains; higher scores are worse."""
+    """What every score of one pool gains."""
     from bayesdiff.metrics.features import extract
 
-    size = run.cfg.metrics.batch_size
+    doubts = doubts_of(run, maps, members, noise, wanted.seed)
     samples = next(iter(maps.values())).in_model_range()
-    images, labels = to_uint8(samples.images), samples.labels
-    scorer, known = judge(run, run.cfg.metrics.seed + 1)
-    doubts = {"random": torch.rand(len(images), generator=_generator(wanted.seed))}
-    for name, made in maps.items():
-        variance = made.in_model_range().variance
-        found = {k: of(variance, samples.images) for k, of in MAP_SCORES.items()}
-        doubts |= {f"{name}.{k}": value for k, value in found.items()}
-    doubts |= {f"image.{k}": of(images) for k, of in IMAGE_SCORES.items()}
-    doubts |= {f"aleatoric.{k}": value for k, value in noise.items()}
-    read = extract(scorer, images, size)
-    confidence = [k for k in CONFIDENCE_SCORES if labels is not None or k != "off_label"]
-    doubts |= {f"classifier.{k}": CONFIDENCE_SCORES[k](read.logits, labels) for k in confidence}
-    near = neighbours(read.features, torch.from_numpy(known.subset))
-    doubts |= {"real.realism": -near.realism, "real.rarity": near.rarity.nan_to_num(torch.inf)}
-    if members is not None:
-        of_members = extract(scorer, members.flatten(0, 1), size)
-        given = {
-            "images": members.float() / 127.5 - 1,
-            "features": of_members.features.unflatten(0, members.shape[:2]),
-            "logits": of_members.logits.unflatten(0, members.shape[:2]),
-        }
-        doubts |= {f"members.{k}": each.of(given[each.reads]) for k, each in MEMBER_SCORES.items()}
     extractor, reference = judge(run)
-    judged = pool(extract(extractor, images, size).features, reference, groups=labels)
-    log.info("filtering: %d scores of %d images", len(doubts), len(images))
+    read = extract(extractor, to_uint8(samples.images), run.cfg.metrics.batch_size)
+    judged = pool(read.features, reference, groups=samples.labels)
+    log.info("filtering: %d scores of %d images", len(doubts), len(judged))
     rest = [each for each in wanted.keep if each != wanted.main_keep]
     chance = {"seed": wanted.seed, "subsets": wanted.subsets}
     rows = gains(doubts, judged, [wanted.main_keep], draws=wanted.draws, **chance)
     return rows + (gains(doubts, judged, rest, **chance) if rest else [])
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _results(wanted: Filtering, tables: list[list[Row]]) -> dict[str, Any]:

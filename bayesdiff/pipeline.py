@@ -1,7 +1,7 @@
 """fit -> curvature -> images -> maps -> validation -> score -> report; nothing is made twice."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,13 @@ class Result:
         folder: the cell's folder, inside the run folder.
         metrics: flat scalars; names carry their conditions.
         settings: the settings behind them, flat.
+        studies: folders of the studies that were asked for.
     """
 
     folder: Path
     metrics: dict[str, float]
     settings: dict[str, Any]
+    studies: tuple[Path, ...] = ()
 
 
 def run(cfg: DictConfig) -> Result:
@@ -88,9 +90,11 @@ def run(cfg: DictConfig) -> Result:
         report(this, result, samples, cell_key, checked, evidence_curve(posterior))
     barrier()
     made_from = key_of(*sampled, settings_of(posterior))
-    ablate(this, solver, posterior, made_from)
-    filter_images(this, solver, estimator, posterior, made_from)
-    return result
+    studies = (
+        ablate(this, solver, posterior, made_from),
+        filter_images(this, solver, estimator, posterior, made_from),
+    )
+    return replace(result, studies=tuple(folder for folder in studies if folder))
 
 
 def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
@@ -274,5 +278,6 @@ def show(result: Result, logdir: str) -> None:
         return
     rows = table.summary(result.metrics)
     rows.append({"metric": "pictures", "value": str(result.folder / "figures")})
+    rows += [{"metric": "study", "value": str(folder)} for folder in result.studies]
     rows.append({"metric": "curves", "value": f"tensorboard --logdir {logdir}"})
     table.show(result.folder.name, rows)

@@ -119,6 +119,14 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ((*FILTERING, "filtering.subsets=1"), ["filtering.subsets", "got 1"]),
     ((*FILTERING, "filtering.maps=published"), ["filtering.maps", "'published'"]),
     (
+        (*FILTERING, "filtering.num_images=60"),
+        ["filtering.keep=0.95", "6 images of each class", "filtering.num_images=60"],
+    ),
+    (
+        (*FILTERING, "uncertainty=published"),
+        ["filtering.maps.published", "another name", "~filtering.maps.published"],
+    ),
+    (
         (*FILTERING, "metrics=inception", "metrics.num_images=0"),
         ["filtering", "metrics=classifier"],
     ),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from bayesdiff.artefacts import read_arrays
 from bayesdiff.filtering import Filtering
 from bayesdiff.report import board
 from bayesdiff.report import filtering as figures
-from bayesdiff.uncertainty import Samples
+from bayesdiff.uncertainty import Ensemble, Samples
 from bayesdiff.uncertainty.image_scores import IMAGE_SCORES, MAP_SCORES
 from bayesdiff.uncertainty.member_scores import CONFIDENCE_SCORES, MEMBER_SCORES
 
@@ -64,10 +65,15 @@ def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, m
     made = {path.stem for path in (folder / "figures").glob("*.png")}
     assert made == {"z_by_score", "gain_over_keep", "kept_and_discarded"}
     assert "members.semantic_entropy" in (folder / "table.md").read_text()
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (folder / "results.json").read_text()))
     before = (folder / "results.json").stat().st_mtime_ns
     monkeypatch.setattr(filtering, "ImagePool", None)
-    pipeline.run(compose(*SMALL))
+    assert pipeline.run(compose(*SMALL)).studies == (folder,)
     assert (folder / "results.json").stat().st_mtime_ns == before
+    # Members that were trained again.
+    monkeypatch.setattr(Ensemble, "sources", lambda *_: ["others"])
+    with pytest.raises(TypeError):
+        pipeline.run(compose(*SMALL))
 
 
 def test_a_pool_is_the_same_for_every_batch_size_and_made_once(

@@ -1,6 +1,7 @@
 """The whole pipeline on digits: what it leaves, what it does again, and what it must not."""
 
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -428,3 +429,11 @@ def test_keys_and_overrides_are_stable(tmp_path):
     assert key_of(1, "a", {"b": 2, "a": 1}) == key_of(1, "a", {"a": 1, "b": 2})
     assert key_of(1) != key_of("1")
     assert smallest(tmp_path, "seed=3")[-1] == "seed=3"
+
+
+def test_colleagues_can_read_every_artefact(trained: Trained):
+    os.umask(mask := os.umask(0))
+    kinds = (".safetensors", ".npz", ".json", ".yaml")
+    found = [path for path in trained.folder.rglob("*") if path.suffix in kinds]
+    assert any(path.suffix == ".safetensors" for path in found)
+    assert {path.stat().st_mode & 0o777 for path in found} == {0o666 & ~mask}

@@ -204,7 +204,7 @@ def _least(doubts: Tensor, fraction: float, groups: Tensor | None, numbers: Tens
         # Least doubtful first within each class, one class after the other.
         order = order.gather(-1, group[order].argsort(dim=-1, stable=True))
     starts = sizes.cumsum(0) - sizes
-    shares = [_rounded(fraction, size) for size in sizes.tolist()]
+    shares = [kept_count(fraction, size) for size in sizes.tolist()]
     places = [
         torch.arange(start, start + share)
         for start, share in zip(starts.tolist(), shares, strict=True)
@@ -212,7 +212,8 @@ def _least(doubts: Tensor, fraction: float, groups: Tensor | None, numbers: Tens
     return by_number[order[:, torch.cat(places)].sort(dim=-1).values]
 
 
-def _rounded(fraction: float, size: int) -> int:
+def kept_count(fraction: float, size: int) -> int:
+    """Images that a share keeps of ``size``, at least 1."""
     # 0.35 * 90 is 31.499999999999996.
     return max(int(round(fraction * size, 9) + 0.5), 1)
 

@@ -28,9 +28,14 @@ _PANELS = (
 def evidence_figure(curve: "EvidenceCurve") -> "Figure":
     """Log evidence and effective parameters over prior_precision, with what matters marked."""
     low, high = curve.eigenvalues
+    known = (
+        "below them the prior decides nothing, above them everything"
+        if low > 0
+        else "where they are 0 the prior decides alone"
+    )
     caption = (
-        f"sigma_noise {curve.sigma_noise:.4g}. The data's precision has eigenvalues from "
-        f"{low:.3g} to {high:.3g}: below them the prior decides nothing, above them everything."
+        f"sigma_noise {curve.sigma_noise:.4g}. The head's precision from the data has eigenvalues "
+        f"from {low:.3g} to {high:.3g} (dashed): {known}."
     )
     figure, panels = chart(900, 560, "Evidence of the prior", caption, 2, 1, sharex=True)
     taus, (top, bottom) = curve.prior_precision.numpy(), panels[:, 0]

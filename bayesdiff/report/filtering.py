@@ -44,9 +44,11 @@ def z_by_score(results: Mapping[str, Any]) -> "Figure":
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     within = {row["score"]: row["z"] for row in rows if row["mode"] == modes[-1]}
     names = sorted(within, key=lambda name: within[name])
+    over = f"mean over {seeds} seeds with its 95 % interval" if seeds > 1 else "one seed"
     caption = (
-        f"Best {keep:.0%} kept, mean over {seeds} seeds; a line is the 95 % interval over seeds. "
-        "Shaded: within two standard deviations of random choices."
+        f"Best {keep:.0%} kept; {over}. z: gain in standard deviations of random choices, linear "
+        "up to 3 and logarithmic beyond; blue gains, red loses; shaded: below 2. Negative "
+        "variances count as 0."
     )
     figure, axes = chart(
         1100, 150 + 17 * len(names), "Gain in FID by score", caption, 1, len(modes), sharey=True
@@ -69,7 +71,10 @@ def gain_over_keep(results: Mapping[str, Any], own: str) -> "Figure":
     """Gain in FID over the share kept, for the best scores and the run's own."""
     rows = results["over_seeds"]
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    caption = "Mean over seeds of the FID of random choices minus that of the kept images."
+    caption = (
+        "Mean over seeds of the FID of random choices minus that of the kept images; in each "
+        f"panel its {_CURVES} best scores, the run's own, and a random one."
+    )
     figure, axes = chart(1000, 460, "Gain over the share kept", caption, 1, len(modes))
     for panel, mode in zip(axes[0], modes, strict=True):
         of_mode = [row for row in rows if row["mode"] == mode]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, positive
-from bayesdiff.laplace.posterior import HeadPosterior, check_settings
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.laplace.structures import STRUCTURES
 from bayesdiff.uncertainty.bands import Bands
 from bayesdiff.uncertainty.linearised import Linearised, directions, follow
 from bayesdiff.uncertainty.samples import Starts
@@ -59,7 +60,14 @@ class Ablation:
                 f"ablation.structures must be a list such as [full,diag], got {self.structures!r}"
             )
         for structure in self.structures:
-            check_settings(structure, rank=self.rank if structure == "subspace" else None)
+            if structure not in STRUCTURES:
+                raise UserError(
+                    f"ablation.structures must be among {', '.join(STRUCTURES)}; got {structure!r}"
+                )
+        if "subspace" in self.structures and self.rank is None:
+            raise UserError("ablation.structures=[subspace] needs ablation.rank, such as 16")
+        if self.rank is not None:
+            at_least("ablation.rank", self.rank, 0)
         at_least("ablation.draws", self.draws, 4)
         at_least("ablation.num_images", self.num_images, 3)
         _ = self.estimator

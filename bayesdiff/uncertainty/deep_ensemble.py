@@ -73,6 +73,7 @@ class DeepEnsemble(NetworkMembers):
                     f"checkpoint {path} was trained on other images ({data}, not {here}); "
                     "members of an ensemble must share their data"
                 )
+            _remark(path, config)
         self._load(run.model, paths)
 
     def sources(self, run: Training) -> list[Any]:
@@ -82,7 +83,9 @@ class DeepEnsemble(NetworkMembers):
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
         """With all networks in memory."""
         own = starts([0]).model
-        return replace(self, networks=(own, *self._others(own, folder).values()))
+        others = self._others(own, folder)
+        log.info("deep ensemble: this network and %d others", len(others))
+        return replace(self, networks=(own, *others.values()))
 
     def _others(self, own: GenerativeModel, folder: Path | None) -> dict[str, GenerativeModel]:
         """Members beside the run's own trained network, by the keys of their weights.
@@ -147,6 +150,14 @@ class DeepEnsemble(NetworkMembers):
                 "2 networks, train further seeds"
             )
         return others
+
+
+def _remark(path: Path, config: Any) -> None:
+    """Say where a member is of a longer or shorter training, as a trial run that a pattern met."""
+    there = (note_of(path).get("config") or {}).get("trainer", {}).get("max_epochs")
+    here = config["trainer"].get("max_epochs")
+    if there is not None and there != here:
+        log.warning("deep ensemble: %s had %s epochs, this run has %s", path, there, here)
 
 
 def _last(folder: Path) -> Path:
