@@ -10,6 +10,7 @@ from hand import curvature_of
 from torch import nn
 
 from bayesdiff.checks import UserError
+from bayesdiff.laplace import callback
 from bayesdiff.laplace import curvature as curvature_module
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.fisher import gradients, unfolded
@@ -633,3 +634,15 @@ def test_fewer_pixels_than_weights_and_hardly_a_prior_is_refused_where_it_is_sin
         fit(record, structure, prior_precision=1e-12)
     posterior = fit(record, structure, prior_precision=10.0)
     assert bool(posterior.predictive_variance(features).isfinite().all())
+
+
+@pytest.mark.parametrize(("settings", "said"), [((5, 1e-6), True), ((5, 1e9), False)])
+def test_directions_left_to_a_weak_prior_are_remarked_on(settings, said, caplog):
+    _, _, _, curvature = example()
+    rank, tau = settings
+    posterior = fit(curvature, "subspace", rank=rank, prior_precision=tau)
+    callback._remark(posterior)
+    callback._remark(fit(curvature, "full", prior_precision=tau))
+    size = posterior.num_parameters
+    assert (f"{size - rank} of {size} directions" in caplog.text) == said
+    assert len(caplog.records) == said

@@ -143,6 +143,7 @@ class LastLayerLaplace(Callback):
                 curvature.save(self.path)
             barrier()
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
+        _remark(self.posterior)
         if self.subset == "last_block":
             options = {k: v for k, v in self.pass_options.items() if k != "time_bins"}
             options["probes"] = self.probes
@@ -190,3 +191,18 @@ class LastLayerLaplace(Callback):
             return None
         # The same weights and data, but another number of draws or images: made anew.
         return curvature if curvature.source == source else None
+
+
+def _remark(posterior: HeadPosterior) -> None:
+    """Say so where directions without data have a prior that the others make look like none."""
+    known = posterior.eigenvalues[posterior.eigenvalues > 0]
+    free = posterior.num_parameters - posterior.rank if posterior.rank is not None else 0
+    if free and len(known) and float(known.min()) > 100 * posterior.prior_precision:
+        log.warning(
+            "laplace: %d of %d directions have the prior alone, and prior_precision=%g is far "
+            "below the data's %.3g; maps will be mostly those directions, raise it",
+            free,
+            posterior.num_parameters,
+            posterior.prior_precision,
+            float(known.min()),
+        )

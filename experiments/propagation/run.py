@@ -273,11 +273,13 @@ def draw_cost(found: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     settings = found["settings"]
-    figure = Figure(figsize=(3.1 * len(settings), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(settings), sharey="row", squeeze=False)
-    for column, (name, setting) in enumerate(settings.items()):
+    wide, bands = 4, -(-len(settings) // 4)
+    figure = Figure(figsize=(3.1 * wide, 5.6 * bands), layout="constrained")
+    axes = figure.subplots(2 * bands, wide, sharey="row", squeeze=False)
+    for number, (name, setting) in enumerate(settings.items()):
+        band, column = divmod(number, wide)
         for row, metric in enumerate(("image_rank", "pixel_rank")):
-            axis = axes[row, column]
+            axis = axes[2 * band + row, column]
             curve = [
                 (setting[f"ensemble{n}"]["nfe"], setting[f"ensemble{n}"][metric]) for n in SIZES
             ]
@@ -302,8 +304,8 @@ def draw_cost(found: dict[str, Any]) -> None:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.set_ylabel(metric.replace("_", " ") if not column else "")
-        axes[0, column].set_title(name, fontsize=9)
-        axes[1, column].set_xlabel("network evaluations\nover plain sampling")
+        axes[2 * band, column].set_title(name, fontsize=9)
+        axes[2 * band + 1, column].set_xlabel("network evaluations\nover plain sampling")
     axes[0, 0].legend(fontsize=7)
     figure.savefig(HERE / "accuracy-over-cost.png", dpi=110)
 
