@@ -468,9 +468,9 @@ def test_only_the_ensemble_takes_a_wider_posterior():
     for name in given.__dataclass_fields__:
         assert getattr(made, name) == getattr(given, name)
     assert made.count == 5 and made.name == given.name
-    check_block_ensemble(given, ablation=False)
+    check_block_ensemble(given)
     with pytest.raises(UserError, match="ablation=null"):
-        check_block_ensemble(given, ablation=True)
+        check_block_ensemble(given, "ablation")
 
 
 LAST = "laplace.subset=last_block"
