@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 
-from bayesdiff.artefacts import finite, key_of, read_json, write_arrays, write_json
-from bayesdiff.build import Run, plain
+from bayesdiff.artefacts import finite, write_arrays
+from bayesdiff.build import Run
 from bayesdiff.checks import UserError
 from bayesdiff.distributed import barrier, gather_rows, rank, world_size
 from bayesdiff.laplace.grid import (
@@ -31,8 +30,8 @@ from bayesdiff.report import ablation as pictures
 from bayesdiff.report import board
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
+from bayesdiff.study import Study, configured
 from bayesdiff.uncertainty.ablation import Ablation, GridMaps
-from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 from bayesdiff.uncertainty.memory import images_at_once
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ log = logging.getLogger(__name__)
 
 def check_ablation(run: Run, solver: Solver) -> None:
     """Refuse a grid that could not be made, before any work; nothing where none is asked for."""
-    ablation = _configured(run)
+    ablation = configured(run, "ablation")
     if ablation is not None:
         _batch_size(run, solver, ablation)
 
@@ -57,30 +56,20 @@ def ablate(run: Run, solver: Solver, posterior: HeadPosterior, made_from: str) -
     Returns:
         The folder, None where no grid is asked for.
     """
-    ablation = _configured(run)
+    ablation = configured(run, "ablation")
     if ablation is None:
         return None
-    told = {k: v for k, v in plain(run.cfg.ablation).items() if k not in WITHOUT_EFFECT}
-    key = key_of(made_from, told)
-    folder = run.folder / f"ablation-{solver.name}-{key[:8]}"
-    stored = read_json(folder / "results.json") or {}
-    barrier()
-    if stored.get("key") == key:
-        log.info("ablation: made before, in %s", folder)
-        return folder
+    study = Study.of(run, "ablation", solver.name, made_from)
+    if study.is_made:
+        return study.folder
     results, arrays = make(run, solver, ablation, posterior)
     if rank() == 0:
-        write_arrays(folder / "maps.npz", key, arrays)
-        report(folder, results, arrays)
-        write_json(folder / "results.json", {"key": key, **results})
+        write_arrays(study.folder / "maps.npz", study.key, arrays)
+        report(study.folder, results, arrays)
+        study.close(results)
     barrier()
-    log.info("ablation: %d cells in %s", math.prod(ablation.shape), folder)
-    return folder
-
-
-def _configured(run: Run) -> Ablation | None:
-    given = run.cfg.get("ablation")
-    return None if given is None else instantiate(given, _convert_="all")
+    log.info("ablation: %d cells in %s", math.prod(ablation.shape), study.folder)
+    return study.folder
 
 
 def _batch_size(run: Run, solver: Solver, ablation: Ablation) -> int:

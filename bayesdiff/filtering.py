@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from torch import Tensor
 
-from bayesdiff.artefacts import finite, key_of, read_json, write_json, write_text
+from bayesdiff.artefacts import write_text
 from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError, at_least, seed_of, share
 from bayesdiff.data.module import to_uint8
@@ -29,8 +28,8 @@ from bayesdiff.report import board, table
 from bayesdiff.report import filtering as pictures
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import judge
+from bayesdiff.study import Study, configured, with_effect
 from bayesdiff.uncertainty import Estimator, Samples
-from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 from bayesdiff.uncertainty.image_scores import MAP_SCORES
 from bayesdiff.uncertainty.memory import images_at_once
 
@@ -101,19 +100,13 @@ class Filtering:
         seed_of("filtering.seed", self.seed)
 
 
-def configured(run: Run) -> Filtering | None:
-    """The filtering that the configuration asks for."""
-    given = run.cfg.get("filtering")
-    return None if given is None else instantiate(given, _convert_="all")
-
-
-def check_filtering(run: Run, solver: Solver) -> None:
+def check_filtering(run: Run, solver: Solver, own: Estimator) -> None:
     """Refuse before any work what could not be scored; nothing where no filtering is asked for.
 
     Raises:
         UserError: for data without labels, or a map that the solver cannot serve.
     """
-    wanted = configured(run)
+    wanted: Filtering | None = configured(run, "filtering")
     if wanted is None:
         return
     if run.cfg.metrics.features != "classifier" or run.data.data.num_classes < 2:
@@ -121,11 +114,10 @@ def check_filtering(run: Run, solver: Solver) -> None:
             "filtering reads classifiers of the data; use metrics=classifier and data with labels"
         )
     _check_keep(wanted, run)
-    own = instantiate(run.cfg.uncertainty).name
-    if own in wanted.maps:
+    if own.name in wanted.maps:
         raise UserError(
-            f"filtering.maps.{own} has the name of the run's own estimator; "
-            f"add it under another name, or remove it: ~filtering.maps.{own}"
+            f"filtering.maps.{own.name} has the name of the run's own estimator; "
+            f"add it under another name, or remove it: ~filtering.maps.{own.name}"
         )
     for estimator in wanted.maps.values():
         estimator.check(solver)
@@ -165,26 +157,21 @@ def filter_images(
     Returns:
         The folder, None where no filtering is asked for.
     """
-    wanted = configured(run)
+    wanted: Filtering | None = configured(run, "filtering")
     if wanted is None:
         return None
-    told = {k: v for k, v in plain(run.cfg.filtering).items() if k not in WITHOUT_EFFECT}
-    of_maps = {k: v for k, v in plain(run.cfg.uncertainty).items() if k not in WITHOUT_EFFECT}
     sources = [each.sources(run) for each in (own, *wanted.maps.values())]
-    key = key_of(made_from, told, of_maps, sources, plain(run.cfg.metrics))
-    folder = run.folder / f"filtering-{solver.name}-{key[:8]}"
-    stored = read_json(folder / "results.json") or {}
-    barrier()
-    if stored.get("key") == key:
-        log.info("filtering: made before, in %s", folder)
-        return folder
+    of_maps, of_scores = with_effect(run.cfg.uncertainty), plain(run.cfg.metrics)
+    study = Study.of(run, "filtering", solver.name, made_from, of_maps, sources, of_scores)
+    if study.is_made:
+        return study.folder
     results, shown = _over_seeds(run, solver, own, posterior, wanted, made_from)
     if rank() == 0:
-        _report(folder, wanted, results, shown, own.name)
-        write_json(folder / "results.json", finite({"key": key, **results}))
+        _report(study.folder, wanted, results, shown, own.name)
+        study.close(results)
     barrier()
-    log.info("filtering: %d seeds in %s", len(wanted.seeds), folder)
-    return folder
+    log.info("filtering: %d seeds in %s", len(wanted.seeds), study.folder)
+    return study.folder
 
 
 def _over_seeds(
@@ -197,7 +184,7 @@ def _over_seeds(
 ) -> tuple[dict[str, Any], Shown]:
     """Numbers of all seeds, empty but on the first process, and what the first pool shows."""
     tables: list[list[Row]] = []
-    shown: list[Shown] = []
+    shown: Shown | None = None
     for seed in wanted.seeds:
         made = ImagePool(
             run, solver, posterior, wanted.num_images, seed, run.folder / "pools", made_from
@@ -205,11 +192,13 @@ def _over_seeds(
         maps = {own.name: made.maps(own)} | {k: made.maps(v) for k, v in wanted.maps.items()}
         members = made.members(wanted.members) if wanted.members else None
         noise = made.aleatoric(wanted.aleatoric_draws) if wanted.aleatoric_draws else {}
-        image, variance = maps[own.name].images, maps[own.name].variance
-        shown.append((maps[own.name], MAP_SCORES["sum"](variance, image)))
+        if shown is None:
+            image, variance = maps[own.name].images, maps[own.name].variance
+            shown = maps[own.name], MAP_SCORES["sum"](variance, image)
         if rank() == 0:
             tables.append(_judged(run, wanted, maps, members, noise))
-    return (_results(wanted, tables) if tables else {}), shown[0]
+    assert shown is not None  # a Filtering has a seed
+    return (_results(wanted, tables) if tables else {}), shown
 
 
 def _judged(

@@ -27,10 +27,10 @@ from bayesdiff.report import table
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.stages import check_metrics, make_images, make_maps, make_validation, score
+from bayesdiff.study import with_effect
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
-from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 from bayesdiff.uncertainty.memory import images_at_once
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ def run(cfg: DictConfig) -> Result:
     # The same weights make other images where they are told to predict something else.
     sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
     images_key = key_of(*sampled, cfg.metrics.num_images)
-    told = {k: v for k, v in plain(cfg.uncertainty).items() if k not in WITHOUT_EFFECT}
-    maps_key = key_of(*sampled, settings_of(posterior), told, *estimator.sources(this))
+    told, sources = with_effect(cfg.uncertainty), estimator.sources(this)
+    maps_key = key_of(*sampled, settings_of(posterior), told, *sources)
     folder = this.folder / f"{solver.name}-{estimator.name}-{maps_key[:8]}"
     checked_key = validation_key(maps_key, estimator, folder / "validation.json")
     cell_key = key_of(maps_key, images_key, plain(cfg.metrics), checked_key)
@@ -124,7 +124,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
         reference_at_once(estimator, solver, model, shape)
     check_metrics(cfg.metrics, this)
     check_ablation(this, solver)
-    check_filtering(this, solver)
+    check_filtering(this, solver, estimator)
     laplace.check_files()
     launch(cfg, devices)
     return this, solver, estimator, laplace

@@ -1,11 +1,12 @@
 """One composer of small configurations, and one small finished run that many tests read."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
@@ -39,6 +40,16 @@ DRAWS = {
     "published": ("uncertainty.mc_samples=2",),
     "total_variance": ("uncertainty.mc_samples=2",),
 }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums and rows of a batch round differently with another number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 Compose = Callable[..., DictConfig]
 # One pass over the digits is enough for a feature space of tests.

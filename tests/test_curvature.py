@@ -15,9 +15,9 @@ from torch import nn
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
-from bayesdiff.laplace import curvature as curvature_module
-from bayesdiff.laplace import record as record_module
+from bayesdiff.laplace import draws as draws_module
 from bayesdiff.laplace.callback import LastLayerLaplace
+from bayesdiff.laplace.checked_file import checksum
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.gram import head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
@@ -206,8 +206,8 @@ def test_processes_share_the_batches_and_add_up_to_the_same_sums(monkeypatch, pr
     alone = fit_curvature(model, images, labels, source="a", batch_size=3, draws=2)
     parts = []
     for rank in range(processes):
-        monkeypatch.setattr(curvature_module, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(curvature_module, "world_size", lambda: processes)
+        monkeypatch.setattr(draws_module, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(draws_module, "world_size", lambda: processes)
         model.net.seen.clear()
         parts.append(fit_curvature(model, images, labels, source="a", batch_size=3, draws=2))
         assert 0 < len(model.net.seen) < 8
@@ -478,7 +478,7 @@ def write_as(version, curvature, path):
         metadata, names = file.metadata(), [n for n in file.keys() if n not in later]  # noqa: SIM118
         tensors = {name: file.get_tensor(name) for name in names}
     metadata["format"] = f"bayesdiff-curvature-{version}"
-    metadata["checksum"] = record_module._checksum(tensors, metadata["record"])
+    metadata["checksum"] = checksum(tensors, metadata["record"])
     save_file(tensors, path, metadata)
 
 

@@ -25,13 +25,9 @@ BATCHES = ("laplace.batch_size=24", "metrics.batch_size=5", "uncertainty.batch_s
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Sums over pixels round differently with another number of threads."""
+def without_pictures(monkeypatch, one_thread):
+    """The other process has one thread too."""
     monkeypatch.setattr(board, "write", lambda *args, **kwargs: [])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train_py(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "bayesdiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "checks cli artefacts device distributed progress data paths networks models laplace solvers "
-    "uncertainty metrics report build training stages ablation pools doubts filtering "
+    "uncertainty metrics report build training stages study ablation pools doubts filtering "
     "pipeline sweep"
 ).split()
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace import callback
-from bayesdiff.laplace import curvature as curvature_module
+from bayesdiff.laplace import draws as draws_module
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.fisher import gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
@@ -550,8 +550,8 @@ def test_processes_add_up_to_the_same_gradients_and_intervals(monkeypatch):
     alone = fit_curvature(model, images, None, **options)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(curvature_module, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(curvature_module, "world_size", lambda: 2)
+        monkeypatch.setattr(draws_module, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(draws_module, "world_size", lambda: 2)
         parts.append(fit_curvature(model, images, None, **options))
     summed = sum(part.squared_gradients for part in parts)
     torch.testing.assert_close(summed, alone.squared_gradients, rtol=1e-12, atol=1e-12)

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.data.module import to_model_range
-from bayesdiff.distributed import barrier, rank, total, world_size
+from bayesdiff.distributed import barrier, rank, total
 from bayesdiff.laplace.block_record import BlockFactors, LayerFactors, stored_factors
-from bayesdiff.laplace.curvature import _generator, _noise_and_times
+from bayesdiff.laplace.draws import draws_of
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import Network
-from bayesdiff.progress import track
 
 SUBSETS = ("head", "last_block")
 # Structures of the head whose like exists for a Kronecker-factored layer: with and without what
@@ -152,18 +150,18 @@ def fit_block(
     layers, device = block_layers(net), next(model.parameters()).device
     sums = _Sums(net, layers, probes, device)
     count = num_images or len(images)
-    order = torch.randperm(len(images), generator=_generator(seed, 0))[:count]
-    batches = list(enumerate(order.split(batch_size), start=1))
-    for number, chosen in track(batches[rank() :: world_size()], "last block"):
-        x_1 = to_model_range(images[chosen]).to(device)
-        y = None if labels is None or not model.num_classes else labels[chosen].to(device)
-        for draw in range(draws):
-            generator = _generator(seed, number * draws + draw)
-            x_0, t = _noise_and_times(x_1, generator)
-            t = t * model.path.last_time
-            x_t, target = model.corrupt(x_1, x_0, t)
-            probe = int(torch.randint(2**31, (), generator=generator))
-            sums.add({"x": x_t, "t": t, "y": y}, target, probe)
+    for seen in draws_of(
+        model,
+        images,
+        labels,
+        draws=draws,
+        num_images=count,
+        batch_size=batch_size,
+        seed=seed,
+        what="last block",
+    ):
+        probe = int(torch.randint(2**31, (), generator=seen.generator))
+        sums.add({"x": seen.x_t, "t": seen.time, "y": seen.y}, seen.target, probe)
     return BlockFactors(sums.over_processes(draws, count), count, source)
 
 

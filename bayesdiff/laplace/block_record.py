@@ -1,19 +1,16 @@
 """What the pass over the last block leaves, and its file."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bayesdiff.artefacts import write_atomic
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.checked_file import checksum, load_checked, save_checked
 
 _FORMAT = "bayesdiff-block-1"
 _INPUT, _OUTPUT = "input.", "output."
@@ -71,7 +68,7 @@ class BlockFactors:
     @cached_property
     def key(self) -> str:
         """16 hex digits that change with any number in the factors."""
-        return _checksum(self._tensors, self._record)[:16]
+        return checksum(self._tensors, json.dumps(self._facts))[:16]
 
     def require_source(self, source: str) -> None:
         """Refuse to pair these factors with other weights or data.
@@ -97,45 +94,27 @@ class BlockFactors:
         return {name: value.cpu().contiguous() for name, value in values.items()}
 
     @property
-    def _record(self) -> str:
+    def _facts(self) -> dict[str, Any]:
         biases = {name: layer.bias for name, layer in self.layers.items()}
-        facts = {"num_images": self.num_images, "source": self.source, "layers": biases}
-        return json.dumps(facts)
+        return {"num_images": self.num_images, "source": self.source, "layers": biases}
 
     def save(self, path: str | Path) -> None:
-        """Write the record as safetensors; a crash leaves the old file or none, never half."""
-        tensors, record = self._tensors, self._record
-        metadata = {"format": _FORMAT, "record": record, "checksum": _checksum(tensors, record)}
-        write_atomic(Path(path), lambda file: save_file(tensors, file, metadata))
+        """Write the factors, whole or not at all."""
+        save_checked(path, _FORMAT, self._tensors, self._facts)
 
     @classmethod
     def load(cls, path: str | Path) -> "BlockFactors":
-        """Read what ``save`` wrote; nothing in the file is ever run.
-
-        Raises:
-            UserError: if the file is truncated, changed, or something else.
-        """
+        """Read what ``save`` wrote; what is damaged or something else is a ``UserError``."""
         cure = "delete it and run again"
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    found = metadata.get("format", "no format")
-                    raise UserError(f"{path} is not a {_FORMAT} file (has {found}); {cure}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if _checksum(tensors, metadata["record"]) != metadata["checksum"]:
-                raise UserError(f"{path} is damaged (its checksum differs); {cure}")
-            record = json.loads(metadata["record"])
-            layers = {
-                name: LayerFactors(tensors[_INPUT + name], tensors[_OUTPUT + name], bias)
-                for name, bias in record["layers"].items()
-            }
-            return cls(layers, record["num_images"], record["source"])
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{path} cannot be read as factors of the last block ({reason}); {cure}"
-            ) from error
+        return load_checked(path, [_FORMAT], "factors of the last block", cure, cls._of)
+
+    @classmethod
+    def _of(cls, _: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "BlockFactors":
+        layers = {
+            name: LayerFactors(tensors[_INPUT + name], tensors[_OUTPUT + name], bias)
+            for name, bias in facts["layers"].items()
+        }
+        return cls(layers, facts["num_images"], facts["source"])
 
 
 def stored_factors(path: Path | None, source: str) -> BlockFactors | None:
@@ -149,12 +128,3 @@ def stored_factors(path: Path | None, source: str) -> BlockFactors | None:
     factors.require_source(source)
     # The same weights and data, but another number of draws, probes or images: made anew.
     return factors if factors.source == source else None
-
-
-def _checksum(tensors: Mapping[str, Tensor], record: str) -> str:
-    """SHA-256 over the record, then names and bytes of the tensors in order of their names."""
-    digest = hashlib.sha256(record.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].to(torch.float64).numpy().tobytes())
-    return digest.hexdigest()

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.data.module import to_model_range
-from bayesdiff.distributed import rank, total, world_size
+from bayesdiff.distributed import total
+from bayesdiff.laplace.draws import draws_of
 from bayesdiff.laplace.fisher import gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.models import GenerativeModel
-from bayesdiff.progress import track
 
 
 @torch.inference_mode()
@@ -33,8 +32,7 @@ def fit_curvature(
 
     Squared residuals, gradients of every image and their squares are summed beside it.
 
-    t is uniform, since a sampler visits all times alike. Draws depend on (seed, batch) only and
-    whole batches are dealt to processes, so any number of processes gives the same sums.
+    What the pass sees is told in ``draws_of``; any number of processes gives the same sums.
 
     Args:
         model: with its trained weights; left in the mode it was in.
@@ -98,10 +96,10 @@ def batches(
     batch_size: int = 256,
     seed: int = 0,
 ) -> Iterator[Batch]:
-    """This process's share of the batches of the pass, each as often as there are draws.
+    """What the head sees of ``draws_of``.
 
     Args:
-        model: in evaluation mode; the rest as for ``fit_curvature``.
+        model: in evaluation mode; the rest as for ``draws_of``.
         images: the same.
         labels: the same.
         draws: the same.
@@ -112,16 +110,16 @@ def batches(
     Yields:
         The same batches in the same order whenever the arguments are the same.
     """
-    net, device = model.net, next(model.parameters()).device
-    order = torch.randperm(len(images), generator=_generator(seed, 0))[:num_images]
-    numbered = list(enumerate(order.split(batch_size), start=1))
-    for number, chosen in track(numbered[rank() :: world_size()], "curvature"):
-        x_1 = to_model_range(images[chosen]).to(device)
-        y = None if labels is None or not model.num_classes else labels[chosen].to(device)
-        for draw in range(draws):
-            x_0, t = _noise_and_times(x_1, _generator(seed, number * draws + draw))
-            x_t, target = model.corrupt(x_1, x_0, t * model.path.last_time)
-            yield Batch(t, net.features(x_t, t * model.path.last_time, y), target)
+    for draw in draws_of(
+        model,
+        images,
+        labels,
+        draws=draws,
+        num_images=num_images,
+        batch_size=batch_size,
+        seed=seed,
+    ):
+        yield Batch(draw.t, model.net.features(draw.x_t, draw.time, draw.y), draw.target)
 
 
 class _Sums:
@@ -178,15 +176,3 @@ def check_pass(
         raise UserError(
             f"laplace.time_bins={time_bins} is more than the {count} images of the pass; use fewer"
         )
-
-
-def _noise_and_times(like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise of the images' shape and stratified uniform times, drawn on the CPU."""
-    noise = torch.randn(like.shape, generator=generator).to(like.device)
-    spread = torch.randperm(len(like), generator=generator) / len(like)
-    t = (torch.rand(1, generator=generator) + spread) % 1
-    return noise, t.to(like.device)
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 2_654_435_761 + number) % 2**32)

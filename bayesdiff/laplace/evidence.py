@@ -11,22 +11,27 @@ from bayesdiff.laplace.record import Curvature
 
 
 def log_evidence(
-    curvature: Curvature, values: Tensor, sigma_noise: float, tau: float, n_eff: float
-) -> float:
+    curvature: Curvature, values: Tensor, sigma_noise: Tensor, tau: Tensor, n_eff: float
+) -> Tensor:
     """Log marginal likelihood with all constants (Bishop, eq. 3.86); prior mean 0.
 
     Args:
         curvature: gives residuals and weights.
-        values: eigenvalues of the likelihood's precision, ``(C_out, P)``.
-        sigma_noise: of the likelihood.
-        tau: prior precision.
+        values: eigenvalues of the likelihood's precision, ``(..., C_out, P)``.
+        sigma_noise: of the likelihood, of a shape that goes with ``...``.
+        tau: prior precision, likewise.
         n_eff: images the likelihood counts.
+
+    Returns:
+        Float64 ``(...)``.
     """
-    log_likelihood = -0.5 * curvature.squared_error / sigma_noise**2
-    log_likelihood -= curvature.num_outputs * math.log(sigma_noise * math.sqrt(math.tau))
+    log_likelihood = -0.5 * curvature.squared_error / sigma_noise.square()
+    log_likelihood = (
+        log_likelihood - curvature.num_outputs * (sigma_noise * math.sqrt(math.tau)).log()
+    )
     # log det of posterior over prior precision, for all channels
-    log_ratio = float(torch.log1p(values / tau).sum())
-    scatter = tau * float(curvature.mean.square().sum())
+    log_ratio = torch.log1p(values / tau[..., None, None]).sum((-2, -1))
+    scatter = tau * curvature.mean.square().sum()
     return n_eff / curvature.num_images * log_likelihood - 0.5 * (log_ratio + scatter)
 
 

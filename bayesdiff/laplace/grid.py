@@ -18,6 +18,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.evidence import log_evidence
 from bayesdiff.laplace.posterior import HeadPosterior
 
 _DECADES = 3  # of the evidence curve beyond its marks
@@ -57,12 +58,7 @@ def evidence_grid(
     sigmas = torch.tensor(list(sigma_noise), dtype=torch.float64)
     taus = torch.tensor(list(prior_precision), dtype=torch.float64)
     e, tau = likelihood_precisions(posterior, sigmas)[:, None], taus[:, None, None]
-    log_ratio = torch.log1p(e / tau).sum((-2, -1))
-    scatter = taus * curvature.mean.square().sum()
-    log_likelihood = -0.5 * curvature.squared_error / sigmas.square()
-    log_likelihood -= curvature.num_outputs * (sigmas * math.sqrt(math.tau)).log()
-    weight = posterior.n_eff / curvature.num_images
-    evidence = weight * log_likelihood[:, None] - 0.5 * (log_ratio + scatter)
+    evidence = log_evidence(curvature, e, sigmas[:, None], taus, posterior.n_eff)
     effective = (e / (e + tau)).sum((-2, -1)) / len(curvature.mean)
     known = resolved(e + tau)
     meant = known & posterior.has_evidence

@@ -221,8 +221,8 @@ class HeadPosterior:
                 f"laplace.structure={self.structure} has no evidence, since it does not see the"
                 " data; use another one"
             )
-        given = self.sigma_noise, self.prior_precision, self.n_eff
-        return log_evidence(self.curvature, self._all_eigenvalues, *given)
+        sigma, tau = torch.tensor([self.sigma_noise, self.prior_precision], dtype=torch.float64)
+        return float(log_evidence(self.curvature, self._all_eigenvalues, sigma, tau, self.n_eff))
 
     @cached_property
     def optimum(self) -> Tensor | None:

@@ -1,19 +1,16 @@
 """What one pass over the data leaves, and its file."""
 
-import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bayesdiff.artefacts import write_atomic
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.checked_file import load_checked, save_checked
 from bayesdiff.laplace.head import HeadGeometry
 
 _FORMAT = "bayesdiff-curvature-3"
@@ -167,19 +164,15 @@ class Curvature:
                 tensors[name] = value
         if self.bins is not None:
             tensors |= {_BINS + name: value for name, value in vars(self.bins).items()}
-        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        counts = json.dumps(
-            {
-                "num_images": self.num_images,
-                "draws": self.draws,
-                "squared_error": self.squared_error,
-                "num_outputs": self.num_outputs,
-                "source": self.source,
-                "geometry": asdict(self.geometry),
-            }
-        )
-        metadata = {"format": _FORMAT, "record": counts, "checksum": _checksum(tensors, counts)}
-        write_atomic(Path(path), lambda file: save_file(tensors, file, metadata))
+        facts = {
+            "num_images": self.num_images,
+            "draws": self.draws,
+            "squared_error": self.squared_error,
+            "num_outputs": self.num_outputs,
+            "source": self.source,
+            "geometry": asdict(self.geometry),
+        }
+        save_checked(path, _FORMAT, tensors, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> "Curvature":
@@ -190,37 +183,21 @@ class Curvature:
         Raises:
             UserError: if the file is missing, truncated, changed, or something else.
         """
-        cure = "delete it and compute the curvature again"
         if not Path(path).is_file():
             raise UserError(f"no curvature at {path}; run the curvature stage first")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") not in (_FORMAT, *_OLDER):
-                    found = metadata.get("format", "no format")
-                    raise UserError(f"{path} is not a {_FORMAT} file (has {found}); {cure}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if _checksum(tensors, metadata["record"]) != metadata["checksum"]:
-                raise UserError(f"{path} is damaged (its checksum differs); {cure}")
-            record = json.loads(metadata["record"])
-            geometry = HeadGeometry(**record.pop("geometry"))
-            sums = {k.removeprefix(_BINS): tensors.pop(k) for k in list(tensors) if _BINS in k}
-            bins = TimeBins(**sums) if sums and metadata["format"] == _FORMAT else None
-            return cls(**tensors, **record, geometry=geometry, bins=bins)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be read as a curvature ({reason}); {cure}") from error
+        cure = "delete it and compute the curvature again"
+        return load_checked(path, [_FORMAT, *_OLDER], "a curvature", cure, cls._of)
+
+    @classmethod
+    def _of(cls, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Curvature":
+        geometry = HeadGeometry(**facts.pop("geometry"))
+        sums = {k.removeprefix(_BINS): tensors.pop(k) for k in list(tensors) if _BINS in k}
+        bins = TimeBins(**sums) if sums and kind == _FORMAT else None
+        values: dict[str, Any] = {**tensors, **facts}
+        return cls(**values, geometry=geometry, bins=bins)
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram)
     # A Gram matrix is a sum of squares; a negative value is rounding.
     return values.clamp(min=0), vectors
-
-
-def _checksum(tensors: dict[str, Tensor], record: str) -> str:
-    """SHA-256 over the bytes of the tensors, in order of their names, and the record."""
-    digest = hashlib.sha256(record.encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()

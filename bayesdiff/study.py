@@ -1,0 +1,58 @@
+"""What all studies share: asked for in the configuration, made once, results.json last."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from bayesdiff.artefacts import finite, key_of, read_json, write_json
+from bayesdiff.build import Run, plain
+from bayesdiff.distributed import barrier
+from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+
+log = logging.getLogger(__name__)
+
+
+def configured(run: Run, name: str) -> Any:
+    """The study of this name as the configuration has it, None where it is not asked for."""
+    given = run.cfg.get(name)
+    return None if given is None else instantiate(given, _convert_="all")
+
+
+def with_effect(options: Any) -> dict[str, Any]:
+    """Options of a configuration group, without those that change no result."""
+    return {k: v for k, v in plain(options).items() if k not in WITHOUT_EFFECT}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study's folder.
+
+    Attributes:
+        name: of its options in the configuration.
+        folder: named by the key.
+        key: of all that it comes from.
+        is_made: whether its results are there.
+    """
+
+    name: str
+    folder: Path
+    key: str
+    is_made: bool
+
+    @classmethod
+    def of(cls, run: Run, name: str, solver: str, *made_from: Any) -> "Study":
+        """The study for these options and all that it is made from."""
+        key = key_of(*made_from, with_effect(run.cfg[name]))
+        folder = run.folder / f"{name}-{solver}-{key[:8]}"
+        is_made = (read_json(folder / "results.json") or {}).get("key") == key
+        barrier()  # nobody writes before everybody has looked
+        if is_made:
+            log.info("%s: made before, in %s", name, folder)
+        return cls(name, folder, key, is_made)
+
+    def close(self, results: dict[str, Any]) -> None:
+        """Write results.json, whose presence says that all else is there."""
+        write_json(self.folder / "results.json", finite({"key": self.key, **results}))
