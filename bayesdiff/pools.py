@@ -1,7 +1,8 @@
 """Many images of one seed with all that scores read of them; every part is made once."""
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +18,15 @@ from bayesdiff.solvers import Solver
 from bayesdiff.stages import make_maps, starts
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
 from bayesdiff.uncertainty.aleatoric import aleatoric
+from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 from bayesdiff.uncertainty.memory import images_at_once
 
+log = logging.getLogger(__name__)
+
 Rows = dict[str, Tensor]
+
+# Images of one file: an interrupted pool loses at most these, and a larger pool adds to them.
+BLOCK = 500
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,23 @@ class ImagePool:
 
     def maps(self, estimator: Estimator) -> Samples:
         """Images with their maps under an estimator."""
-        ready = replace(estimator, num_images=self.count)
-        key = self._key(repr(ready), *estimator.sources(self.run))
-        path = self._path(estimator.name, key)
-        return make_maps(self.run, self.solver, ready, self.posterior, path, key, self.seed)
+        return Samples.join([self._block_of_maps(estimator, block) for block in self.blocks])
+
+    @property
+    def blocks(self) -> list[range]:
+        """Numbers of the images that share a file."""
+        return [
+            range(first, min(first + BLOCK, self.count)) for first in range(0, self.count, BLOCK)
+        ]
+
+    def _block_of_maps(self, estimator: Estimator, block: range) -> Samples:
+        ready = replace(estimator, num_images=len(block))
+        key = self._key(block, estimator.name, _settings(ready), *estimator.sources(self.run))
+        path = self._path(estimator.name, block, key)
+        log.info("pool: seed %d, images %d to %d", self.seed, block[0], block[-1])
+        return make_maps(
+            self.run, self.solver, ready, self.posterior, path, key, self.seed, block.start
+        )
 
     def members(self, count: int) -> Tensor:
         """Images of posterior trajectories from the pool's noise, uint8 ``(N, M, C, H, W)``."""
@@ -78,29 +98,44 @@ class ImagePool:
         return images_at_once(estimator, self.solver, self.run.model, shape)
 
     def _rows(self, name: str, what: str, size: int, batch: Callable[[list[int]], Rows]) -> Rows:
-        """Rows of all images, batches shared by all processes."""
-        key = self._key(what)
-        path = self._path(name, key)
+        """Rows of all images, block after block."""
+        parts = [self._block(name, what, size, batch, block) for block in self.blocks]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def _block(
+        self, name: str, what: str, size: int, batch: Callable[[list[int]], Rows], block: range
+    ) -> Rows:
+        """Rows of one block, batches shared by all processes."""
+        key = self._key(block, what)
+        path = self._path(name, block, key)
         stored = read_arrays(path, key)
         barrier()  # nobody writes before everybody has looked
         if stored is not None:
             return stored
-        batches = torch.arange(self.count).split(size)
+        batches = torch.arange(block.start, block.stop).split(size)
         mine = list(batches[rank() :: world_size()])
-        parts = [batch(each.tolist()) for each in track(mine, f"{name}, seed {self.seed}")]
+        what = f"{name}, seed {self.seed}, from {block.start}"
+        parts = [batch(each.tolist()) for each in track(mine, what)]
         if not parts:
             parts = [{key: value[:0] for key, value in batch([0]).items()}]
         place = torch.cat(mine) if mine else torch.zeros(0, dtype=torch.long)
+        place = place - block.start
         rows = {
-            each: gather_rows(torch.cat([part[each] for part in parts]), place, self.count)
+            each: gather_rows(torch.cat([part[each] for part in parts]), place, len(block))
             for each in parts[0]
         }
         if rank() == 0:
             write_arrays(path, key, rows)
         return rows
 
-    def _key(self, *parts: object) -> str:
-        return key_of(self.made_from, self.seed, self.count, *parts)
+    def _key(self, block: range, *parts: object) -> str:
+        return key_of(self.made_from, self.seed, block.start, block.stop, *parts)
 
-    def _path(self, name: str, key: str) -> Path:
-        return self.folder / f"{name}-seed{self.seed}-{key[:8]}.npz"
+    def _path(self, name: str, block: range, key: str) -> Path:
+        return self.folder / f"{name}-seed{self.seed}-from{block.start}-{key[:8]}.npz"
+
+
+def _settings(estimator: Estimator) -> dict[str, object]:
+    """Those that change a map."""
+    named = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
+    return {name: value for name, value in named.items() if name not in WITHOUT_EFFECT}

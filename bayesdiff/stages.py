@@ -76,8 +76,9 @@ def make_maps(
     path: Path,
     key: str,
     seed: int | None = None,
+    first: int = 0,
 ) -> Samples:
-    """The first images of a seed, None being the run's own, each with its uncertainty map."""
+    """Images ``first`` on of a seed, None being the run's own, each with its uncertainty map."""
     stored = read_arrays(path, key)
     barrier()
     if stored is not None:
@@ -86,7 +87,7 @@ def make_maps(
     start_of = starts(run, solver, seed)
     ready = estimator.fit(start_of, posterior, run.folder)
     size = images_at_once(ready, solver, run.model, run.data.data.images.shape[1:])
-    batches = list(torch.arange(ready.num_images).split(size))
+    batches = list(torch.arange(first, first + ready.num_images).split(size))
     mine = {}
     for number in track(range(rank(), len(batches), world_size()), "uncertainty"):
         mine[number] = ready(start_of(batches[number].tolist()), posterior)

@@ -104,6 +104,32 @@ def test_a_pool_is_the_same_for_every_batch_size_and_made_once(
     assert torch.equal(one.members(2), members)
 
 
+def test_a_larger_pool_adds_to_a_smaller_one(copied: Trained, compose: Compose, monkeypatch):
+    monkeypatch.setattr(pools, "BLOCK", 4)
+    this, solver, estimator, laplace = pipeline.prepare(compose())
+    this.model.load_state_dict(torch.load(copied.checkpoint, weights_only=True)["state_dict"])
+    posterior = laplace.fit(this.model.eval(), this.data.data)
+    folder = copied.folder / "pools"
+
+    def made(count):
+        pool = pools.ImagePool(this, solver, posterior, count, 3, folder, "x")
+        members, maps = pool.members(2), pool.maps(estimator)
+        return members, maps, {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    few, few_maps, before = made(8)
+    many, many_maps, after = made(10)
+    assert len(before) == 4 and len(after) == 6
+    assert all(after[path] == when for path, when in before.items())
+    assert torch.equal(many[:8], few) and len(many) == 10
+    assert torch.equal(many_maps.images[:8], few_maps.images) and len(many_maps.images) == 10
+    assert len(set(many.flatten(1).sum(1).tolist())) == 10  # no image twice
+    # How the work is cut up changes no map.
+    pool = pools.ImagePool(this, solver, posterior, 10, 3, folder, "x")
+    monkeypatch.setattr(pools, "make_maps", lambda *given: before.__contains__(given[4]) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pool.maps(dataclasses.replace(estimator, batch_size=3, max_memory=1.0))
+
+
 def rows_of(seed, z):
     names = ("fid", "fid_gain", "precision", "precision_gain", "precision_z")
     return [
