@@ -22,6 +22,20 @@ VALIDATE = ("uncertainty.validate=true", "uncertainty.validate_images=3")
 TWO = ("trainer=ddp", "trainer.devices=2")
 # Several batches of everything, and numbers of them that two processes cannot share evenly.
 BATCHES = ("laplace.batch_size=24", "metrics.batch_size=5", "uncertainty.batch_size=1")
+# Five blocks of images; more batches in a block than processes.
+FILTERED = (
+    "experiment=filtering",
+    "filtering.num_images=40",
+    "filtering.seeds=[0]",
+    "filtering.keep=[0.5]",
+    "filtering.main_keep=0.5",
+    "filtering.members=2",
+    "filtering.aleatoric_draws=2",
+    "filtering.subsets=3",
+    "filtering.draws=2",
+    "~filtering.maps.published",
+    "uncertainty.batch_size=8",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,17 +68,20 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def classifiers_for(trained: Trained, output_dir: Path) -> None:
+    """Give the command both its classifiers: it would train them for longer than the tests do."""
+    cache = shutil.copytree(trained.output_dir / "cache", output_dir / "cache")
+    (quick,) = cache.glob("classifier-*")
+    images = pipeline.build(compose_list(smallest(output_dir))).data.data
+    epochs = classifier._epochs(len(images.images))
+    for seed in (0, 1):
+        shutil.copy(quick, classifier.cache_path(cache, images.fingerprint, seed, epochs))
+
+
 def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
     fixed = ["fit=false", f"ckpt_path={trained.checkpoint}", *BATCHES, *VALIDATE]
     fixed.append("uncertainty.validate_members=2")
-    cache = shutil.copytree(trained.output_dir / "cache", tmp_path / "cache")
-    # The command would train the classifier for longer than the tests do.
-    (quick,) = cache.glob("classifier-*")
-    this = pipeline.build(compose_list(smallest(tmp_path)))
-    images = this.data.data
-    epochs = classifier._epochs(len(images.images))
-    shutil.copy(quick, classifier.cache_path(cache, images.fingerprint, 0, epochs))
-
+    classifiers_for(trained, tmp_path)
     one = pipeline.run(compose_list(smallest(tmp_path, *fixed, f"run_dir={tmp_path}/one")))
     done = train_py(tmp_path, *smallest(tmp_path, *fixed, *TWO, f"run_dir={tmp_path}/two"))
     assert done.returncode == 0, done.stderr
@@ -95,6 +112,20 @@ def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
         np.testing.assert_allclose(second_rows[name], first_rows[name], rtol=1e-4)
     names = [name for name in files(two) if "figures/" not in name and ".report" not in name]
     assert names == files(tmp_path / "one")
+
+
+def test_the_same_gains_of_every_score(trained: Trained, tmp_path):
+    fixed = ["fit=false", f"ckpt_path={trained.checkpoint}", *FILTERED]
+    classifiers_for(trained, tmp_path)
+    one = pipeline.run(compose_list(smallest(tmp_path, *fixed, f"run_dir={tmp_path}/one")))
+    done = train_py(tmp_path, *smallest(tmp_path, *fixed, *TWO, f"run_dir={tmp_path}/two"))
+    assert done.returncode == 0, done.stderr
+    (study,) = one.studies
+    first, second = (
+        read_json(tmp_path / name / study.name / "results.json") for name in ("one", "two")
+    )
+    assert first == second
+    assert len(first["seeds"]["0"]) > 50
 
 
 def test_the_same_weights_from_a_shared_training(tmp_path):
