@@ -7,7 +7,7 @@ features.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError, at_least, seed_of, share
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, rank
-from bayesdiff.doubts import doubts_of
+from bayesdiff.doubts import ScoreOptions, Seen, check_scores, doubts_of, seen_of
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.metrics.gains import Row, gains, over_seeds
+from bayesdiff.metrics.gains import SCORES, Row, gains, over_seeds
 from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.selection import kept_count
 from bayesdiff.pools import ImagePool
@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filtering:
-    """What is generated, scored and kept.
+class Filtering(ScoreOptions):
+    """What is generated, scored and kept; the options of the scores come on top.
 
     Args:
         num_images: of the pool of each seed.
@@ -49,8 +49,6 @@ class Filtering:
         keep: shares that are kept.
         main_keep: the share whose gains have intervals over images, one of ``keep``.
         maps: estimators beside the run's own, by name; their maps get the same scores.
-        members: posterior trajectories of every image for the scores of members; 0 for none.
-        aleatoric_draws: noise draws for the aleatoric scores; 0 for none.
         subsets: random choices that a score is compared with.
         draws: bootstrap samples of the intervals over images.
         seed: of the random choices.
@@ -61,8 +59,6 @@ class Filtering:
     keep: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     main_keep: float = 0.8
     maps: Mapping[str, Estimator] = field(default_factory=dict)
-    members: int = 5
-    aleatoric_draws: int = 5
     subsets: int = 10
     draws: int = 100
     seed: int = 0
@@ -92,9 +88,7 @@ class Filtering:
                 f"filtering.maps must name estimators with their settings, got {self.maps!r};"
                 " for none remove them by name: ~filtering.maps.published"
             )
-        for name in ("members", "aleatoric_draws"):
-            if at_least(f"filtering.{name}", getattr(self, name), 0) == 1:
-                raise UserError(f"filtering.{name}=1 has no spread; give 2 or more, or 0")
+        super().__post_init__()
         at_least("filtering.subsets", self.subsets, 2)
         at_least("filtering.draws", self.draws, 2)
         seed_of("filtering.seed", self.seed)
@@ -123,6 +117,7 @@ def check_filtering(run: Run, solver: Solver, own: Estimator) -> None:
         estimator.check(solver)
         estimator.check_run(run)
         images_at_once(estimator, solver, run.model, run.data.data.images.shape[1:])
+    check_scores(wanted, run)
 
 
 def _check_keep(wanted: Filtering, run: Run) -> None:
@@ -190,40 +185,37 @@ def _over_seeds(
             run, solver, posterior, wanted.num_images, seed, run.folder / "pools", made_from
         )
         maps = {own.name: made.maps(own)} | {k: made.maps(v) for k, v in wanted.maps.items()}
-        members = made.members(wanted.members) if wanted.members else None
-        noise = made.aleatoric(wanted.aleatoric_draws) if wanted.aleatoric_draws else {}
+        seen, spent = seen_of(made, wanted, maps[own.name].in_model_range().images)
+        nfe = {name: each.nfe for name, each in maps.items()} | spent
         if shown is None:
             image, variance = maps[own.name].images, maps[own.name].variance
             shown = maps[own.name], MAP_SCORES["sum"](variance, image)
         if rank() == 0:
-            tables.append(_judged(run, wanted, maps, members, noise))
+            tables.append(_judged(run, wanted, maps, seen))
     assert shown is not None  # a Filtering has a seed
-    return (_results(wanted, tables) if tables else {}), shown
+    return (_results(wanted, tables, nfe) if tables else {}), shown
 
 
-def _judged(
-    run: Run,
-    wanted: Filtering,
-    maps: Mapping[str, Samples],
-    members: Tensor | None,
-    noise: Mapping[str, Tensor],
-) -> list[Row]:
+def _judged(run: Run, wanted: Filtering, maps: Mapping[str, Samples], seen: Seen) -> list[Row]:
     """What every score of one pool gains."""
     from bayesdiff.metrics.features import extract
 
-    doubts = doubts_of(run, maps, members, noise, wanted.seed)
+    doubts = doubts_of(run, maps, seen, wanted.seed)
     samples = next(iter(maps.values())).in_model_range()
     extractor, reference = judge(run)
     read = extract(extractor, to_uint8(samples.images), run.cfg.metrics.batch_size)
-    judged = pool(read.features, reference, groups=samples.labels)
+    judged = pool(read.features, reference, groups=samples.labels, more=True, logits=read.logits)
     log.info("filtering: %d scores of %d images", len(doubts), len(judged))
     rest = [each for each in wanted.keep if each != wanted.main_keep]
     chance = {"seed": wanted.seed, "subsets": wanted.subsets}
     rows = gains(doubts, judged, [wanted.main_keep], draws=wanted.draws, **chance)
-    return rows + (gains(doubts, judged, rest, **chance) if rest else [])
+    few = replace(judged, more=None)  # FID and precision alone over the shares
+    return rows + (gains(doubts, few, rest, **chance) if rest else [])
 
 
-def _results(wanted: Filtering, tables: list[list[Row]]) -> dict[str, Any]:
+def _results(
+    wanted: Filtering, tables: list[list[Row]], nfe: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Rows of every seed and over all of them, and the choice that the last seed did not see.
 
     The score with the best mean z within classes at the main share, over all seeds but the last,
@@ -237,6 +229,7 @@ def _results(wanted: Filtering, tables: list[list[Row]]) -> dict[str, Any]:
             "subsets": wanted.subsets,
             "members": wanted.members,
             "main_keep": wanted.main_keep,
+            "nfe": dict(nfe or {}),
         },
         "seeds": dict(zip(map(str, wanted.seeds), tables, strict=True)),
         "over_seeds": over_seeds(tables),
@@ -268,7 +261,9 @@ def _report(
         key=lambda row: (row["mode"], -row["z"]),
     )
     columns = ["mode", "score", "z", "z_low", "z_high", "fid", "fid_gain", "precision_gain"]
+    of_others = [f"{name}_z" for name in SCORES if name != "fid"]
     write_text(folder / "table.md", table.markdown(rows, columns))
+    write_text(folder / "table-z.md", table.markdown(rows, ["mode", "score", "z", *of_others]))
     scalars = {f"filtering/{row['mode']}/{row['score']}/z": row["z"] for row in rows}
     figures = pictures.every(results, *shown, name)
     board.write_study(folder / "tensorboard", scalars, {}, figures)

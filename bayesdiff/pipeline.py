@@ -23,6 +23,7 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.grid import EvidenceCurve, evidence_curve
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.metrics.validation import Validation, reference_at_once
+from bayesdiff.repair import check_repair, repair_images
 from bayesdiff.report import table
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
@@ -93,6 +94,7 @@ def run(cfg: DictConfig) -> Result:
     studies = (
         ablate(this, solver, posterior, made_from),
         filter_images(this, solver, estimator, posterior, made_from),
+        repair_images(this, solver, estimator, posterior, made_from),
     )
     return replace(result, studies=tuple(folder for folder in studies if folder))
 
@@ -106,7 +108,9 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     solver: Solver = instantiate(cfg.solver)
     estimator: Estimator = instantiate(cfg.uncertainty)
     if cfg.laplace.subset == "last_block":
-        studies = [name for name in ("ablation", "filtering") if cfg.get(name) is not None]
+        studies = [
+            name for name in ("ablation", "filtering", "repair") if cfg.get(name) is not None
+        ]
         check_block_ensemble(estimator, *studies[:1])
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
@@ -125,6 +129,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     check_metrics(cfg.metrics, this)
     check_ablation(this, solver)
     check_filtering(this, solver, estimator)
+    check_repair(this, solver, estimator)
     laplace.check_files()
     launch(cfg, devices)
     return this, solver, estimator, laplace

@@ -19,6 +19,7 @@ from bayesdiff.stages import make_maps, starts
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
 from bayesdiff.uncertainty.aleatoric import aleatoric
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+from bayesdiff.uncertainty.likelihood import log_likelihood, random_probes
 from bayesdiff.uncertainty.memory import images_at_once
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ Rows = dict[str, Tensor]
 
 # Images of one file: an interrupted pool loses at most these, and a larger pool adds to them.
 BLOCK = 500
+# Tells the likelihood's random signs apart from what else is drawn for the same samples.
+_PROBES = 80_021
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,40 @@ class ImagePool:
 
         like = Ensemble(members=max(draws, 2), noise_members=0)
         return self._rows("aleatoric", f"aleatoric {draws}", self._at_once(like), batch)
+
+    def zigzag(self, draws: int, rounds: int) -> Rows:
+        """The aleatoric scores behind several answers in a row, each ``(N,)``, and their NFE."""
+
+        def batch(numbers: list[int]) -> Rows:
+            start = starts(self.run, self.solver, self.seed)(numbers)
+            found = aleatoric(start, draws, rounds=rounds)
+            rows = {
+                name.replace("aleatoric", "zigzag"): score.cpu()
+                for name, score in found.scores.items()
+            }
+            return rows | {"nfe": torch.full((len(numbers),), found.nfe)}
+
+        like = Ensemble(members=max(draws, 2), noise_members=0)
+        return self._rows("zigzag", f"zigzag {draws} {rounds}", self._at_once(like), batch)
+
+    def likelihood(self, images: Tensor, num_steps: int) -> Rows:
+        """Bits per dimension of the pool's images under the model itself, ``(N,)``, and their NFE.
+
+        Args:
+            images: ``(N, C, H, W)`` in [-1, 1], those of ``maps``.
+            num_steps: of the probability-flow equation, four evaluations and derivatives each.
+        """
+
+        def batch(numbers: list[int]) -> Rows:
+            start = starts(self.run, self.solver, self.seed)(numbers)
+            probes = random_probes(start.noise.fork(_PROBES))
+            found = log_likelihood(start.field(), images[numbers], probes, num_steps)
+            nfe = torch.full((len(numbers),), found.nfe)
+            return {"bits_per_dim": found.bits_per_dim.cpu(), "nfe": nfe}
+
+        # An evaluation with its derivative holds about as much as two.
+        like = Ensemble(members=2, noise_members=0)
+        return self._rows("likelihood", f"likelihood {num_steps}", self._at_once(like), batch)
 
     def _at_once(self, estimator: Estimator) -> int:
         shape = self.run.data.data.images.shape[1:]

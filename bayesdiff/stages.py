@@ -34,6 +34,9 @@ if TYPE_CHECKING:  # these import torch-fidelity, which costs seconds
 
 log = logging.getLogger(__name__)
 
+# Names that metrics.features takes.
+ENCODERS = ("classifier", "inception", "clip", "dinov2")
+
 
 def starts(run: Run, solver: Solver, seed: int | None = None) -> Starts:
     """Start of samples by their numbers; None takes the run's own seed."""
@@ -158,16 +161,17 @@ def check_metrics(cfg: DictConfig, run: Run) -> None:
     """
     at_least("metrics.batch_size", cfg.batch_size)
     seed_of("metrics.seed", cfg.seed)
-    if cfg.features not in ("classifier", "inception"):
+    if cfg.features not in ENCODERS:
         raise UserError(
-            f"unknown metrics.features {cfg.features!r}; choose classifier or inception"
+            f"unknown metrics.features {cfg.features!r}; choose from {', '.join(ENCODERS)}"
         )
     if at_least("metrics.num_images", cfg.num_images, 0) == 1:
         raise UserError("metrics.num_images=1 cannot be scored; give 2 or more, or 0 for none")
-    if cfg.num_images and cfg.features == "inception" and is_main_process():
-        from bayesdiff.metrics.features import inception_extractor
+    if cfg.num_images and cfg.features != "classifier" and is_main_process():
+        from bayesdiff.metrics.features import build_extractor
 
-        inception_extractor(cfg.weights_path)
+        weights = cfg.weights_path
+        build_extractor(cfg.features, None, cache_dir="", seed=0, weights_path=weights)
     if cfg.num_images and cfg.features == "classifier" and run.data.data.num_classes < 2:
         raise UserError(
             f"data set {run.data.data.name} has no labels for metrics.features=classifier; "
@@ -176,21 +180,24 @@ def check_metrics(cfg: DictConfig, run: Run) -> None:
 
 
 def score(run: Run, images: Tensor) -> dict[str, float]:
-    """FID, IS, KID, precision and recall of the images, and of real test images beside them."""
+    """FID, IS, KID, precision, recall and CMMD of the images, and of real test images."""
+    from bayesdiff.metrics.cmmd import cmmd
     from bayesdiff.metrics.features import extract
     from bayesdiff.metrics.scores import scores
 
     cfg, data = run.cfg.metrics, run.data.data
     extractor, reference = judge(run)
     name, seed = cfg.features, cfg.seed
-    values = scores(
-        extract(extractor, images, cfg.batch_size), reference, seed=seed, extractor=name
-    )
+    known = torch.from_numpy(reference.subset)
+    own = extract(extractor, images, cfg.batch_size)
+    values = scores(own, reference, seed=seed, extractor=name)
+    values |= cmmd(own.features, known, encoder=name)
     # Test images often come sorted by class.
     mixed = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(seed))
     real = extract(extractor, data.test_images[mixed[: len(images)]], cfg.batch_size)
     if len(real) > 1:
         of_real = scores(real, reference, seed=seed, extractor=name)
+        of_real |= cmmd(real.features, known, encoder=name)
         values |= {f"real/{key}": value for key, value in of_real.items()}
     accuracy = getattr(getattr(extractor, "classifier", None), "test_accuracy", None)
     if accuracy is not None:

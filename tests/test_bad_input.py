@@ -45,7 +45,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("path=ve", ["unknown path 've'", "cond_ot"]),
     ("laplace=lowrank", ["unknown laplace 'lowrank'", "diag, empirical_fisher"]),
     ("uncertainty=bootstrap", ["unknown uncertainty 'bootstrap'", "ensemble, linearised"]),
-    ("metrics=clip", ["unknown metrics 'clip'", "inception"]),
+    ("metrics=vgg", ["unknown metrics 'vgg'", "inception"]),
     ("trainer=tpu", ["unknown trainer 'tpu'", "ddp"]),
     ("experiment=nothing", ["unknown experiment 'nothing'", "demo"]),
     ("sampler=euler", ["unknown option 'sampler'", "--cfg job"]),
@@ -134,7 +134,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
         (*FILTERING, "filtering.maps.published.skip_interval=9"),
         ["uncertainty.skip_interval=9", "steps"],
     ),
-    ("metrics.features=dino", ["unknown metrics.features 'dino'", "classifier or inception"]),
+    ("metrics.features=dino", ["unknown metrics.features 'dino'", "inception, clip, dinov2"]),
     ("model.prediction=score", ["unknown model.prediction 'score'", "velocity, noise, data, v"]),
     ("model.time_sampling=beta", ["unknown model.time_sampling 'beta'", "logit_normal"]),
     (

@@ -3,19 +3,37 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import Compose, Trained
+from hydra.utils import instantiate
+from torch import nn
 
-from bayesdiff import filtering, pipeline, pools
+from bayesdiff import filtering, pipeline, pools, stages
+from bayesdiff.artefacts import key_of
+from bayesdiff.checks import UserError
+from bayesdiff.data.module import to_uint8
+from bayesdiff.doubts import Seen, doubts_of
 from bayesdiff.filtering import Filtering
+from bayesdiff.metrics.features import untrained
 from bayesdiff.report import board
 from bayesdiff.report import filtering as figures
 from bayesdiff.uncertainty import Ensemble, Samples
-from bayesdiff.uncertainty.image_scores import IMAGE_SCORES, MAP_SCORES
-from bayesdiff.uncertainty.member_scores import CONFIDENCE_SCORES, MEMBER_SCORES
+from bayesdiff.uncertainty.image_scores import (
+    IMAGE_SCORES,
+    MAP_SCORES,
+    foreground_mean,
+    segmented,
+)
+from bayesdiff.uncertainty.likelihood import log_likelihood, random_probes
+from bayesdiff.uncertainty.member_scores import (
+    CONFIDENCE_SCORES,
+    MEMBER_SCORES,
+    semantic_entropy,
+)
 
 SMALL = (
     "experiment=filtering",
@@ -75,6 +93,182 @@ def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, m
         pipeline.run(compose(*SMALL))
 
 
+def half(images):
+    """The left half of every image."""
+    mask = torch.zeros(len(images), 1, *images.shape[2:], dtype=torch.bool)
+    mask[..., : images.shape[3] // 2] = True
+    return mask
+
+
+class Brighter(nn.Module):
+    """Weights that a sigmoid gives, as of a network with a file of its own."""
+
+    def forward(self, images):
+        assert not self.training
+        return torch.sigmoid(4 * images.mean(1, keepdim=True))
+
+
+def test_further_scores_come_from_options(copied: Trained, compose: Compose, monkeypatch):
+    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(filtering, "_report", lambda *_: None)
+    scored = []
+    real = filtering.doubts_of
+    monkeypatch.setattr(
+        filtering,
+        "doubts_of",
+        lambda *given: scored.append((given, real(*given))) or scored[-1][1],
+    )
+    target = "bayesdiff.uncertainty.MCDropout"
+    dropout = [f"+filtering.maps.dropout._target_={target}", "+filtering.maps.dropout.members=2"]
+    more = ["filtering.likelihood=true", "filtering.likelihood_steps=2"]
+    more += ["filtering.aleatoric_zigzag=3", "+filtering.encoders.untrained=null"]
+    more += ["+filtering.segmentation._target_=test_filtering.Brighter", "filtering.seeds=[0]"]
+    pipeline.run(compose(*SMALL, *dropout, *more))
+    _, results = results_of(copied.folder)
+    (((run, maps, seen, _), doubts),) = scored
+    assert {f"dropout.{name}" for name in MAP_SCORES} <= doubts.keys()
+    assert "p 0.1, fixed masks" in maps["dropout"].estimator
+    assert {"aleatoric.zigzag_centred", "aleatoric.zigzag_variance"} <= doubts.keys()
+    samples = maps["ensemble"]
+    mask = torch.sigmoid(4 * samples.images.clamp(-1, 1))
+    expected = foreground_mean(samples.variance, samples.images, mask)
+    torch.testing.assert_close(doubts["ensemble.foreground_mean"], expected)
+    start = stages.starts(run, instantiate(run.cfg.solver), 0)(range(3))
+    probes = random_probes(start.noise.fork(pools._PROBES))
+    bits = log_likelihood(start.field(), samples.images[:3], probes, 2).bits_per_dim
+    torch.testing.assert_close(doubts["likelihood.bits_per_dim"][:3], bits, rtol=1e-4, atol=1e-4)
+    network = untrained(run.data.data, run.cfg.metrics.seed + 1)
+    with torch.no_grad():
+        features = network.features(seen.members.flatten(0, 1)).unflatten(0, (40, 2))
+    found = doubts["members.semantic_entropy_untrained"]
+    torch.testing.assert_close(found, semantic_entropy(features), rtol=1e-5, atol=1e-4)
+    nfe = results["conditions"]["nfe"]
+    # Three steps, the last of them (0.8 of 3 on) asked once and by 2 draws of 3 answers.
+    assert nfe["zigzag"] == 3 + 1 + 2 * 3 and nfe["likelihood"] == 2 * 4 * 2
+    assert nfe["ensemble"] == maps["ensemble"].nfe
+    parts = {path.name.split("-")[0] for path in (copied.folder / "pools").iterdir()}
+    assert parts >= {"members", "aleatoric", "zigzag", "likelihood", "mc_dropout", "published"}
+    rows = results["seeds"]["0"]
+    gained = {f"{name}_gain" for name in ("is", "kid", "recall", "density", "coverage", "cmmd")}
+    assert all((gained <= row.keys()) == (row["keep"] == 0.8) for row in rows)
+    assert all(f"{name}_low" in row for name in gained for row in rows if row["keep"] == 0.8)
+
+
+def test_parts_of_pools_keep_their_names():
+    """A pool that was made before is found again: its key is a matter of these words alone."""
+    pool = pools.ImagePool(None, None, None, 9, 3, Path("pools"), "x")
+    (block,) = pool.blocks
+    words = repr(Ensemble(members=2, noise_members=0))
+    assert pool._key(block, words) == key_of("x", 3, 0, 9, words)
+    whats: dict = {}
+
+    def rows(name, what, *_):
+        whats[name] = what
+        return {"members": None}
+
+    object.__setattr__(pool, "_rows", rows)
+    object.__setattr__(pool, "_at_once", lambda _: 1)
+    pool.members(2), pool.aleatoric(5), pool.zigzag(5, 3), pool.likelihood(None, 20)
+    assert whats == {
+        "members": words,
+        "aleatoric": "aleatoric 5",
+        "zigzag": "zigzag 5 3",
+        "likelihood": "likelihood 20",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"aleatoric_zigzag": 1}, "filtering.aleatoric_zigzag=1 is the plain form; give 2"),
+        ({"aleatoric_zigzag": -1}, "filtering.aleatoric_zigzag must be .*>= 0, got -1"),
+        ({"aleatoric_zigzag": 3, "aleatoric_draws": 0}, "zigzag=3 needs filtering.aleatoric_dr"),
+        ({"likelihood": 1}, "filtering.likelihood must be true or false, got 1"),
+        ({"likelihood_steps": 0}, "filtering.likelihood_steps must be .*>= 1, got 0"),
+        ({"segmentation": "unet"}, "filtering.segmentation must be a callable .* got 'unet'"),
+        ({"encoders": "clip"}, "filtering.encoders must name weights files, got 'clip'"),
+        ({"encoders": {"clip": None}, "members": 0}, "encoders reads members; give filtering.m"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(given, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        Filtering(**given)
+    assert "\n" not in str(refusal.value)
+
+
+CROP = "+filtering.segmentation"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+filtering.encoders.vgg=null", "unknown filtering.encoders.vgg; choose from untrained"),
+        ("+filtering.encoders.clip=none.pt", "filtering.encoders.clip=none.pt does not exist"),
+        (
+            f"{CROP}._target_=test_filtering.crop {CROP}._partial_=true",
+            r"masks .*\(2, 1, 8, 8\), got",
+        ),
+    ],
+)
+def test_what_scores_need_is_tried_before_any_work(override, message, compose: Compose):
+    with pytest.raises(UserError, match=message) as refusal:
+        pipeline.prepare(compose(*SMALL, *override.split()))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_likelihood_that_cannot_be_is_refused_before_any_work(compose: Compose):
+    with pytest.raises(UserError, match="leaves the velocity at t=0 open"):
+        options = ("model.prediction=noise", "filtering.likelihood=true", "solver.grid=log_snr")
+        pipeline.prepare(compose(*SMALL, *options))
+
+
+def crop(images):
+    return images[..., 1:]
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (crop, r"masks \(N, 1, H, W\), here \(3, 1, 4, 6\), got \(3, 2, 4, 5\)"),
+        (lambda images: images.mean(1), r"got \(3, 4, 6\)"),
+        (lambda images: [0], "got list"),
+        (lambda images: images[:, :1] - 2, "weights >= 0, got values from -"),
+        (lambda images: images[:, :1] * torch.nan, "weights >= 0, got values from nan"),
+    ],
+)
+def test_bad_masks_are_refused_in_one_line(network, message):
+    images = torch.rand(3, 2, 4, 6)
+    with pytest.raises(UserError, match=message) as refusal:
+        segmented(network, images)
+    assert "\n" not in str(refusal.value)
+
+
+def test_masks_are_those_of_the_network_for_any_batch_size():
+    images = 3 * torch.randn(5, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    found = segmented(Brighter(), images, batch_size=2)
+    expected = torch.sigmoid(4 * images.clamp(-1, 1).mean(1, keepdim=True)).double()
+    torch.testing.assert_close(found, expected)
+    variance = torch.rand(5, 2, 4, 6)
+    of_half = foreground_mean(variance, images, segmented(half, images))
+    torch.testing.assert_close(of_half, variance[..., :3].double().mean((1, 2, 3)))
+
+
+def test_image_scores_see_the_images_that_are_shown(copied: Trained, compose: Compose):
+    this, solver, estimator, laplace = pipeline.prepare(compose())
+    this.model.load_state_dict(torch.load(copied.checkpoint, weights_only=True)["state_dict"])
+    posterior = laplace.fit(this.model.eval(), this.data.data)
+    maps = pools.ImagePool(this, solver, posterior, 12, 3, copied.folder / "pools", "x").maps(
+        estimator
+    )
+    found = doubts_of(this, {"own": maps}, Seen(), 0)
+    seen = to_uint8(maps.images).double() / 255
+    steps = [seen.diff(dim=dim).abs().flatten(1).sum(1) for dim in (-1, -2)]
+    # Of 255 grey levels, so that each of the 112 steps may be half a level off at either end.
+    torch.testing.assert_close(found["image.total_variation"], 2 * sum(steps), rtol=0, atol=0.9)
+    ends = ((seen == 0) | (seen == 1)).double().flatten(1).mean(1)
+    assert torch.equal(found["image.saturation"], ends)
+
+
 def test_a_pool_is_the_same_for_every_batch_size_and_made_once(
     copied: Trained, compose: Compose, monkeypatch
 ):
@@ -94,8 +288,14 @@ def test_a_pool_is_the_same_for_every_batch_size_and_made_once(
     members = one.members(2)
     assert members.shape == (9, 2, 1, 8, 8) and members.dtype == torch.uint8
     assert (members.int() - other.members(2).int()).abs().max() <= 1
-    for name, score in one.aleatoric(2).items():
-        torch.testing.assert_close(score, other.aleatoric(2)[name], rtol=1e-5, atol=0)
+    for make in (
+        lambda pool: pool.aleatoric(2),
+        lambda pool: pool.zigzag(2, 3),
+        lambda pool: pool.likelihood(first.images, 2),
+    ):
+        again = make(other)
+        for name, score in make(one).items():
+            torch.testing.assert_close(score, again[name], rtol=1e-4, atol=0)
     # The run's own samples are another seed's.
     with np.load(copied.cell / "samples.npz", allow_pickle=False) as own:
         assert own["images"][0].shape == tuple(first.images[0].shape)

@@ -313,7 +313,7 @@ def slow_entropy(probability):
 
 def test_member_scores_equal_slow_loops():
     values = drawn()
-    spread, entropy, information, against = [], [], [], []
+    spread, entropy, information, against, doubt = [], [], [], [], []
     for features, logits in zip(values["features"], values["logits"], strict=True):
         variance = [float(column.var(correction=0)) for column in features.T]
         spread.append(sum(variance))
@@ -322,18 +322,29 @@ def test_member_scores_equal_slow_loops():
         )
         members = [slow_softmax(row.tolist()) for row in logits]
         mean = [sum(column) / 5 for column in zip(*members, strict=True)]
+        doubt.append(slow_entropy(mean))
         information.append(slow_entropy(mean) - sum(map(slow_entropy, members)) / 5)
         votes = [max(range(4), key=member.__getitem__) for member in members]
         against.append(1 - max(votes.count(k) for k in range(4)) / 5)
     expected = {
         "semantic_entropy": entropy,
         "semantic_variance": spread,
+        "predictive_entropy": doubt,
         "mutual_information": information,
         "dissent": against,
     }
     for name, numbers in expected.items():
         score = MEMBER_SCORES[name]
         close(score.of(values[score.reads]), numbers, rtol=1e-10)
+
+
+def test_the_pixel_variance_of_members_is_the_sum_of_an_ensembles_map():
+    images = drawn()["images"]
+    slow = [
+        sum(float(torch.stack(values).var()) for values in zip(*members.flatten(1), strict=True))
+        for members in images
+    ]
+    close(MEMBER_SCORES["pixel_variance"].of(images), slow, rtol=1e-10)
 
 
 def test_unsure_members_that_agree_share_no_information():

@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "checks cli artefacts device distributed progress data paths networks models laplace solvers "
     "uncertainty metrics report build training stages study ablation pools doubts filtering "
-    "pipeline sweep"
+    "repair pipeline sweep"
 ).split()
 
 

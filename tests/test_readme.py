@@ -67,6 +67,8 @@ def test_command_runs(given, data_root, trained, tmp_path, monkeypatch):
     if "experiment=filtering" in overrides:
         overrides += ["filtering.num_images=40", "filtering.seeds=[0]", "filtering.keep=[0.8]"]
         overrides += ["filtering.members=2", "filtering.aleatoric_draws=0", "filtering.draws=2"]
+    if {"experiment=rectify", "experiment=diversity"} & set(overrides):
+        overrides += ["repair.num_images=4", "repair.draws=2", "repair.bootstrap=10"]
     cfg = compose_list(smallest(tmp_path, "solver.num_steps=6", *overrides))
     if "ckpt_path=last" in overrides:
         with pytest.raises(UserError, match="ckpt_path=last but there is no"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
+from bayesdiff.data.corruption import RarelyVisited, images_per_epoch
 from bayesdiff.data.images import ImageData
 
 Batch = tuple[Tensor, Tensor | None]
@@ -39,9 +40,9 @@ class ImageDataModule(L.LightningDataModule):
     def __init__(self, data: ImageData, batch_size: int = 128, flip: bool = False, seed: int = 0):
         super().__init__()
         at_least("batch_size", batch_size)
-        if batch_size > len(data.images):
+        if batch_size > (most := images_per_epoch(data)):
             raise UserError(
-                f"batch_size {batch_size} is larger than the {len(data.images)} training images "
+                f"batch_size {batch_size} is larger than the {most} training images "
                 f"of {data.name}; choose a smaller one"
             )
         self.data = data
@@ -100,7 +101,7 @@ class TrainingBatches:
         self.labels = None if module.data.labels is None else module.data.labels.to(device)
 
     def __len__(self) -> int:
-        return len(self.images) // self.module.batch_size
+        return images_per_epoch(self.module.data) // self.module.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         module, trainer = self.module, self.trainer
@@ -109,6 +110,8 @@ class TrainingBatches:
         epoch = 0 if overfit else trainer.current_epoch
         generator = torch.Generator().manual_seed(1_000_003 * module.seed + epoch)
         order = torch.randperm(len(self.images), generator=generator)
+        if isinstance(module.data, RarelyVisited):
+            order = order[torch.isin(order, module.data.visited(epoch))]
         mirrored = torch.rand(len(self.images), generator=generator) < 0.5
         for i in range(len(self)):
             chosen = order[i * module.batch_size : (i + 1) * module.batch_size]

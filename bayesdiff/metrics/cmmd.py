@@ -53,7 +53,7 @@ def cmmd_of_subsets(
     Raises:
         UserError: if a part or the real images are fewer than 2.
     """
-    generated, real = _directions("generated", generated), _directions("real", real)
+    generated, real = directions("generated", generated), directions("real", real)
     weights = torch.zeros(len(generated), len(subsets), dtype=torch.float64)
     for place, subset in enumerate(subsets):
         weights[subset.cpu(), place] = 1
@@ -77,7 +77,16 @@ def _sums(a: Tensor, b: Tensor, weights: Tensor, width: float) -> Tensor:
     return torch.cat(parts)
 
 
-def _directions(name: str, features: Tensor) -> Tensor:
+def directions(name: str, features: Tensor) -> Tensor:
+    """Features of length 1, in float64.
+
+    Args:
+        name: of the images, for the message.
+        features: (N, F).
+
+    Raises:
+        UserError: if one is all zero.
+    """
     features = features64(name, features)
     length = features.norm(dim=1, keepdim=True)
     if not length.all():

@@ -5,13 +5,12 @@ Importing this module imports torch-fidelity and torchvision, so only code that 
 
 import hashlib
 import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import (
     URL_INCEPTION_V3,
@@ -21,8 +20,20 @@ from torch_fidelity.registry import register_feature_extractor
 
 from bayesdiff.checks import UserError
 from bayesdiff.metrics.classifier import Classifier, load_classifier, load_or_train
+from bayesdiff.metrics.encoders import (
+    ClipFeatures,
+    DinoFeatures,
+    clip_weights,
+    dino_weights,
+    downloaded,
+    first_line,
+    in_colour,
+    plain_weights,
+)
 from bayesdiff.progress import track
 
+# Names that metrics.features takes.
+ENCODERS = ("classifier", "inception", "clip", "dinov2")
 CLASSIFIER = "bayesdiff-classifier"
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
@@ -34,7 +45,8 @@ class Features:
 
     Attributes:
         features: float32 (N, F), on the CPU; FID, KID, precision and recall compare these.
-        logits: float32 (N, K), on the CPU; the inception score reads these.
+        logits: float32 (N, K), on the CPU; the inception score reads these. K is 0 for an encoder
+            that knows no classes.
     """
 
     features: Tensor
@@ -107,8 +119,7 @@ class Inception(FeatureExtractorInceptionV3):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Requested features of uint8 images ``(B, 1 or 3, H, W)``: each (B, F)."""
-        rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        features: tuple[Tensor, ...] = super().forward(rgb)
+        features: tuple[Tensor, ...] = super().forward(in_colour(images))
         return features
 
 
@@ -123,16 +134,19 @@ def build_extractor(
     seed: int,
     weights_path: Path | str | None = None,
     device: torch.device | str = "cpu",
+    option: str = "metrics.weights_path",
 ) -> FeatureExtractorBase:
-    """The extractor that ``metrics.features`` names.
+    """The extractor of a name.
 
     Args:
-        features: ``classifier`` (trained on the data, cached) or ``inception``.
-        data: the record that `load_or_train` reads; ``inception`` does not touch it.
+        features: ``classifier`` (trained on the data, cached), ``untrained`` (the same network
+            with random weights), ``inception``, ``clip`` (ViT-B/32) or ``dinov2`` (ViT-B/14).
+        data: the record that `load_or_train` reads; the last three do not touch it.
         cache_dir: folder of the trained classifiers.
         seed: seed of the classifier.
-        weights_path: see `inception_extractor`.
+        weights_path: of the last three; None takes torch's download cache or the network.
         device: where the network lies.
+        option: what the user set to the path.
 
     Returns:
         An extractor in eval mode.
@@ -141,11 +155,41 @@ def build_extractor(
         UserError: if the name is unknown.
     """
     if features == "inception":
-        return inception_extractor(weights_path, device=device)
+        return inception_extractor(weights_path, device=device, option=option)
+    if features == "clip":
+        return ClipFeatures(clip_weights(weights_path, option)).to(device)
+    if features == "dinov2":
+        return DinoFeatures(dino_weights(weights_path, option)).to(device)
+    if features == "untrained":
+        return classifier_extractor(untrained(data, seed).to(device))
     if features != "classifier":
-        raise UserError(f"metrics.features={features} is unknown; choose classifier or inception")
+        raise UserError(
+            f"metrics.features={features} is unknown; choose from {', '.join(ENCODERS)}"
+        )
     network = load_or_train(cache_dir, data, seed, device=device)
     return classifier_extractor(network)
+
+
+def untrained(data: Any, seed: int, images: int = 1024) -> Classifier:
+    """The project's classifier with random weights: what its architecture alone sees.
+
+    Only the means and variances of its normalisations come from the data, so that its features
+    have the scale of trained ones.
+
+    Args:
+        data: record with ``images``; labels are not needed.
+        seed: of the weights; the global state is kept.
+        images: how many of the data's first ones are normalised by.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        stride = 4 if max(data.images.shape[-2:]) > 32 else 2
+        network = Classifier(data.images.shape[1], max(data.num_classes, 1), stride=stride)
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = None  # a plain mean of all batches, here of one
+        network.train().features(data.images[:images])
+    return network.eval()
 
 
 def classifier_extractor(classifier: Classifier) -> ClassifierFeatures:
@@ -154,13 +198,17 @@ def classifier_extractor(classifier: Classifier) -> ClassifierFeatures:
 
 
 def inception_extractor(
-    weights_path: Path | str | None = None, *, device: torch.device | str = "cpu"
+    weights_path: Path | str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    option: str = "metrics.weights_path",
 ) -> Inception:
     """Extractor of the FID that papers report.
 
     Args:
         weights_path: the weights file; None takes torch's download cache or the network.
         device: where the network lies.
+        option: what the user set to the path.
 
     Returns:
         The network in eval mode, giving the 2048 features and the unbiased logits.
@@ -168,7 +216,7 @@ def inception_extractor(
     Raises:
         UserError: if the weights cannot be had, or the file does not hold them.
     """
-    weights = _inception_weights(weights_path)
+    weights = _inception_weights(weights_path, option)
     # torch-fidelity unpickles whatever it is given; hand it bytes that we wrote ourselves.
     buffer = io.BytesIO()
     torch.save(weights, buffer)
@@ -178,8 +226,8 @@ def inception_extractor(
         network = Inception(INCEPTION, layers, feature_extractor_weights_path=buffer)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
-            f"metrics.weights_path={weights_path} does not hold Inception weights; "
-            f"give torch-fidelity's {INCEPTION_FILE} ({_first_line(error)})"
+            f"{option}={weights_path} does not hold Inception weights; "
+            f"give torch-fidelity's {INCEPTION_FILE} ({first_line(error)})"
         ) from error
     return network.to(device)
 
@@ -192,7 +240,7 @@ def extract(
     """Features and logits of a set of images, in float32, the same for every batch size.
 
     Args:
-        extractor: from `classifier_extractor` or `inception_extractor`.
+        extractor: from `build_extractor`.
         images: uint8 (N, C, H, W), on any device.
         batch_size: images per call; changes the speed and the memory only.
 
@@ -225,30 +273,15 @@ def weights_hash(extractor: FeatureExtractorBase) -> str:
     return digest.hexdigest()[:16]
 
 
-def _inception_weights(weights_path: Path | str | None) -> dict[str, Tensor]:
-    if weights_path is None:
-        try:
-            return torch.hub.load_state_dict_from_url(
-                URL_INCEPTION_V3, progress=False, check_hash=True, weights_only=True
-            )
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # no network, or damaged
-            raise UserError(
-                f"the Inception weights cannot be downloaded ({_first_line(error)}); "
-                f"set metrics.weights_path to a copy of {INCEPTION_FILE}"
-            ) from error
-    try:
-        weights: dict[str, Tensor] = torch.load(weights_path, weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"metrics.weights_path={weights_path} does not exist; give a copy of {INCEPTION_FILE}"
-        ) from error
-    except Exception as error:  # the reader meets arbitrary bytes and may raise anything
-        raise UserError(
-            f"metrics.weights_path={weights_path} is not a plain weights file; "
-            f"give a copy of {INCEPTION_FILE}"
-        ) from error
+def _inception_weights(weights_path: Path | str | None, option: str) -> dict[str, Tensor]:
+    if weights_path is not None:
+        return plain_weights(weights_path, option, f"give a copy of {INCEPTION_FILE}")
+    weights: dict[str, Tensor] = downloaded(
+        lambda: torch.hub.load_state_dict_from_url(
+            URL_INCEPTION_V3, progress=False, check_hash=True, weights_only=True
+        ),
+        "Inception",
+        option,
+        INCEPTION_FILE,
+    )
     return weights
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

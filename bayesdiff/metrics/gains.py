@@ -19,9 +19,17 @@ from bayesdiff.metrics.selection import (
 Row = dict[str, Any]
 Figures = dict[str, Tensor]
 
-# By what a row is found again in the table of another seed, and what differs between the seeds.
+# By what a row is found again in the table of another seed.
 _NAMES = ("score", "mode", "keep", "kept")
-_VALUES = ("fid", "fid_gain", "z", "precision", "precision_gain", "precision_z")
+# Scores of images that a pool may have; lower is better in these.
+SCORES = ("fid", "precision", "is", "kid", "recall", "density", "coverage", "cmmd")
+_LOW = ("fid", "kid", "cmmd")
+# What differs between the seeds: each score, what is gained in it, and that over chance.
+_VALUES = tuple(
+    each
+    for name in SCORES
+    for each in (name, f"{name}_gain", "z" if name == "fid" else f"{name}_z")
+)
 
 
 def gains(
@@ -53,8 +61,9 @@ def gains(
         ``fid_random - fid``, ``z`` = ``fid_gain / fid_random_sd`` and ``fid_chance``: the gain of
         one more random choice lies within plus and minus this (Student's t). The same for
         precision, ``precision_gain`` = ``precision - precision_random``: a positive gain is
-        always the better. With draws also ``fid_gain_low`` to ``fid_gain_high``, the interval of
-        the gain over images (its bootstrap spread, Student's t), and that of ``precision_gain``.
+        always the better. Of a pool with more scores, each has its value, ``_gain`` (positive is
+        better) and ``_z``. With draws also ``fid_gain_low`` to ``fid_gain_high``, the interval of
+        the gain over images (its bootstrap spread, Student's t), and that of the other gains.
 
     Raises:
         UserError: if a fraction discards no image, or a score lacks one.
@@ -111,7 +120,7 @@ def over_seeds(tables: Sequence[Sequence[Mapping[str, Any]]], level: float = 0.9
     rows = []
     for key in keyed[0]:
         row: Row = dict(zip(_NAMES, key, strict=True)) | {"seeds": len(keyed)}
-        for name in _VALUES:
+        for name in (name for name in _VALUES if name in keyed[0][key]):
             values = torch.tensor([table[key][name] for table in keyed], dtype=torch.float64)
             mean, half = float(values.mean()), torch.nan
             if len(keyed) > 1:
@@ -136,23 +145,25 @@ def _against(own: Figures, rivals: Figures, level: float) -> Figures:
     """Columns of K scores, each (K,), from their figures (K,) and those of random choices (S,)."""
     gained = _gain(own, rivals)
     found: Figures = {}
-    for name, z in (("fid", "z"), ("precision", "precision_z")):
+    for name, values in own.items():
         sd, mean = rivals[name].std(), rivals[name].mean()
-        columns = {
-            f"{name}_random": mean,
-            f"{name}_random_sd": sd,
-            f"{name}_chance": spread_of_one(sd, len(rivals[name]), level),
-        }
-        found |= {name: own[name], f"{name}_gain": gained[name], z: gained[name] / sd}
-        found |= {key: value.expand_as(own[name]) for key, value in columns.items()}
+        found |= {name: values, f"{name}_gain": gained[name]}
+        found["z" if name == "fid" else f"{name}_z"] = gained[name] / sd
+        if name in ("fid", "precision"):
+            columns = {
+                f"{name}_random": mean,
+                f"{name}_random_sd": sd,
+                f"{name}_chance": spread_of_one(sd, len(rivals[name]), level),
+            }
+            found |= {key: value.expand_as(values) for key, value in columns.items()}
     return found
 
 
 def _gain(own: Figures, rivals: Figures) -> Figures:
     """Gains of K selections over the mean of the random ones, positive if better, each (K,)."""
     return {
-        "fid": rivals["fid"].mean() - own["fid"],
-        "precision": own["precision"] - rivals["precision"].mean(),
+        name: (values - rivals[name].mean()) * (-1 if name in _LOW else 1)
+        for name, values in own.items()
     }
 
 
@@ -172,14 +183,14 @@ def _bootstrap(
     as many random choices as behind the gain itself; a single one would add its own spread.
     """
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[Tensor]] = {"fid": [], "precision": []}
+    found: dict[str, list[Tensor]] = {}
     for _ in range(draws):
         index = _resampled(len(images), groups, generator)
         lots = torch.rand(subsets, len(images), generator=generator, dtype=torch.float64)
         rivals = images.figures(index[least_doubtful(lots, fraction, groups)])
         own = images.figures(index[least_doubtful(doubts[:, index], fraction, groups)])
         for name, gain in _gain(own, rivals).items():
-            found[name].append(gain)
+            found.setdefault(name, []).append(gain)
     return {name: torch.stack(parts) for name, parts in found.items()}
 
 

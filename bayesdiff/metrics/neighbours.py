@@ -55,7 +55,7 @@ def neighbours(generated: Tensor, real: Tensor, k: int = 3) -> Neighbours:
     """
     generated, real = features64("generated", generated), features64("real", real)
     squared_radii = radii(real, k).square()
-    slack = _rounding(real)
+    slack = rounding(real)
     # Pruning at the median radius: half of an even number, equal radii stay together.
     small = squared_radii <= squared_radii.quantile(0.5)
     realism, rarity, balls = [], [], []
@@ -91,7 +91,7 @@ def radii(real: Tensor, k: int = 3) -> Tensor:
         raise UserError(
             f"k must be below the number of real images, got {k} for {len(real)}; lower k"
         )
-    slack = _rounding(real)
+    slack = rounding(real)
     # The nearest is the image itself.
     squared = [
         part.topk(k + 1, dim=1, largest=False).values.amax(1)
@@ -161,5 +161,6 @@ def features64(name: str, features: Tensor) -> Tensor:
     return features
 
 
-def _rounding(real: Tensor) -> Tensor:
+def rounding(real: Tensor) -> Tensor:
+    """Squared distance that is none, in the units of these features."""
     return ROUNDING * (real - real.mean(0)).square().sum(1).mean()

@@ -9,6 +9,7 @@ from bayesdiff.checks import at_least
 from bayesdiff.metrics.neighbours import features64, neighbours
 from bayesdiff.metrics.scores import Reference
 from bayesdiff.metrics.selection import checked_groups, checked_numbers
+from bayesdiff.metrics.subset_scores import SubsetScores
 
 # Feature values gathered at once for the FID of many subsets: 64 MiB of float64.
 BLOCK = 1 << 23
@@ -25,6 +26,7 @@ class Pool:
         root: symmetric square root of their covariance, float64 (F, F).
         groups: classes of the images, int64 (N,), or None.
         order: places of the images in the caller's list, int64 (N,).
+        more: scores beside FID and precision, None for those two alone.
     """
 
     features: Tensor
@@ -33,18 +35,24 @@ class Pool:
     root: Tensor
     groups: Tensor | None
     order: Tensor
+    more: SubsetScores | None = None
 
     def __len__(self) -> int:
         return len(self.features)
 
     def figures(self, subsets: Tensor) -> dict[str, Tensor]:
-        """``fid`` and ``precision`` of each subset, indices ``(S, n) -> (S,)`` float64, n >= 2."""
+        """Scores of each subset by name, indices ``(S, n) -> (S,)`` float64, n >= 2.
+
+        They are ``fid`` and ``precision``, and where the pool has ``more``: ``is`` (of one split),
+        ``kid`` (over all pairs), ``recall``, ``density``, ``coverage`` and ``cmmd``.
+        """
         n, dims = subsets.shape[1], self.features.shape[1]
         at_least("kept images for the FID", n, 2)
         blocks = subsets.split(max(BLOCK // (2 * n * dims + 4 * dims**2), 1))
         return {
             "fid": torch.cat([self._fid(block) for block in blocks]),
             "precision": self.inside[subsets].double().mean(1),
+            **({} if self.more is None else self.more(subsets)),
         }
 
     def _fid(self, subsets: Tensor) -> Tensor:
@@ -68,6 +76,8 @@ def pool(
     groups: Tensor | None = None,
     numbers: Tensor | None = None,
     k: int = 3,
+    more: bool = False,
+    logits: Tensor | None = None,
 ) -> Pool:
     """Compare generated images with real ones.
 
@@ -76,7 +86,9 @@ def pool(
         reference: of the real images, in the same feature space; precision reads its subset.
         groups: classes of the images, integers (N,), or None.
         numbers: distinct numbers of the images, integers (N,); None is 0, 1, ...
-        k: neighbour that the balls of the real images reach.
+        k: neighbour that the balls of the real images reach, for precision.
+        more: whether to prepare the scores beside FID and precision; takes two N x N matrices.
+        logits: class scores of the images (N, K) for the inception score, or None.
 
     Returns:
         The pool, the same for every order of the list.
@@ -84,13 +96,19 @@ def pool(
     features = features64("generated", features.cpu())
     order = checked_numbers(numbers, len(features)).argsort()
     groups = checked_groups(groups, len(features))
-    features = features[order]
+    features, real = features[order], torch.from_numpy(reference.subset)
     eigenvalues, vectors = torch.linalg.eigh(torch.from_numpy(reference.covariance).double())
     return Pool(
         features=features,
-        inside=neighbours(features, torch.from_numpy(reference.subset), k).inside,
+        inside=neighbours(features, real, k).inside,
         mean=torch.from_numpy(reference.mean).double(),
         root=(vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.mT,
         groups=None if groups is None else groups[order],
         order=order,
+        more=SubsetScores.of(features, real, _by_number(logits, order)) if more else None,
     )
+
+
+def _by_number(logits: Tensor | None, order: Tensor) -> Tensor | None:
+    """In the pool's order; None where there are no classes."""
+    return None if logits is None or not logits.shape[1] else logits.cpu()[order]

@@ -144,7 +144,7 @@ def scores(
         generated: gathered features of all generated images, at least 2.
         reference: from `reference_statistics`, in the same feature space.
         seed: chooses the KID subsets, the order of the IS splits and the PRC part.
-        extractor: the feature space, for the names: ``classifier`` or ``inception``.
+        extractor: the feature space, for the names, such as ``classifier``.
 
     Returns:
         ``fid``, ``is``, ``is_sd``, ``kid``, ``kid_sd``, ``precision`` and ``recall``, each under
@@ -158,11 +158,12 @@ def scores(
     own = fid_features_to_statistics(generated.features.double())
     real = {"mu": reference.mean, "sigma": reference.covariance}
     fid = fid_statistics_to_metric(own, real, verbose=False)
-    isc = isc_features_to_metric(generated.logits, splits=used.is_splits, rng_seed=seed)
+    values = {"fid": fid["frechet_inception_distance"]}
+    if generated.logits.shape[1]:  # an encoder without classes has no inception score
+        isc = isc_features_to_metric(generated.logits, splits=used.is_splits, rng_seed=seed)
+        values |= {"is": isc["inception_score_mean"], "is_sd": isc["inception_score_std"]}
     values = {
-        "fid": fid["frechet_inception_distance"],
-        "is": isc["inception_score_mean"],
-        "is_sd": isc["inception_score_std"],
+        **values,
         **_neighbour_scores(generated.features, torch.from_numpy(reference.subset), used, seed),
     }
     suffix = f"@{size_name(used.images)}/{extractor}"

@@ -11,7 +11,8 @@ Row = Mapping[str, Any]
 
 # What the closing table of a run shows, in this order.
 _SHOWN = (
-    "fid@", "is@", "kid@", "precision@", "recall@", "real/fid@", "classifier_test_accuracy", "nfe",
+    "fid@", "is@", "kid@", "precision@", "recall@", "cmmd@", "real/fid@",
+    "classifier_test_accuracy", "nfe",
     "summed_variance/mean", "sampler_noise/mean", "validation/", "laplace/effective_parameters",
     "laplace/sigma_noise",
 )  # fmt: skip

@@ -41,7 +41,11 @@ class Aleatoric:
 
 @torch.inference_mode()
 def aleatoric(
-    start: Trajectory, draws: int = 5, window: tuple[float, float] = (0.8, 1.0), seed: int = 0
+    start: Trajectory,
+    draws: int = 5,
+    window: tuple[float, float] = (0.8, 1.0),
+    seed: int = 0,
+    rounds: int = 1,
 ) -> Aleatoric:
     """Sample a batch and measure its aleatoric uncertainty over a part of the steps.
 
@@ -54,10 +58,12 @@ def aleatoric(
         draws: M, fresh noises per step and image, at least 2.
         window: which of the steps, as shares of their number.
         seed: of the fresh noise, which depends on it and on the sample's number alone.
+        rounds: answers in a row behind every draw, see ``answer_spread``; their "zigzag" has 3.
 
-    Fewer than 2 draws, or a window without a step, are a ``UserError``.
+    Fewer than 2 draws, no round, or a window without a step, are a ``UserError``.
     """
     at_least("draws", draws, 2)
+    at_least("rounds", rounds)
     steps = start.steps()
     chosen = _chosen(window, len(steps))
     fresh = start.noise.fork(_FORK + seed)
@@ -73,7 +79,8 @@ def aleatoric(
     times = tuple(steps[number].times[0] for number in chosen)
     centred, variance = torch.zeros_like(images), torch.zeros_like(images)
     for number, t in zip(chosen, times, strict=True):
-        noise = torch.stack([fresh() for _ in range(draws)]).to(images)
+        noise = torch.stack([fresh() for _ in range(rounds * draws)]).to(images)
+        noise = noise.unflatten(0, (rounds, draws))
         found = answer_spread(field, states[number], t, noise)
         centred, variance = centred + found[0], variance + found[1]
     return Aleatoric(images, centred, variance, times, field.evaluations)
@@ -87,11 +94,16 @@ def answer_spread(field: Field, x: Tensor, t: float, noise: Tensor) -> tuple[Ten
     For a noise prediction kap x, the centred form is kap^2 sigma^2 (1 + prediction^2) on average
     and contains the prediction itself; the variance is kap^2 sigma^2.
 
+    With several rounds ("zigzag") the data is predicted again from x~ and meets fresh noise again;
+    the last answer counts. With rho = 1 - sigma kap and R rounds, the variance above is then
+    kap^2 sigma^2 (1 + rho^2 + ... + rho^(2R - 2)), and the centred form is larger by
+    prediction^2 (1 - rho^R)^2.
+
     Args:
         field: the trained network at this batch's labels.
         x: states ``(B, C, H, W)``.
         t: their time.
-        noise: standard noise ``(M, B, C, H, W)``.
+        noise: standard noise ``(M, B, C, H, W)``, or ``(R, M, B, C, H, W)`` for R rounds.
 
     Returns:
         Mean squared distance from the answer at x, and unbiased variance over the M draws, each
@@ -102,9 +114,11 @@ def answer_spread(field: Field, x: Tensor, t: float, noise: Tensor) -> tuple[Ten
     p, q = map(float, convert(field.model.prediction, "noise", c))
     sigma = float(c.sigma)
     output = field(x, t)
-    # alpha x_1hat is x without its predicted noise; so written, it is finite at alpha = 0.
-    states = x - sigma * (p * x + q * output) + sigma * noise
-    outputs = field(states.flatten(0, 1), t).unflatten(0, noise.shape[:2])
+    states, outputs = x, output
+    for fresh in noise if noise.ndim > x.ndim + 1 else noise[None]:
+        # alpha x_1hat is x without its predicted noise; so written, it is finite at alpha = 0.
+        states = states - sigma * (p * states + q * outputs) + sigma * fresh
+        outputs = field(states.flatten(0, 1), t).unflatten(0, fresh.shape[:2])
     if path.family == "flow":
         p, q = map(float, convert(field.model.prediction, "velocity", c))
     answers = p * states + q * outputs

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least, positive, share
 from bayesdiff.data.module import to_uint8
@@ -132,6 +132,43 @@ def foreground_mean(variance: Tensor, images: Tensor, mask: Tensor | None = None
     area = weights.sum(1)
     inside = (weights * values).sum(1) / area.where(area > 0, 1)
     return inside.where(area > 0, values.mean(1))
+
+
+def segmented(
+    network: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 256
+) -> Tensor:
+    """Masks of the foreground by a network of the user's own, for ``foreground_mean``.
+
+    Args:
+        network: any callable that gives images ``(N, C, H, W)`` in [-1, 1] a mask each,
+            ``(N, 1, H, W)``, bool or weights >= 0; a module is put into eval mode.
+        images: ``(N, C, H, W)``, where the network is.
+        batch_size: images per call.
+
+    Raises:
+        UserError: if it gives anything else.
+    """
+    if isinstance(network, nn.Module):
+        network.eval()
+    wanted = (1, *images.shape[2:])
+    masks = []
+    for batch in images.clamp(-1, 1).split(batch_size):
+        with torch.no_grad():
+            mask = network(batch)
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        if not isinstance(mask, Tensor) or mask.shape != (len(batch), *wanted):
+            raise UserError(
+                "a segmentation network must give masks (N, 1, H, W), here "
+                f"{(len(batch), *wanted)}, got {got}; wrap it in a callable that does"
+            )
+        mask = mask.double()
+        if not mask.isfinite().all() or mask.min() < 0:
+            raise UserError(
+                "a segmentation network must give masks of true and false or of weights >= 0, "
+                f"got values from {float(mask.min()):g} to {float(mask.max()):g}; apply a sigmoid"
+            )
+        masks.append(mask)
+    return torch.cat(masks)
 
 
 def otsu_mask(images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.module import to_model_range
 from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import CondOT, ProbabilityPath, convert
-from bayesdiff.solvers import RK4, Field, Heun, SampleNoise, integrate, time_grid
+from bayesdiff.solvers import RK4, Field, Heun, SampleNoise, Step, integrate, time_grid
 from bayesdiff.solvers.grid import log_snr, time_at
 
 # Of every s: its time, and (p, q) with dx/ds = p x + q g for the network's output g.
@@ -146,11 +146,40 @@ def log_likelihood(
     Raises:
         UserError: for an unknown solver or grid, no steps, or a prediction that leaves the
             velocity open at an end of a flow.
+    """  # noqa: DOC502 - raised one level down
+    steps, rates = _plan(field.model, num_steps, solver, grid)
+    slope = _Slope(field, probes, rates)
+    before = field.evaluations
+    state = F.pad(images.to(slope.vectors.device).double().flatten(1), (0, 1))
+    state = integrate(slope, steps, state, lambda: state)
+    field.evaluations += field.evaluations - before  # a derivative costs about as much again
+    latents, gained = state[:, :-1], state[:, -1]
+    prior = -0.5 * (latents.square() + math.log(2 * math.pi)).sum(1)
+    latents = latents.unflatten(1, images.shape[1:])
+    return Likelihood(prior + gained, latents, field.evaluations - before)
+
+
+def check_likelihood(model: GenerativeModel, num_steps: int = 50) -> None:
+    """Refuse, before any work, what ``log_likelihood`` would refuse.
+
+    Raises:
+        UserError: for no steps, or a prediction that leaves the velocity open.
+    """  # noqa: DOC502 - raised one level down
+    _plan(model, num_steps, "rk4", "quadratic")
+
+
+def _plan(
+    model: GenerativeModel, num_steps: int, solver: str, grid: str
+) -> tuple[list[Step], Rates]:
+    """Steps of dx/ds = f and the rates at their places.
+
+    Raises:
+        UserError: for an unknown solver.
     """
     if solver not in _METHODS:
         raise UserError(f"unknown likelihood solver {solver!r}; choose from {', '.join(_METHODS)}")
     at_least("num_steps", num_steps)
-    path = field.model.path
+    path = model.path
     if path.family == "flow":
         nodes = time_grid(grid, path, num_steps)[::-1]
     else:
@@ -160,15 +189,7 @@ def log_likelihood(
     # The tableau as steps of dx/ds = f, whatever s is.
     plain = cast(ProbabilityPath, CondOT())
     steps = _METHODS[solver](num_steps).steps(plain, "velocity", nodes)
-    slope = _Slope(field, probes, _rates(field.model, [s for step in steps for s in step.times]))
-    before = field.evaluations
-    state = F.pad(images.to(slope.vectors.device).double().flatten(1), (0, 1))
-    state = integrate(slope, steps, state, lambda: state)
-    field.evaluations += field.evaluations - before  # a derivative costs about as much again
-    latents, gained = state[:, :-1], state[:, -1]
-    prior = -0.5 * (latents.square() + math.log(2 * math.pi)).sum(1)
-    latents = latents.unflatten(1, images.shape[1:])
-    return Likelihood(prior + gained, latents, field.evaluations - before)
+    return steps, _rates(model, [s for step in steps for s in step.times])
 
 
 class _Slope:

@@ -56,6 +56,15 @@ def log_det(images: Tensor, floor: float = FLOOR) -> Tensor:
     return 2 * root.diagonal(dim1=1, dim2=2).log().sum(1) + size * math.log(floor)
 
 
+def pixel_variance(images: Tensor) -> Tensor:
+    """Unbiased variance over the members, summed: what an ensemble's map has as its ``sum``.
+
+    Args:
+        images: ``(N, M, C, H, W)``, M >= 2.
+    """
+    return _members(images).flatten(2).var(1).sum(1)
+
+
 def semantic_entropy(
     features: Tensor, floor: float = FEATURE_FLOOR, correction: int = 0, unit: bool = False
 ) -> Tensor:
@@ -97,8 +106,17 @@ def mutual_information(logits: Tensor) -> Tensor:
         logits: ``(N, M, K)``, M >= 2.
     """
     probability = _members(logits).softmax(-1)
-    apart = _entropy(probability.mean(1)) - _entropy(probability).mean(1)
+    apart = predictive_entropy(logits) - _entropy(probability).mean(1)
     return apart.clamp(min=0)  # rounding could go below
+
+
+def predictive_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the members' mean class probabilities, in nats: their doubt and their dissent.
+
+    Args:
+        logits: ``(N, M, K)``, M >= 2.
+    """
+    return _entropy(_members(logits).softmax(-1).mean(1))
 
 
 def dissent(logits: Tensor) -> Tensor:
@@ -112,9 +130,11 @@ def dissent(logits: Tensor) -> Tensor:
 
 
 MEMBER_SCORES: dict[str, MemberScore] = {
+    "pixel_variance": MemberScore("images", pixel_variance),
     "log_det": MemberScore("images", log_det),
     "semantic_entropy": MemberScore("features", semantic_entropy),
     "semantic_variance": MemberScore("features", semantic_variance),
+    "predictive_entropy": MemberScore("logits", predictive_entropy),
     "mutual_information": MemberScore("logits", mutual_information),
     "dissent": MemberScore("logits", dissent),
 }

@@ -1,0 +1,245 @@
+"""Known damage to training data, so that the right answer of a search for bad images is known.
+
+Every corruption takes a data set and returns another: other training images, labels or visits, the
+same test images and classes. What it does depends on its options and its seed alone.
+"""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import get_method
+from torch import Tensor
+
+from bayesdiff.checks import UserError, at_least, seed_of, share
+from bayesdiff.data.images import ImageData
+
+Corruption = Callable[[ImageData], ImageData]
+_WHERE = "data.source.corruption"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RarelyVisited(ImageData):
+    """Images of which training visits some in few epochs only; all else sees them as they are.
+
+    Attributes:
+        rare: places of these images in ``images``, int64 (R,), in the order of their visits.
+        visits: share of the epochs that visit each of them.
+    """
+
+    rare: Tensor = field(repr=False)
+    visits: float
+
+    def visited(self, epoch: int) -> Tensor:
+        """Places of the images that training visits in an epoch, ascending, int64 (n,)."""
+        there = torch.ones(len(self.images), dtype=torch.bool)
+        there[self.rare] = False
+        # Windows that follow each other without a gap: after E epochs every rare image has had
+        # E * visits of them, rounded down or up.
+        turns = torch.arange(self._turns(epoch), self._turns(epoch + 1))
+        there[self.rare[turns % len(self.rare)]] = True
+        return there.nonzero().flatten()
+
+    @property
+    def fewest(self) -> int:
+        """Images that every epoch visits at least."""
+        return len(self.images) - len(self.rare) + self._turns(1)
+
+    def _turns(self, epoch: int) -> int:
+        """Visits of rare images before an epoch; 0.1 is a tenth here, not its binary neighbour."""
+        return math.floor(epoch * len(self.rare) * Fraction(str(self.visits)))
+
+
+def images_per_epoch(data: ImageData) -> int:
+    """Images that every epoch of training visits at least."""
+    return data.fewest if isinstance(data, RarelyVisited) else len(data.images)
+
+
+def corrupted(source: str, corruption: Corruption, **options: Any) -> ImageData:
+    """A data set from any source, corrupted: the ``_target_`` of the group ``corruption``.
+
+    Args:
+        source: full name of the function that reads the data, ``bayesdiff.data.sources.digits``.
+        corruption: one of this module's, with its options.
+        options: of the source.
+
+    Raises:
+        UserError: for a source that is not there, or does not take the options.
+    """
+    try:
+        read = get_method(source)
+        inspect.signature(read).bind(**options)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"data.source.source={source} cannot read this data ({reason}); give what "
+            "data.source._target_ is without the corruption, for example "
+            "bayesdiff.data.sources.torchvision_images for data=mnist"
+        ) from error
+    return corruption(read(**options))
+
+
+def mislabelled(
+    data: ImageData,
+    classes: Sequence[str | int],
+    into: Sequence[str | int],
+    share: float = 0.3,
+    seed: int = 0,
+) -> ImageData:
+    """A share of the training labels of some classes are another's: annotators' confusion.
+
+    Args:
+        data: what is corrupted.
+        classes: names of the classes that lose labels.
+        into: names of those that receive them, one for each; two classes that are confused with
+            each other are ``classes=[3,8] into=[8,3]``.
+        share: of the images of each class whose label is moved, rounded to whole images.
+        seed: chooses them.
+
+    Raises:
+        UserError: for an unknown class, a class moved into itself, or a share that moves no image
+            or all.
+    """
+    labels, sources = _labels(data), _numbers(data, classes)
+    targets = _numbers(data, into, "into")
+    if len(sources) != len(targets):
+        raise UserError(
+            f"{_WHERE}: {len(sources)} classes but {len(targets)} in into; name one for each"
+        )
+    _inside("share", share)
+    changed = labels.clone()
+    for number, other in zip(sources, targets, strict=True):
+        name, count = data.classes[number], int((labels == number).sum())
+        if number == other:
+            raise UserError(f"{_WHERE}.into moves class {name} into itself; name another class")
+        if not 0 < round(share * count) < count:
+            raise UserError(
+                f"{_WHERE}.share={share} of {count} images of class {name} moves none or all; "
+                "choose another share"
+            )
+        changed[_shuffled(labels, number, seed)[: round(share * count)]] = other
+    return _rebuilt(data, data.images, changed)
+
+
+def truncated(
+    data: ImageData, classes: Sequence[str | int], keep: int = 10, seed: int = 0
+) -> ImageData:
+    """Only a few training images of some classes are kept.
+
+    Args:
+        data: what is corrupted.
+        classes: their names.
+        keep: images that are left of each.
+        seed: chooses them.
+
+    Raises:
+        UserError: for an unknown class, or a class that has no more images than are kept.
+    """
+    labels = _labels(data)
+    at_least(f"{_WHERE}.keep", keep)
+    left = torch.ones(len(labels), dtype=torch.bool)
+    for number in _numbers(data, classes):
+        order = _shuffled(labels, number, seed)
+        if keep >= len(order):
+            raise UserError(
+                f"{_WHERE}.keep={keep} takes nothing from class {data.classes[number]}, which has "
+                f"{len(order)} training images; keep fewer"
+            )
+        left[order[keep:]] = False
+    return _rebuilt(data, data.images[left], labels[left])
+
+
+def undertrained(
+    data: ImageData, classes: Sequence[str | int], visits: float = 0.05, seed: int = 0
+) -> RarelyVisited:
+    """All images are there, but training visits those of some classes rarely.
+
+    An epoch is shorter by the images that it leaves out. The curvature and every classifier see
+    all images alike.
+
+    Args:
+        data: what is corrupted.
+        classes: names of the rare classes.
+        visits: share of the epochs that visit an image of theirs.
+        seed: fixes in which ones.
+
+    Raises:
+        UserError: for an unknown class, or a share that is not between 0 and 1.
+    """  # noqa: DOC502 - raised one level down
+    labels, numbers = _labels(data), _numbers(data, classes)
+    _inside("visits", visits)
+    rare = torch.cat([_shuffled(labels, number, seed) for number in numbers])
+    # Classes take turns together, so that every epoch has its share of each.
+    rare = rare[_permutation(len(rare), seed)]
+    told = f"{data.fingerprint} visits {visits!r} of {rare.tolist()}"
+    fields = {name: getattr(data, name) for name in _FIELDS}
+    fields["fingerprint"] = hashlib.sha256(told.encode()).hexdigest()[:16]
+    return RarelyVisited(**fields, rare=rare, visits=float(visits))
+
+
+_FIELDS = (
+    *("name", "images", "labels", "test_images", "test_labels", "classes", "fingerprint"),
+)  # fmt: skip
+
+
+def _rebuilt(data: ImageData, images: Tensor, labels: Tensor) -> ImageData:
+    """The data set with other training images, checked and hashed anew.
+
+    Raises:
+        UserError: if a class has no training image any more.
+    """
+    gone = sorted(set(_labels(data).tolist()) - set(labels.tolist()))
+    if gone:
+        raise UserError(f"{_WHERE} leaves no image of class {data.classes[gone[0]]}; take fewer")
+    return ImageData.build(
+        data.name, images, labels, data.test_images, data.test_labels, data.classes
+    )
+
+
+def _labels(data: ImageData) -> Tensor:
+    if data.labels is None:
+        raise UserError(f"{_WHERE} needs classes, but {data.name} has no labels; label the images")
+    return data.labels
+
+
+def _numbers(data: ImageData, names: Sequence[str | int], option: str = "classes") -> list[int]:
+    """Labels of classes that are given by name.
+
+    Raises:
+        UserError: for an empty list, an unknown name, or the same class twice.
+    """
+    if isinstance(names, (str, int)) or not names:
+        raise UserError(f"{_WHERE}.{option} must be a list of class names, got {names!r}")
+    asked = [str(name) for name in names]
+    for name in asked:
+        if name not in data.classes:
+            raise UserError(
+                f"{_WHERE}.{option}: {data.name} has no class {name}; "
+                f"choose from {', '.join(data.classes)}"
+            )
+    if option == "classes" and len(set(asked)) < len(asked):
+        raise UserError(f"{_WHERE}.classes={asked} names a class twice; name each once")
+    return [data.classes.index(name) for name in asked]
+
+
+def _inside(option: str, value: float) -> None:
+    if not share(f"{_WHERE}.{option}", value):
+        raise UserError(f"{_WHERE}.{option}=0 changes nothing; give a number between 0 and 1")
+
+
+def _shuffled(labels: Tensor, number: int, seed: int) -> Tensor:
+    """Places of the images of a class in an order that depends on the seed."""
+    places = (labels == number).nonzero().flatten()
+    return places[_permutation(len(places), seed)]
+
+
+def _permutation(count: int, seed: int) -> Tensor:
+    # RandomState's stream is frozen by NumPy's promise, so a corruption outlives its versions.
+    state = np.random.RandomState(seed_of(f"{_WHERE}.seed", seed))
+    return torch.from_numpy(state.permutation(count))

@@ -1,0 +1,200 @@
+"""Figures and table lines of images that were drawn anew."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from bayesdiff.report.layout import GAP, cell_size, chart, picture, put, sheet, style
+from bayesdiff.report.table import cell
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Columns of the tables; those with an interval show it.
+OF_DRAWS = (
+    "time", "way", "gain", "over_isotropic", "success", "harm", "precision_gain",
+    "feature_distance", "pixel_distance", "power", "fid",
+)  # fmt: skip
+OF_PICKS = (
+    "time", "way", "among", "gain", "over_chance", "over_isotropic", "success", "harm",
+    "precision_gain", "fid",
+)  # fmt: skip
+_IMAGES = 8  # rows of a grid
+_EACH = 4  # alternatives of every way in it
+_CELL = 40
+
+
+def line(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """One line of a table: values with their intervals as text."""
+    return {name.replace("_", " "): _value(row, name) for name in names}
+
+
+def _value(row: Mapping[str, Any], name: str) -> str:
+    """``value [low, high]``, two digits; nothing for what a row does not have."""
+    ends = [row.get(name + end) for end in ("", "_low", "_high")]
+    if ends[1] is None:
+        return cell(ends[0])
+    if not _there(ends[0]):
+        return ""
+    value, low, high = (f"{end:.2g}" for end in ends)
+    return f"{value} [{low}, {high}]"
+
+
+def _there(value: float | None) -> bool:
+    """Whether there is a number: no success without failures, no distance without pairs."""
+    return value is not None and isfinite(value)
+
+
+def every(
+    results: Mapping[str, Any], drawn: Mapping[str, Tensor], ways: Sequence[str], score: str
+) -> Iterator[tuple[str, "Figure"]]:
+    """All figures.
+
+    Args:
+        results: numbers.
+        drawn: images and alternatives.
+        ways: by which they were drawn.
+        score: by which the best is chosen.
+
+    Yields:
+        Tag and figure.
+    """
+    times = list(dict.fromkeys(row["time"] for row in results["draws"]))
+    for number, time in enumerate(times):
+        yield f"repair/draws_from_{time:.3g}", grid(results, drawn, ways, number, time)
+    yield "repair/quality_over_diversity", quality_over_diversity(results, score)
+    yield "repair/success_and_harm", success_and_harm(results, score)
+
+
+@style()
+def grid(
+    results: Mapping[str, Any],
+    drawn: Mapping[str, Tensor],
+    ways: Sequence[str],
+    number: int,
+    time: float,
+) -> "Figure":
+    """The first images in order, each with alternatives of every way.
+
+    Args:
+        results: for the conditions.
+        drawn: images and alternatives.
+        ways: by which they were drawn.
+        number: of the time among ``draws``.
+        time: where the images were left.
+    """
+    images, draws = drawn["images"][:_IMAGES], drawn["draws"][:_IMAGES, number, :, :_EACH]
+    size = width, height = cell_size(images, _CELL)
+    part = not bool(drawn["region"].all())
+    blocks = [("image", images[:, None])]
+    blocks += [("region", drawn["region"][:_IMAGES, None] * 255)] if part else []
+    blocks += [(way.replace("_", " "), draws[:, place]) for place, way in enumerate(ways)]
+    left, head, wide = 26, 22, 3 * GAP
+    places, x = [], left
+    for _, block in blocks:
+        places.append(x)
+        x += max(block.shape[1] * (width + GAP), 8 * 6) + wide
+    caption = (
+        f"The first {len(images)} images, none picked, and {draws.shape[2]} alternatives of each "
+        f"by every way, from t = {time:.3g}; {_conditions(results)}."
+    )
+    title = "Images drawn anew from the middle of their trajectories"
+    figure, axes = sheet(x, head + len(images) * (height + GAP) + 8, title, caption)
+    for (name, block), at in zip(blocks, places, strict=True):
+        axes.text(at, head - 8, name, size=8, va="bottom")
+        for row, cells in enumerate(block):
+            y = head + row * (height + GAP)
+            for column, one in enumerate(cells):
+                pixels = picture(one.double() / 255, "unit")
+                put(axes, pixels, at + column * (width + GAP), y, size)
+    for row in range(len(images)):
+        middle = head + row * (height + GAP) + height / 2
+        axes.text(left - 6, middle, str(row), ha="right", va="center", size=8)
+    return figure
+
+
+@style()
+def quality_over_diversity(results: Mapping[str, Any], score: str) -> "Figure":
+    """Quality of alternatives, and of the best of them, over their distance; a line per way."""
+    found = results["conditions"]
+    caption = (
+        f"{found['num_images']} images, {found['draws']} alternatives of each; "
+        f"{_conditions(results)}. Quality: the judge's probability of the class asked for; "
+        f"best: by {score} of another classifier. The larger a dot, the later the images were "
+        "left; bars: 95 % over images; dotted: the images themselves."
+    )
+    figure, axes = chart(1040, 470, "Quality against diversity", caption, 1, 2, sharey=True)
+    times = sorted({row["time"] for row in results["draws"]})
+    apart = {(row["time"], row["way"]): row["feature_distance"] for row in results["draws"]}
+    best = [row for row in results["picks"] if (row["score"], row["among"]) == (score, "draws")]
+    for panel, rows, title in (
+        (axes[0, 0], results["draws"], "all alternatives"),
+        (axes[0, 1], best, "the best alternative of every image"),
+    ):
+        for place, way in enumerate(_ways(results)):
+            own = [row for row in rows if row["way"] == way]
+            own = [row for row in own if _there(apart[row["time"], way])]
+            x = [apart[row["time"], way] for row in own]
+            _with_bars(panel, x, own, "quality", way, place)
+            sizes = [18 * (1 + times.index(row["time"])) for row in own]
+            panel.scatter(x, [row["quality"] for row in own], sizes, color=f"C{place}")
+        panel.axhline(results["original"]["quality"], color="0.4", linestyle=":", linewidth=1)
+        panel.set(title=title, xlabel="feature distance between alternatives of one image")
+        if all(_there(value) and value > 0 for value in apart.values()):
+            panel.set_xscale("log")  # renoising is far from all others
+    axes[0, 0].set_ylabel("quality")
+    axes[0, 0].legend()
+    return figure
+
+
+@style()
+def success_and_harm(results: Mapping[str, Any], score: str) -> "Figure":
+    """Images mended and images spoiled by taking the best one, over the times."""
+    found = results["conditions"]
+    wrong, count = results["original"]["wrong"], found["num_images"]
+    caption = (
+        f"Best of {found['draws']} alternatives and the image itself by {score}; "
+        f"{_conditions(results)}. Success: of the {wrong} images the judge takes for another "
+        f"class, those right afterwards; harm: of the other {count - wrong}, those wrong "
+        "afterwards. Bars: 95 % over images."
+    )
+    figure, axes = chart(1040, 430, "Images mended and images spoiled", caption, 1, 2)
+    rows = [row for row in results["picks"] if (row["score"], row["among"]) == (score, "all")]
+    for panel, name in zip(axes[0], ("success", "harm"), strict=True):
+        for place, way in enumerate(_ways(results)):
+            own = [row for row in rows if row["way"] == way and _there(row[name])]
+            x = [row["time"] + 0.006 * (place - 2) for row in own]
+            _with_bars(panel, x, own, name, way, place)
+        panel.set(title=name, xlabel="time the images were left at", ylabel="share of them")
+        times = [row["time"] for row in rows]
+        panel.set(xlim=(min(times) - 0.05, max(times) + 0.05))
+        panel.set_ylim(bottom=0)
+    axes[0, 0].legend()
+    return figure
+
+
+def _with_bars(
+    panel: "Axes", x: Sequence[float], rows: Sequence[Mapping[str, Any]], name: str, way: str,
+    place: int,
+) -> None:  # fmt: skip
+    """A line through the rows' values with bars for their intervals."""
+    y = [row[name] for row in rows]
+    panel.plot(x, y, ".-", color=f"C{place}", label=way.replace("_", " "))
+    low, high = ([row[f"{name}_{end}"] for row in rows] for end in ("low", "high"))
+    panel.vlines(x, low, high, color=f"C{place}", linewidth=1, alpha=0.6)
+
+
+def _ways(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["way"] for row in results["draws"]))
+
+
+def _conditions(results: Mapping[str, Any]) -> str:
+    found = results["conditions"]
+    share = f"{found['region_share']:.0%} of the pixels"
+    kinds = {None: "the whole image", "map": f"the {share} most uncertain on its map"}
+    region = found["region"]
+    where = kinds[region] if region in (None, "map") else f"the box {region}, {share}"
+    return f"drawn anew: {where}; variance: {found['estimator']}"

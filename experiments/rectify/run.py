@@ -1,0 +1,174 @@
+"""Does drawing an image anew from the middle of its trajectory mend it, or vary it?
+
+    python experiments/rectify/run.py [MODEL ...] [SETTING ...] [seed=N ...] [KEY=VALUE ...]
+
+Without a model: the digits; without a setting: all; without a seed: the model's own. Draws are
+kept in the run folders, so an interrupted study goes on where it was; models and settings of an
+earlier call stay in results.json.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from scipy.special import stdtrit
+
+from bayesdiff import pipeline
+from bayesdiff.artefacts import finite, read_json, write_json, write_text
+from bayesdiff.report import table
+from bayesdiff.report.repair import line
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# As ../filtering trains them: the same run folders.
+SHORT = ["trainer.max_epochs=4", "laplace.num_images=20000"]
+EULER = ["model=flow", "solver=euler", "solver.num_steps=20"]
+DPM = ["model=diffusion", "solver=dpmpp_2m", "solver.num_steps=20"]
+MODELS = {
+    "digits_flow": [*EULER, "data=digits"],
+    # Trained for an eighth of the time, so that there is something to mend.
+    "digits_flow_short": [*EULER, "data=digits", "trainer.max_epochs=15"],
+    "mnist_flow": [*EULER, "data=mnist", *SHORT],
+    "fashion_flow": [*EULER, "data=fashion", *SHORT],
+    "mnist_diffusion": [*DPM, "data=mnist", *SHORT],
+    "fashion_diffusion": [*DPM, "data=fashion", *SHORT],
+}
+DEFAULT = ["digits_flow", "digits_flow_short"]
+SEEDS = {"digits_flow": (0, 1, 2), "digits_flow_short": (0, 1, 2)}  # of training and noise
+IMAGES = {"digits": 1497, "mnist": 20000, "fashion": 20000}  # that the posterior has seen
+TEMPERATURE = 100
+SETTINGS = {
+    "whole": ["experiment=diversity"],
+    "map": ["experiment=rectify"],
+    "whole_hot": ["experiment=diversity", "laplace.n_eff={hot}"],
+}
+VALUES = (
+    "quality", "gain", "over_isotropic", "over_chance", "right", "success", "harm", "precision",
+    "precision_gain", "feature_distance", "pixel_distance", "feature_shift", "pixel_shift",
+    "power", "power_gain", "power_distance", "changed", "fid", "wrong",
+)  # fmt: skip
+NAMES = ("time", "way", "score", "among", "nfe")
+OF_DRAWS = (
+    "time", "way", "gain", "over_isotropic", "success", "harm", "precision_gain",
+    "feature_distance", "power", "fid",
+)  # fmt: skip
+OF_PICKS = (
+    "time", "way", "gain", "over_chance", "over_isotropic", "success", "harm", "precision_gain",
+)  # fmt: skip
+
+
+def repaired(model: str, setting: str, seed: int, *more: str) -> tuple[dict[str, Any], Path]:
+    """The numbers of one run and its folder; whatever does not exist is made."""
+    hot = IMAGES[model.split("_")[0]] / TEMPERATURE
+    chosen = [word.format(hot=hot) for word in SETTINGS[setting]]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", [*chosen, *MODELS[model], f"seed={seed}", *more])
+    (folder,) = pipeline.run(cfg).studies
+    found = read_json(folder / "results.json")
+    assert found is not None
+    main = found["conditions"]["score"]
+    found["picks"] = [row for row in found["picks"] if row["score"] == main]
+    return found, folder
+
+
+def over_seeds(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several seeds as one: mean and 95 % interval over seeds (Student's t).
+
+    One seed keeps its interval over images. Seeds where a value is missing, as success where
+    nothing failed, do not count; fewer than two leave no interval.
+    """
+    if len(tables) == 1:
+        return tables[0]
+    rows = []
+    for same in zip(*tables, strict=True):
+        row = {name: same[0][name] for name in NAMES if name in same[0]}
+        for name in VALUES:
+            values = [each[name] for each in same if each.get(name) is not None]
+            if name in same[0]:
+                row |= _mean(name, values)
+        rows.append(row)
+    return rows
+
+
+def _mean(name: str, values: list[float]) -> dict[str, float | None]:
+    if not values:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+    mean, count = sum(values) / len(values), len(values)
+    if count < 2:
+        return {name: mean}
+    spread = (sum((value - mean) ** 2 for value in values) / (count - 1) / count) ** 0.5
+    reach = spread * float(stdtrit(count - 1, 0.975))
+    return {name: mean, f"{name}_low": mean - reach, f"{name}_high": mean + reach}
+
+
+def collected(model: str, setting: str, seeds: Sequence[int], *more: str) -> dict[str, Any]:
+    """One setting of one model over seeds; figures of the first seed beside this file."""
+    runs = []
+    for seed in seeds:
+        found, folder = repaired(model, setting, seed, *more)
+        if not runs:
+            place = HERE / "figures" / f"{model}_{setting}"
+            shutil.copytree(folder / "figures", place, dirs_exist_ok=True)
+        runs.append(found)
+    return {
+        "conditions": runs[0]["conditions"] | {"seeds": list(seeds)},
+        "original": over_seeds([[run["original"]] for run in runs])[0],
+        "draws": over_seeds([run["draws"] for run in runs]),
+        "picks": over_seeds([run["picks"] for run in runs]),
+    }
+
+
+def flat(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """``MODEL.SETTING.TIME.WAY.NAME``, and ``.best_NAME`` for the best of draws and image."""
+    keys: dict[str, Any] = {}
+    for model, settings in models.items():
+        for setting, found in settings.items():
+            best = [row for row in found["picks"] if row["among"] == "all"]
+            for prefix, rows in (("", found["draws"]), ("best_", best)):
+                for row in rows:
+                    place = f"{model}.{setting}.{row['time']:g}.{row['way']}.{prefix}"
+                    for name in ("gain", "over_isotropic", "success", "harm", "feature_distance"):
+                        if name in row:
+                            keys[place + name] = row[name]
+    return keys
+
+
+def write(models: dict[str, dict[str, Any]]) -> None:
+    """results.json and the tables."""
+    write_json(HERE / "results.json", finite({**flat(models), "models": models}))
+    parts = []
+    for model, settings in models.items():
+        for setting, found in settings.items():
+            original = {k: v for k, v in found["original"].items() if k in VALUES}
+            best = [row for row in found["picks"] if row["among"] == "all"]
+            parts += [
+                f"## {model}, {setting}\n\nThe images themselves:\n\n{table.markdown([original])}",
+                "The alternatives, which is best-of-n by chance:\n\n"
+                + table.markdown([line(row, OF_DRAWS) for row in found["draws"]]),
+                "The best by the score, of alternatives and image:\n\n"
+                + table.markdown([line(row, OF_PICKS) for row in best]),
+            ]
+    write_text(HERE / "table.md", "\n".join(parts))
+
+
+def main(arguments: list[str]) -> None:
+    """Run the models and settings asked for."""
+    seeds = [int(word[5:]) for word in arguments if word.startswith("seed=")]
+    overrides = [word for word in arguments if "=" in word and not word.startswith("seed=")]
+    names = [word for word in arguments if "=" not in word]
+    unknown = [name for name in names if name not in (*MODELS, *SETTINGS)]
+    if unknown:
+        sys.exit(f"unknown {unknown[0]}; choose from {', '.join((*MODELS, *SETTINGS))}")
+    models = (read_json(HERE / "results.json") or {}).get("models", {})
+    for name in [name for name in names if name in MODELS] or DEFAULT:
+        for setting in [name for name in names if name in SETTINGS] or list(SETTINGS):
+            own = seeds or SEEDS.get(name, (0,))
+            models.setdefault(name, {})[setting] = collected(name, setting, own, *overrides)
+            write({name: models[name] for name in MODELS if name in models})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,28 @@
+"""metrics=clip and metrics=dinov2 as a user types them, with random weights."""
+
+import pytest
+import torch
+from conftest import Compose, Trained
+from test_bad_input import check_line, refused
+from test_features import clip_state, dino_state
+
+from bayesdiff import pipeline
+
+
+@pytest.mark.parametrize("name", ["clip"])  # DINOv2 takes minutes for the training images
+def test_metrics_of_an_encoder_carry_its_name(name, copied: Trained, compose: Compose, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"clip": clip_state, "dinov2": dino_state}[name](), path)
+    overrides = [f"metrics={name}", f"metrics.weights_path={path}", "metrics.num_images=12"]
+    metrics = pipeline.run(compose(*overrides)).metrics
+    for score in ("fid", "kid", "precision", "recall", "cmmd"):
+        assert metrics[f"{score}@12/{name}"] == metrics[f"{score}@12/{name}"]
+        assert f"real/{score}@12/{name}" in metrics
+    assert f"is@12/{name}" not in metrics
+
+
+def test_encoders_without_a_file_are_refused_before_any_work(compose: Compose, tmp_path):
+    for name, file in (("clip", "ViT-B-32.pt"), ("dinov2", "dinov2_vitb14")):
+        path = tmp_path / "none.pt"
+        overrides = [f"metrics={name}", f"metrics.weights_path={path}", "metrics.num_images=12"]
+        check_line(refused(compose, *overrides), ["none.pt does not exist", file])
