@@ -113,6 +113,14 @@ def test_data_sets(name, tmp_path):
     assert cfg.data.batch_size > 0 and cfg.data.flip in (True, False)
 
 
+@every("corruption")
+def test_corruptions(name):
+    clean = instantiate(composed().data.source)
+    damaged = instantiate(composed(f"corruption={name}").data.source)
+    assert damaged.fingerprint != clean.fingerprint
+    assert torch.equal(damaged.test_images, clean.test_images)
+
+
 @every("trainer")
 def test_trainers(name):
     cfg = composed(f"trainer={name}", *(["trainer.accelerator=cpu"] if name == "gpu" else []))
