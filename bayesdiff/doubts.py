@@ -26,6 +26,8 @@ from bayesdiff.uncertainty.member_scores import CONFIDENCE_SCORES, MEMBER_SCORES
 if TYPE_CHECKING:  # torch-fidelity costs seconds
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+# Kinds of scores that do not look at the posterior.
+OTHERS = ("random", "image", "aleatoric", "likelihood", "classifier", "real")
 # Further encoders that the members' features can come from.
 ENCODERS = ("untrained", "inception", "clip", "dinov2")
 

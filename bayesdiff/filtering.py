@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,10 +18,11 @@ from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError, at_least, seed_of, share
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, rank
-from bayesdiff.doubts import ScoreOptions, Seen, check_scores, doubts_of, seen_of
+from bayesdiff.doubts import OTHERS, ScoreOptions, Seen, check_scores, doubts_of, seen_of
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.gains import SCORES, Row, gains, over_seeds
 from bayesdiff.metrics.pool import pool
+from bayesdiff.metrics.profile import PROFILE, profile
 from bayesdiff.metrics.selection import kept_count
 from bayesdiff.pools import ImagePool
 from bayesdiff.report import board, table
@@ -32,6 +33,14 @@ from bayesdiff.study import Study, configured, with_effect
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.image_scores import MAP_SCORES
 from bayesdiff.uncertainty.memory import images_at_once
+
+
+class Judged(NamedTuple):
+    """Rows of one pool: what every score gains, and what it follows (none without labels)."""
+
+    gains: list[Row]
+    profile: list[Row]
+
 
 # Samples with the number of each by which they are sorted.
 Shown = tuple[Samples, Tensor]
@@ -178,7 +187,7 @@ def _over_seeds(
     made_from: str,
 ) -> tuple[dict[str, Any], Shown]:
     """Numbers of all seeds, empty but on the first process, and what the first pool shows."""
-    tables: list[list[Row]] = []
+    tables: list[Judged] = []
     shown: Shown | None = None
     for seed in wanted.seeds:
         made = ImagePool(
@@ -196,8 +205,8 @@ def _over_seeds(
     return (_results(wanted, tables, nfe) if tables else {}), shown
 
 
-def _judged(run: Run, wanted: Filtering, maps: Mapping[str, Samples], seen: Seen) -> list[Row]:
-    """What every score of one pool gains."""
+def _judged(run: Run, wanted: Filtering, maps: Mapping[str, Samples], seen: Seen) -> Judged:
+    """What every score of one pool gains, and what it follows."""
     from bayesdiff.metrics.features import extract
 
     doubts = doubts_of(run, maps, seen, wanted.seed)
@@ -210,18 +219,22 @@ def _judged(run: Run, wanted: Filtering, maps: Mapping[str, Samples], seen: Seen
     chance = {"seed": wanted.seed, "subsets": wanted.subsets}
     rows = gains(doubts, judged, [wanted.main_keep], draws=wanted.draws, **chance)
     few = replace(judged, more=None)  # FID and precision alone over the shares
-    return rows + (gains(doubts, few, rest, **chance) if rest else [])
+    rows += gains(doubts, few, rest, **chance) if rest else []
+    labels, busy = samples.labels, doubts["image.total_variation"]
+    follows = [] if labels is None else profile(doubts, read.logits, labels, busy)
+    return Judged(rows, follows)
 
 
 def _results(
-    wanted: Filtering, tables: list[list[Row]], nfe: Mapping[str, int] | None = None
+    wanted: Filtering, judged: Sequence[Judged], nfe: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """Rows of every seed and over all of them, and the choice that the last seed did not see.
 
-    The score with the best mean z within classes at the main share, over all seeds but the last,
-    is ``best``; its rows on the last seed are ``best_on_last``. Neither random nor what looks at
-    real images can be chosen.
+    Of the scores that read the posterior, without published ones, ``best`` is the one with the
+    best mean z within classes at the main share over all seeds but the last; ``best_on_last`` are
+    its rows on the last seed. ``best_over`` has its lead in FID over every other score.
     """
+    tables = [each.gains for each in judged]
     results: dict[str, Any] = {
         "conditions": {
             "num_images": wanted.num_images,
@@ -233,19 +246,32 @@ def _results(
         },
         "seeds": dict(zip(map(str, wanted.seeds), tables, strict=True)),
         "over_seeds": over_seeds(tables),
+        "profile": over_seeds([each.profile for each in judged], names=["score"], values=PROFILE),
     }
     if len(tables) > 1:
         mode = tables[0][-1]["mode"]  # within classes where there are any
-        before = [row for row in over_seeds(tables[:-1]) if row["keep"] == wanted.main_keep]
-        within = [row for row in before if row["mode"] == mode and _ours(row["score"])]
-        best = max(within, key=lambda row: row["z"])["score"]
+        main = [
+            [row for row in rows if (row["mode"], row["keep"]) == (mode, wanted.main_keep)]
+            for rows in tables
+        ]
+        ours = [row for row in over_seeds(main[:-1]) if _ours(row["score"], wanted.maps)]
+        best = max(ours, key=lambda row: row["z"])["score"]
         last = [row for row in tables[-1] if row["score"] == best]
-        results |= {"best": best, "best_on_last": last}
+        over = over_seeds([_leads(rows, best) for rows in main], names=["score"], values=["lead"])
+        results |= {"best": best, "best_on_last": last, "best_over": over}
     return results
 
 
-def _ours(score: str) -> bool:
-    return score.split(".")[0] not in ("random", "real")
+def _ours(score: str, rivals: Mapping[str, Estimator]) -> bool:
+    """Whether a score reads the posterior and is no published one."""
+    kind, _, name = score.partition(".")
+    return kind not in (*OTHERS, *rivals) and not name.startswith("semantic")
+
+
+def _leads(rows: Sequence[Row], best: str) -> list[Row]:
+    """By how much the FID that one score leaves is below that of every other, on one pool."""
+    own = next(row["fid"] for row in rows if row["score"] == best)
+    return [{"score": row["score"], "lead": row["fid"] - own} for row in rows]
 
 
 def _report(
@@ -264,6 +290,9 @@ def _report(
     of_others = [f"{name}_z" for name in SCORES if name != "fid"]
     write_text(folder / "table.md", table.markdown(rows, columns))
     write_text(folder / "table-z.md", table.markdown(rows, ["mode", "score", "z", *of_others]))
+    if results["profile"]:
+        follows = sorted(results["profile"], key=lambda row: -row["auroc_within"])
+        write_text(folder / "table-profile.md", table.markdown(follows, ["score", *PROFILE]))
     scalars = {f"filtering/{row['mode']}/{row['score']}/z": row["z"] for row in rows}
     figures = pictures.every(results, *shown, name)
     board.write_study(folder / "tensorboard", scalars, {}, figures)

@@ -288,18 +288,13 @@ def test_labels_that_are_few_or_affected(study):
     assert study.marked(labels, data.classes, ["b", "c"]).tolist() == [False, True, True, True]
 
 
-def seed_with(value, luck=0.99):
+def seed_with(value, luck=0.99, wrong=40):
     """One seed's numbers: score a finds ``value``, b less but for the last seed."""
     names = {"random": luck, "label.scarcity": 1.0, "real.realism": 1.0}
     table = names | {"a.sum": value, "b.sum": 1.2 - value}
-    return {
-        case: {
-            "auroc": table,
-            "wrong_auroc": table | {"a.sum": float("nan")},
-            "clean_auroc": table,
-        }
-        for case in ("mislabelled", "truncated", "undertrained")
-    }
+    numbers = {"auroc": table, "wrong_auroc": table | {"a.sum": float("nan")}, "wrong": wrong}
+    cases = ("mislabelled", "truncated", "undertrained")
+    return {case: numbers | {"clean_auroc": table} for case in cases}
 
 
 def test_the_choice_is_made_before_the_last_seed_and_the_target_judged_on_it(study):
@@ -317,6 +312,14 @@ def test_the_choice_is_made_before_the_last_seed_and_the_target_judged_on_it(stu
     met = study.summary({"0": seed_with(0.95), "1": seed_with(0.96)})
     assert met["targets_met"] and met["corruptions_found"] == 3
     assert "truncated.best" not in study.summary({"0": seed_with(0.95)})
+
+
+def test_a_handful_of_wrong_images_counts_for_nothing(study):
+    few = study.summary({"0": seed_with(0.2), "1": seed_with(0.2, wrong=2)})
+    assert few["truncated.best"] == "b.sum" and "truncated.wrong_best" not in few
+    assert few["wrong_corruptions_found"] == 0 and not few["wrong_targets_met"]
+    many = study.summary({"0": seed_with(0.2), "1": seed_with(0.2)})
+    assert many["truncated.wrong_best"] == "b.sum" and many["wrong_corruptions_found"] == 3
 
 
 def test_overrides_name_the_classes_of_the_seed(study):
@@ -343,6 +346,7 @@ def test_the_study_runs_at_smoke_size(study, tmp_path, monkeypatch):
     monkeypatch.setattr("bayesdiff.metrics.classifier._epochs", lambda size: 1)
     maps = {
         "refined": Ensemble(members=2, noise_members=0),
+        "ensemble": Ensemble(members=2, noise_members=0, seed=1),
         "published": Published(mc_samples=2, skip_interval=2),
     }
     monkeypatch.setattr(study, "MAPS", maps)
@@ -354,6 +358,7 @@ def test_the_study_runs_at_smoke_size(study, tmp_path, monkeypatch):
     one = results["seeds"]["1"]["truncated"]
     assert one["affected"] == 4 and one["classes"] == ["2"] and one["training_images"] == {"2": 10}
     assert one["auroc"]["label.scarcity"] == 1.0 == results["truncated.label.scarcity.auroc"]
+    assert set(one["all_counted"]) == {"sum", "mean_log", "relative_variance"}
     assert "published.sum" in one["auroc"] and "classifier.off_label" in one["auroc"]
     assert results["undertrained.label.scarcity.auroc"] == one["clean_auroc"]["label.scarcity"]
     made = {path.name for path in tmp_path.glob("*.*")}

@@ -17,7 +17,7 @@ from bayesdiff.artefacts import key_of
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import to_uint8
 from bayesdiff.doubts import Seen, doubts_of
-from bayesdiff.filtering import Filtering
+from bayesdiff.filtering import Filtering, Judged
 from bayesdiff.metrics.features import untrained
 from bayesdiff.report import board
 from bayesdiff.report import filtering as figures
@@ -82,6 +82,8 @@ def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, m
     made = {path.stem for path in (folder / "figures").glob("*.png")}
     assert made == {"z_by_score", "gain_over_keep", "kept_and_discarded"}
     assert "members.semantic_entropy" in (folder / "table.md").read_text()
+    assert {row["score"] for row in results["profile"]} == named
+    assert "auroc_within" in (folder / "table-profile.md").read_text()
     assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (folder / "results.json").read_text()))
     before = (folder / "results.json").stat().st_mtime_ns
     monkeypatch.setattr(filtering, "ImagePool", None)
@@ -342,14 +344,23 @@ def rows_of(seed, z):
 
 
 def test_the_choice_is_made_before_the_last_seed_and_never_by_luck_or_by_real_images():
-    early = {"random": 90.0, "real.realism": 50.0, "a.sum": 3.0, "b.sum": 2.0}
-    late = {"random": 0.0, "real.realism": 0.0, "a.sum": -5.0, "b.sum": 70.0}
-    wanted = Filtering(seeds=[0, 1, 2], keep=[0.5, 0.8])
-    results = filtering._results(wanted, [rows_of(0, early), rows_of(1, early), rows_of(2, late)])
+    others = ("random", "real.realism", "image.saturation", "classifier.off_label", "rival.sum")
+    others += ("aleatoric.centred", "members.semantic_entropy", "members.semantic_variance_clip")
+    early = dict.fromkeys(others, 90.0) | {"a.sum": 3.0, "b.sum": 2.0}
+    late = dict.fromkeys(others, 0.0) | {"a.sum": -5.0, "b.sum": 70.0}
+    wanted = Filtering(seeds=[0, 1, 2], keep=[0.5, 0.8], maps={"rival": Ensemble()})
+    judged = [Judged(rows_of(seed, z), []) for seed, z in enumerate((early, early, late))]
+    results = filtering._results(wanted, judged)
     assert results["best"] == "a.sum"
+    # FIDs are the seed's number; the best one's is made 0.5 less on seed 1.
+    for row in judged[1].gains:
+        row["fid"] -= 0.5 * (row["score"] == "a.sum")
+    over = {row["score"]: row for row in filtering._results(wanted, judged)["best_over"]}
+    assert over["b.sum"]["lead"] == pytest.approx(0.5 / 3) and over["a.sum"]["lead"] == 0
+    assert over["b.sum"]["lead_low"] < 0 < over["b.sum"]["lead_high"]
     kept = [row["z"] for row in results["best_on_last"] if row["keep"] == 0.8]
     assert kept == [-5.0, -5.0]
-    single = filtering._results(Filtering(seeds=[4], keep=[0.8]), [rows_of(0, early)])
+    single = filtering._results(Filtering(seeds=[4], keep=[0.8]), [Judged(rows_of(0, early), [])])
     assert "best" not in single
 
 

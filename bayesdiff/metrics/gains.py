@@ -96,22 +96,29 @@ def gains(
     return rows
 
 
-def over_seeds(tables: Sequence[Sequence[Mapping[str, Any]]], level: float = 0.95) -> list[Row]:
-    """Rows of ``gains`` from several generator seeds as one.
+def over_seeds(
+    tables: Sequence[Sequence[Mapping[str, Any]]],
+    level: float = 0.95,
+    names: Sequence[str] = _NAMES,
+    values: Sequence[str] = _VALUES,
+) -> list[Row]:
+    """Rows from several generator seeds as one; by default those of ``gains``.
 
     Args:
         tables: the rows of each seed, with the same scores, modes and fractions.
         level: of the intervals.
+        names: what a row is found by.
+        values: its figures, where it has them.
 
     Returns:
-        One row for each score, mode and fraction: ``seeds``, and of every figure its mean and
+        One row for each of the names: ``seeds``, and of every figure its mean and
         ``_low`` to ``_high``, Student's t interval of that mean over the seeds. Every seed has
         its own images, so it holds the spread of both; NaN for one seed.
 
     Raises:
         UserError: if the seeds hold different rows.
     """
-    keyed = [{tuple(row[name] for name in _NAMES): row for row in table} for table in tables]
+    keyed = [{tuple(row[name] for name in names): row for row in table} for table in tables]
     if not keyed or any(table.keys() != keyed[0].keys() for table in keyed):
         raise UserError(
             f"the tables of {len(keyed)} seeds must hold the same scores, modes and fractions; "
@@ -119,12 +126,12 @@ def over_seeds(tables: Sequence[Sequence[Mapping[str, Any]]], level: float = 0.9
         )
     rows = []
     for key in keyed[0]:
-        row: Row = dict(zip(_NAMES, key, strict=True)) | {"seeds": len(keyed)}
-        for name in (name for name in _VALUES if name in keyed[0][key]):
-            values = torch.tensor([table[key][name] for table in keyed], dtype=torch.float64)
-            mean, half = float(values.mean()), torch.nan
+        row: Row = dict(zip(names, key, strict=True)) | {"seeds": len(keyed)}
+        for name in (name for name in values if name in keyed[0][key]):
+            found = torch.tensor([table[key][name] for table in keyed], dtype=torch.float64)
+            mean, half = float(found.mean()), torch.nan
             if len(keyed) > 1:
-                half = _t(len(keyed), level) * float(values.std()) / len(keyed) ** 0.5
+                half = _t(len(keyed), level) * float(found.std()) / len(keyed) ** 0.5
             row |= {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
         rows.append(row)
     return rows

@@ -135,7 +135,7 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Correlations (...), float64; NaN where one side is constant.
     """
-    ranks_a, ranks_b = (ranks - ranks.mean(-1, keepdim=True) for ranks in (_ranks(a), _ranks(b)))
+    ranks_a, ranks_b = (own - own.mean(-1, keepdim=True) for own in (ranks(a), ranks(b)))
     # Ranks of ties are exact halves, so a constant side gives exactly 0 / 0.
     return (ranks_a * ranks_b).sum(-1) / (
         ranks_a.square().sum(-1) * ranks_b.square().sum(-1)
@@ -169,7 +169,7 @@ def variance_statistics(variance: Tensor, labels: Tensor | None = None) -> dict[
     }
 
 
-def _ranks(values: Tensor) -> Tensor:
+def ranks(values: Tensor) -> Tensor:
     """Mean ranks along the last axis, from 0, ``(..., N) -> (..., N)`` float64."""
     ordered, order = values.sort(dim=-1)
     place = torch.arange(values.shape[-1], device=values.device).expand_as(order)
@@ -179,9 +179,9 @@ def _ranks(values: Tensor) -> Tensor:
     # The last place of a run of ties is one before the next run's first place.
     ends = new.roll(-1, dims=-1)
     last = place.where(ends, values.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
-    ranks = (first + last).double() / 2
+    found = (first + last).double() / 2
     # A NaN has no rank; it makes the correlation NaN instead of counting as the largest value.
-    return torch.empty_like(ranks).scatter(-1, order, ranks).where(~values.isnan(), torch.nan)
+    return torch.empty_like(found).scatter(-1, order, found).where(~values.isnan(), torch.nan)
 
 
 def _check_shapes(a: Tensor, b: Tensor) -> None:
