@@ -22,6 +22,8 @@ ROOT = HERE.parents[1]
 # As ../propagation trains them: the same run folders.
 SHORT = ["trainer.max_epochs=4", "laplace.num_images=20000"]
 EULER = ["model=flow", "solver=euler", "solver.num_steps=20"]
+# 3,000 images over three seeds; a larger pool adds to these.
+POOL = ["filtering.num_images=1000"]
 DPM = ["model=diffusion", "solver=dpmpp_2m", "solver.num_steps=20"]
 MODELS = {
     "mnist_flow": [*EULER, "data=mnist", *SHORT],
@@ -34,7 +36,7 @@ MODELS = {
 def filtered(model: str, *more: str) -> dict[str, Any]:
     """The numbers of one model; whatever does not exist is made."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", ["experiment=filtering", *MODELS[model], *more])
+        cfg = compose("train", ["experiment=filtering", *POOL, *MODELS[model], *more])
     cell = pipeline.run(cfg).folder
     newest = max(
         cell.parent.glob("filtering-*/results.json"), key=lambda path: path.stat().st_mtime_ns
@@ -45,7 +47,7 @@ def filtered(model: str, *more: str) -> dict[str, Any]:
 
 
 def flat(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """``DATA_MODEL.MODE.SCORE.z``, ``.fid_gain``, ``.interval``; ``.best``, ``.best_z``."""
+    """``MODEL.MODE.SCORE.z``, ``.fid_gain``, ``.interval``; ``.best``, ``.best_z``, its leads."""
     keys: dict[str, Any] = {}
     for name, found in models.items():
         keep = found["conditions"]["main_keep"]
@@ -59,23 +61,51 @@ def flat(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
             last = [row for row in found["best_on_last"] if row["keep"] == keep]
             keys[f"{name}.best"] = found["best"]
             keys[f"{name}.best_z"] = last[-1]["z"]
+            for row in found["best_over"]:
+                place = f"{name}.best_over.{row['score']}"
+                keys[place] = row["lead"]
+                keys[f"{place}.interval"] = [row["lead_low"], row["lead_high"]]
     return keys
 
 
 def write(models: dict[str, dict[str, Any]]) -> None:
     """results.json, the table and a figure for every model."""
     write_json(HERE / "results.json", {**flat(models), "models": models})
-    rows: dict[str, dict[str, Any]] = {}
+    for mode in ("per_class", "global"):
+        columns = {
+            name: {row["score"]: interval(row, "z", ".1f") for row in found["over_seeds"]
+                   if (row["mode"], row["keep"]) == (mode, found["conditions"]["main_keep"])}
+            for name, found in models.items()
+        }  # fmt: skip
+        write_text(HERE / f"table-{mode.replace('_', '-')}.md", side_by_side(columns))
+    columns = {
+        name: {row["score"]: interval(row, "auroc_within", ".2f") for row in found["profile"]}
+        for name, found in models.items()
+    }
+    write_text(HERE / "table-finds.md", side_by_side(columns))
     for name, found in models.items():
-        for row in found["over_seeds"]:
-            if row["keep"] == found["conditions"]["main_keep"] and row["mode"] == "per_class":
-                line = rows.setdefault(row["score"], {"score": row["score"]})
-                line[f"{name}, z"] = f"{row['z']:.1f} [{row['z_low']:.1f}, {row['z_high']:.1f}]"
         figures.save(z_by_score(found), HERE / f"{name}.png")
-    order = {row["score"]: -row["z"] for row in next(iter(models.values()))["over_seeds"]
-             if row["mode"] == "per_class"}  # fmt: skip
-    lines = sorted(rows.values(), key=lambda line: order.get(line["score"], 0))
-    write_text(HERE / "table.md", table.markdown(lines))
+
+
+def interval(row: dict[str, Any], name: str, form: str) -> str:
+    """Mean over seeds with its interval; empty where there is none."""
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    return "" if value is None else f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def side_by_side(columns: dict[str, dict[str, str]]) -> str:
+    """A table with a line for every score, the best of the first model first."""
+    first = next(iter(columns.values()))
+
+    def place(score: str) -> float:
+        return -float((first.get(score) or "-inf").split()[0])
+
+    scores = sorted(dict.fromkeys(each for own in columns.values() for each in own), key=place)
+    lines = [
+        {"score": score} | {name: own.get(score, "") for name, own in columns.items()}
+        for score in scores
+    ]
+    return table.markdown(lines)
 
 
 def main(arguments: list[str]) -> None:
