@@ -1,0 +1,312 @@
+"""Which score finds the images that known damage to the training data has spoilt? On digits.
+
+    python experiments/known-corruption/run.py [SEED ...] [KEY=VALUE ...]
+
+A seed is that of training, of the corruption and of the noise, and stands for other classes.
+Trainings and pools are kept below output_dir: an interrupted study goes on where it was.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pictures
+import torch
+from head import seen_by_the_head
+from hydra import compose, initialize_config_dir
+from scipy.special import stdtrit
+from torch import Tensor
+
+from bayesdiff import pipeline
+from bayesdiff.artefacts import finite, key_of, read_json, write_json, write_text
+from bayesdiff.build import Run, plain
+from bayesdiff.data.images import ImageData
+from bayesdiff.data.module import to_uint8
+from bayesdiff.doubts import ScoreOptions, doubts_of, seen_of
+from bayesdiff.laplace.callback import LastLayerLaplace
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.metrics.classifier import load_or_train
+from bayesdiff.metrics.features import classifier_extractor, extract
+from bayesdiff.metrics.selection import auroc
+from bayesdiff.pools import ImagePool
+from bayesdiff.report import figures, table
+from bayesdiff.solvers import Solver
+from bayesdiff.training import fit
+from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published, Refined, Samples
+from bayesdiff.uncertainty.image_scores import MAP_SCORES
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+COMMON = (
+    *("model=flow", "data=digits", "solver=euler", "solver.num_steps=20"),
+    *("metrics.num_images=0", "callbacks.samples=null"),
+)
+CORRUPTIONS = ("mislabelled", "truncated", "undertrained")
+# Classes of every seed, so that an interval over seeds is one over classes too.
+CONFUSED = [("3", "8"), ("1", "7"), ("4", "9")]
+SCARCE = ["5", "2", "7"]
+IMAGES = 500  # of a pool, every label alike
+SHOWN = 30
+MAPS: dict[str, Estimator] = {
+    "refined": Refined(train_images=300),
+    "linearised": Linearised(draws=8, derivative="difference"),
+    "ensemble": Ensemble(members=8, noise_members=0),
+    "published": Published(skip_interval=5),
+}
+SCORES = ScoreOptions(members=8, aleatoric_draws=5)
+# A judge of its own seed, far from those of the classifiers that score.
+JUDGE = 1000
+AIM = 0.9
+FEWEST = 10  # wrong images of a seed: of fewer, an AUROC says nothing
+Values = dict[str, Any]
+
+
+def affected(case: str, seed: int) -> list[str]:
+    """Names of the classes that a corruption spoils under a seed."""
+    return list(CONFUSED[seed % 3]) if case == "mislabelled" else [SCARCE[seed % 3]]
+
+
+def overrides(case: str, seed: int) -> list[str]:
+    """The command line of a case: ``clean``, or a corruption with its classes."""
+    given = [*COMMON, f"seed={seed}", f"metrics.seed={seed}"]
+    if case == "clean":
+        return given
+    names = affected(case, seed)
+    options = {"classes": names, "seed": seed}
+    if case == "mislabelled":
+        options["into"] = names[::-1]
+    lines = [f"data.source.corruption.{key}={value}" for key, value in options.items()]
+    return [*given, f"corruption={case}", *lines]
+
+
+def trained(case: str, seed: int, *more: str) -> tuple[Run, Solver, HeadPosterior, str]:
+    """A run with its network, which is trained if it does not exist, its posterior and its key."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", [*overrides(case, seed), *more])
+    run, solver, _, laplace = pipeline.prepare(cfg)
+    weights = fit(run, laplace)
+    run.model.to(run.device).eval()
+    posterior = laplace.fit(run.model, run.data.data)
+    made_from = key_of(weights, plain(cfg.solver), pipeline.settings_of(posterior))
+    return run, solver, posterior, made_from
+
+
+def judged(clean: ImageData, cache: Path, seed: int, images: Tensor) -> tuple[Tensor, float]:
+    """Classes that a classifier of the uncorrupted data sees, and its accuracy on test images."""
+    classifier = load_or_train(cache, clean, JUDGE + seed)
+    read = extract(classifier_extractor(classifier), to_uint8(images), 256)
+    assert read.logits is not None
+    return read.logits.argmax(1), classifier.test_accuracy
+
+
+class Case:
+    """One trained network with its pool, every score of it and what the judge says.
+
+    Attributes:
+        samples: images of the first estimator, in the model's range.
+        doubts: of every score, (N,).
+        wrong: whether the judge sees another class than was asked for, bool (N,).
+        accuracy: of the judge.
+        data: that the network was trained on.
+        relative: mean summed variance under each label over that of all, by estimator.
+    """
+
+    def __init__(self, case: str, seed: int, clean: ImageData, images: int, *more: str) -> None:
+        self.run, solver, self.posterior, made_from = trained(case, seed, *more)
+        run = self.run
+        pool = self.pool = ImagePool(
+            run, solver, self.posterior, images, seed, run.folder / "pools", made_from
+        )
+        maps = {name: pool.maps(estimator) for name, estimator in MAPS.items()}
+        self.samples: Samples = maps["refined"].in_model_range()
+        seen, _ = seen_of(pool, SCORES, self.samples.images)
+        labels = self.samples.labels
+        assert labels is not None
+        self.labels: Tensor = labels
+        self.data = run.data.data
+        self.doubts = doubts_of(run, maps, seen, seed)
+        self.doubts["label.scarcity"] = scarcity(self.data, labels)
+        cache = Path(run.cfg.output_dir) / "cache"
+        found, self.accuracy = judged(clean, cache, seed, self.samples.images)
+        self.wrong = found != labels
+        self.relative = {name: by_label(made) for name, made in maps.items()}
+
+
+def all_counted(case: Case, clean: ImageData, under: Tensor, names: list[str]) -> Values:
+    """The damaged network with the posterior that all clean images would give it.
+
+    What it still sees of the affected class, the network has in it; the rest is the count's doing.
+    """
+    laplace = LastLayerLaplace(sigma_noise=case.posterior.sigma_noise)
+    posterior = laplace.fit(case.run.model, clean)
+    made_from = key_of(case.pool.made_from, clean.fingerprint)
+    made = replace(case.pool, posterior=posterior, made_from=made_from).maps(MAPS["ensemble"])
+    made = made.in_model_range()
+    kinds = {kind: MAP_SCORES[kind](made.variance, made.images) for kind in ("sum", "mean_log")}
+    return areas(kinds, under) | _of({"relative_variance": by_label(made)}, clean, names)
+
+
+def scarcity(data: ImageData, labels: Tensor) -> Tensor:
+    """The simplest baseline: how few training images carry the label asked for, (N,)."""
+    assert data.labels is not None
+    return -data.labels.bincount(minlength=data.num_classes)[labels].double()
+
+
+def by_label(made: Samples) -> list[float]:
+    """Mean summed variance under each label over the mean of all."""
+    assert made.labels is not None
+    total = made.variance.double().clamp(min=0).flatten(1).sum(1)
+    each = torch.stack([total[made.labels == k].mean() for k in made.labels.unique()])
+    return (each / total.mean()).tolist()
+
+
+def marked(labels: Tensor, classes: tuple[str, ...], names: list[str]) -> Tensor:
+    """Whether an image was asked to show one of these classes, bool (N,)."""
+    return torch.isin(labels, torch.tensor([classes.index(name) for name in names]))
+
+
+def areas(doubts: dict[str, Tensor], found: Tensor) -> dict[str, float]:
+    """AUROC of every score for the marked images; NaN where none or all are."""
+    return {name: float(auroc(doubt.cpu(), found)) for name, doubt in doubts.items()}
+
+
+def of_seed(seed: int, images: int, folder: Path, *more: str) -> Values:
+    """AUROC of every score, for every corruption and both truths, under one seed."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        clean_run = pipeline.prepare(compose("train", [*overrides("clean", seed), *more]))[0]
+    data = clean_run.data.data
+    control = Case("clean", seed, data, images, *more)
+    found: Values = {}
+    shown = {"clean": (control, affected("truncated", seed))}
+    for name in CORRUPTIONS:
+        case, names = Case(name, seed, data, images, *more), affected(name, seed)
+        under = marked(case.labels, data.classes, names)
+        found[name] = {
+            "classes": names,
+            "training_images": _counts(case.data, names),
+            "images": images,
+            "affected": int(under.sum()),
+            "wrong": int(case.wrong.sum()),
+            "wrong_of_affected": float(case.wrong[under].double().mean()),
+            "wrong_of_others": float(case.wrong[~under].double().mean()),
+            "judge_test_accuracy": case.accuracy,
+            "auroc": areas(case.doubts, under),
+            "wrong_auroc": areas(case.doubts, case.wrong),
+            "clean_auroc": areas(control.doubts, marked(control.labels, data.classes, names)),
+            "relative_variance": _of(case.relative, data, names),
+            "clean_relative_variance": _of(control.relative, data, names),
+        }
+        if name == "truncated":
+            found[name]["all_counted"] = all_counted(case, data, under, names)
+        shown[name] = (case, names)
+    found["clean"] = {"wrong_of_all": float(control.wrong.double().mean())}
+    found["head"] = seen_by_the_head(control.run, control.posterior, shown["truncated"][0].data,
+                                     data.classes.index(SCARCE[seed % 3]))  # fmt: skip
+    figures.save(pictures.first_images(shown, SHOWN), folder / f"first-images-seed{seed}.png")
+    return found
+
+
+def _counts(data: ImageData, names: list[str]) -> dict[str, int]:
+    assert data.labels is not None
+    counts = data.labels.bincount(minlength=data.num_classes)
+    return {name: int(counts[data.classes.index(name)]) for name in names}
+
+
+def _of(relative: dict[str, list[float]], data: ImageData, names: list[str]) -> dict[str, float]:
+    """Relative variance under the classes named, by estimator."""
+    places = [data.classes.index(name) for name in names]
+    return {name: sum(each[k] for k in places) / len(places) for name, each in relative.items()}
+
+
+def can_be_chosen(score: str) -> bool:
+    """Neither luck, nor the label alone, nor what compares with real images."""
+    return score.split(".")[0] not in ("random", "label", "real")
+
+
+def best_of(tables: list[dict[str, float]]) -> str:
+    """The score with the highest mean over the seeds given."""
+    names = [name for name in tables[0] if can_be_chosen(name)]
+    return max(names, key=lambda name: mean([one[name] for one in tables]))
+
+
+def mean(values: list[float]) -> float:
+    """Mean; NaN counts as chance, 0.5: nothing was there to be found."""
+    return sum(0.5 if value != value else value for value in values) / len(values)
+
+
+def interval(values: list[float]) -> list[float]:
+    """Student's t interval of the mean over seeds, 95 %; NaN for one seed."""
+    if len(values) < 2:
+        return [float("nan"), float("nan")]
+    there = torch.tensor(values, dtype=torch.float64).nan_to_num(0.5)
+    half = float(stdtrit(len(values) - 1, 0.975) * there.std() / len(values) ** 0.5)
+    return [float(there.mean()) - half, float(there.mean()) + half]
+
+
+def summary(seeds: dict[str, Values]) -> Values:
+    """Flat keys over all seeds, and the choice that the last seed did not see."""
+    flat: Values = {}
+    ordered = [seeds[name] for name in sorted(seeds, key=int)]
+    for truth in ("auroc", "wrong_auroc", "clean_auroc"):
+        prefix = truth.removesuffix("auroc")
+        reached = 0
+        for case in CORRUPTIONS:
+            tables = [one[case][truth] for one in ordered]
+            for score in tables[0]:
+                values = [one[score] for one in tables]
+                flat[f"{case}.{score}.{truth}"] = mean(values)
+                flat[f"{case}.{score}.{prefix}interval"] = interval(values)
+            if truth == "clean_auroc" or len(tables) < 2 or not _enough(ordered, case, truth):
+                continue
+            best = best_of(tables[:-1])
+            flat[f"{case}.{prefix}best"] = best
+            flat[f"{case}.{prefix}best_auroc"] = tables[-1][best]  # of the seed not seen
+            flat[f"{case}.{prefix}best_mean"] = mean([one[best] for one in tables])
+            reached += tables[-1][best] >= AIM
+        if truth != "clean_auroc":
+            flat[f"{prefix}targets_met"] = reached >= 2
+            flat[f"{prefix}corruptions_found"] = reached
+    return flat
+
+
+def _enough(seeds: list[Values], case: str, truth: str) -> bool:
+    """Whether there was something to be found under every seed."""
+    return truth != "wrong_auroc" or all(one[case]["wrong"] >= FEWEST for one in seeds)
+
+
+def write(seeds: dict[str, Values], folder: Path) -> None:
+    """results.json, the table and the figure."""
+    flat = summary(seeds)
+    write_json(folder / "results.json", finite({**flat, "seeds": seeds}))
+    scores = list(next(iter(seeds.values()))["mislabelled"]["auroc"])
+    found = {case: _enough(list(seeds.values()), case, "wrong_auroc") for case in CORRUPTIONS}
+    rows = [_row(score, flat, found) for score in scores]
+    rows.sort(key=lambda row: -sum(flat[f"{case}.{row['score']}.auroc"] for case in CORRUPTIONS))
+    write_text(folder / "table.md", table.markdown(rows))
+    figures.save(pictures.by_score(flat, scores, found, len(seeds)), folder / "auroc.png")
+
+
+def _row(score: str, flat: Values, found: dict[str, bool]) -> dict[str, str]:
+    line = {"score": score}
+    for case in CORRUPTIONS:
+        titles = {"auroc": "label", "wrong_auroc": "wrong", "clean_auroc": "control"}
+        for truth, title in titles.items():
+            if truth == "wrong_auroc" and not found[case]:
+                continue
+            line[f"{case}, {title}"] = f"{flat[f'{case}.{score}.{truth}']:.2f}"
+    return line
+
+
+def main(arguments: list[str], folder: Path = HERE, images: int = IMAGES) -> None:
+    """Train what is missing, score, and write."""
+    more = [word for word in arguments if "=" in word]
+    seeds = [int(word) for word in arguments if "=" not in word] or [0, 1, 2]
+    stored = (read_json(folder / "results.json") or {}).get("seeds", {})
+    for seed in seeds:
+        stored[str(seed)] = of_seed(seed, images, folder, *more)
+        write(stored, folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
