@@ -26,8 +26,6 @@ from bayesdiff.uncertainty.member_scores import CONFIDENCE_SCORES, MEMBER_SCORES
 if TYPE_CHECKING:  # torch-fidelity costs seconds
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-# Kinds of scores that do not look at the posterior.
-OTHERS = ("random", "image", "aleatoric", "likelihood", "classifier", "real")
 # Further encoders that the members' features can come from.
 ENCODERS = ("untrained", "inception", "clip", "dinov2")
 
@@ -111,10 +109,18 @@ class Seen:
 
 
 def check_scores(wanted: ScoreOptions, run: Run) -> None:
-    """Try once what the further scores need: files, masks, a velocity everywhere."""
+    """Try once what the further scores need: files, masks, a velocity everywhere.
+
+    Raises:
+        UserError: where one of them is missing.
+    """
     if wanted.likelihood:
         check_likelihood(run.model, wanted.likelihood_steps)
     for name, weights in wanted.encoders.items():
+        if name == "untrained" and weights is not None:
+            raise UserError(
+                f"filtering.encoders.untrained={weights} has no weights to read; give null"
+            )
         encoder(run, name, weights)
     if wanted.segmentation is not None:
         # On the CPU, before any device is taken.

@@ -18,8 +18,9 @@ from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError, at_least, seed_of, share
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, rank
-from bayesdiff.doubts import OTHERS, ScoreOptions, Seen, check_scores, doubts_of, seen_of
+from bayesdiff.doubts import ScoreOptions, Seen, check_scores, doubts_of, seen_of
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.metrics.choice import choice
 from bayesdiff.metrics.gains import SCORES, Row, gains, over_seeds
 from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.profile import PROFILE, profile
@@ -29,7 +30,7 @@ from bayesdiff.report import board, table
 from bayesdiff.report import filtering as pictures
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import judge
-from bayesdiff.study import Study, configured, with_effect
+from bayesdiff.study import Study, configured, refuse_corruption, with_effect
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.image_scores import MAP_SCORES
 from bayesdiff.uncertainty.memory import images_at_once
@@ -84,6 +85,8 @@ class Filtering(ScoreOptions):
             raise UserError(
                 f"filtering.seeds={list(self.seeds)} names a seed twice; give each once"
             )
+        if len(set(self.keep)) < len(self.keep):
+            raise UserError(f"filtering.keep={list(self.keep)} has a share twice; give each once")
         for value in self.keep:
             if share("filtering.keep", value) == 0:
                 raise UserError("filtering.keep=0 keeps nothing; give shares above 0")
@@ -116,13 +119,19 @@ def check_filtering(run: Run, solver: Solver, own: Estimator) -> None:
         raise UserError(
             "filtering reads classifiers of the data; use metrics=classifier and data with labels"
         )
+    refuse_corruption(run, "filtering")
     _check_keep(wanted, run)
     if own.name in wanted.maps:
         raise UserError(
             f"filtering.maps.{own.name} has the name of the run's own estimator; "
             f"add it under another name, or remove it: ~filtering.maps.{own.name}"
         )
-    for estimator in wanted.maps.values():
+    for name, estimator in wanted.maps.items():
+        if not isinstance(estimator, Estimator):
+            raise UserError(
+                f"filtering.maps.{name} is no estimator, got {estimator!r}; give its _target_, "
+                "such as bayesdiff.uncertainty.MCDropout"
+            )
         estimator.check(solver)
         estimator.check_run(run)
         images_at_once(estimator, solver, run.model, run.data.data.images.shape[1:])
@@ -228,12 +237,7 @@ def _judged(run: Run, wanted: Filtering, maps: Mapping[str, Samples], seen: Seen
 def _results(
     wanted: Filtering, judged: Sequence[Judged], nfe: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Rows of every seed and over all of them, and the choice that the last seed did not see.
-
-    Of the scores that read the posterior, without published ones, ``best`` is the one with the
-    best mean z within classes at the main share over all seeds but the last; ``best_on_last`` are
-    its rows on the last seed. ``best_over`` has its lead in FID over every other score.
-    """
+    """Rows of every seed and over all of them, and the choice that the last seed did not see."""
     tables = [each.gains for each in judged]
     results: dict[str, Any] = {
         "conditions": {
@@ -249,29 +253,8 @@ def _results(
         "profile": over_seeds([each.profile for each in judged], names=["score"], values=PROFILE),
     }
     if len(tables) > 1:
-        mode = tables[0][-1]["mode"]  # within classes where there are any
-        main = [
-            [row for row in rows if (row["mode"], row["keep"]) == (mode, wanted.main_keep)]
-            for rows in tables
-        ]
-        ours = [row for row in over_seeds(main[:-1]) if _ours(row["score"], wanted.maps)]
-        best = max(ours, key=lambda row: row["z"])["score"]
-        last = [row for row in tables[-1] if row["score"] == best]
-        over = over_seeds([_leads(rows, best) for rows in main], names=["score"], values=["lead"])
-        results |= {"best": best, "best_on_last": last, "best_over": over}
+        results |= choice(tables, wanted.main_keep, wanted.maps)
     return results
-
-
-def _ours(score: str, rivals: Mapping[str, Estimator]) -> bool:
-    """Whether a score reads the posterior and is no published one."""
-    kind, _, name = score.partition(".")
-    return kind not in (*OTHERS, *rivals) and not name.startswith("semantic")
-
-
-def _leads(rows: Sequence[Row], best: str) -> list[Row]:
-    """By how much the FID that one score leaves is below that of every other, on one pool."""
-    own = next(row["fid"] for row in rows if row["score"] == best)
-    return [{"score": row["score"], "lead": row["fid"] - own} for row in rows]
 
 
 def _report(

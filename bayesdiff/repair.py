@@ -34,7 +34,7 @@ from bayesdiff.report import board, table
 from bayesdiff.report import repair as pictures
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.stages import judge, starts
-from bayesdiff.study import Study, configured, with_effect
+from bayesdiff.study import Study, configured, refuse_corruption, with_effect
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
 from bayesdiff.uncertainty.image_scores import IMAGE_SCORES
 from bayesdiff.uncertainty.member_scores import CONFIDENCE_SCORES
@@ -60,6 +60,7 @@ def check_repair(run: Run, solver: Solver, own: Estimator) -> None:
         raise UserError(
             "repair reads classifiers of the data; use metrics=classifier and data with labels"
         )
+    refuse_corruption(run, "repair")
     if not run.model.num_classes:
         raise UserError(
             "repair judges images by the class they were asked to show; use model.num_classes=auto"

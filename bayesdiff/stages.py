@@ -87,8 +87,9 @@ def make_maps(
     if stored is not None:
         log.info("uncertainty: %d maps made before", len(stored["images"]))
         return _from_arrays(stored)
+    # Fitted on the run's own seed, so that the pools of a study share what is fitted.
+    ready = estimator.fit(starts(run, solver), posterior, run.folder)
     start_of = starts(run, solver, seed)
-    ready = estimator.fit(start_of, posterior, run.folder)
     size = images_at_once(ready, solver, run.model, run.data.data.images.shape[1:])
     batches = list(torch.arange(first, first + ready.num_images).split(size))
     mine = {}

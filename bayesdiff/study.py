@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from bayesdiff.artefacts import finite, key_of, read_json, write_json
 from bayesdiff.build import Run, plain
+from bayesdiff.checks import UserError
 from bayesdiff.distributed import barrier
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 
@@ -16,9 +18,30 @@ log = logging.getLogger(__name__)
 
 
 def configured(run: Run, name: str) -> Any:
-    """The study of this name as the configuration has it, None where it is not asked for."""
+    """The study of this name as the configuration has it, None where it is not asked for.
+
+    Raises:
+        UserError: if it is no study.
+    """
     given = run.cfg.get(name)
-    return None if given is None else instantiate(given, _convert_="all")
+    if given is None:
+        return None
+    if not isinstance(given, DictConfig) or "_target_" not in given:
+        raise UserError(f"{name}={given} is no study; ask for one by experiment=...")
+    return instantiate(given, _convert_="all")
+
+
+def refuse_corruption(run: Run, name: str) -> None:
+    """Refuse to judge by a classifier of damaged data.
+
+    Raises:
+        UserError: if the training data is corrupted.
+    """
+    if "corruption" in run.cfg.data.source:
+        raise UserError(
+            f"{name} is judged by a classifier of the training data, which corruption= damages; "
+            "leave the corruption out, or see experiments/known-corruption for a clean judge"
+        )
 
 
 def with_effect(options: Any) -> dict[str, Any]:

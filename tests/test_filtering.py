@@ -12,7 +12,7 @@ from conftest import Compose, Trained
 from hydra.utils import instantiate
 from torch import nn
 
-from bayesdiff import filtering, pipeline, pools, stages
+from bayesdiff import doubts, filtering, pipeline, pools, stages
 from bayesdiff.artefacts import key_of
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import to_uint8
@@ -58,7 +58,16 @@ def results_of(folder):
 
 def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, monkeypatch):
     monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    asked = {filtering: [], doubts: []}
+    for module, seeds in asked.items():
+        real = module.judge
+        watched = lambda run, seed=None, real=real, seeds=seeds: (  # noqa: E731
+            seeds.append(seed) or real(run, seed)
+        )
+        monkeypatch.setattr(module, "judge", watched)
     pipeline.run(compose(*SMALL))
+    # The run's own classifier judges, another scores.
+    assert set(asked[filtering]) == {None} and set(asked[doubts]) == {1}
     folder, results = results_of(copied.folder)
     rows = results["seeds"]["5"]
     named = {f"{m}.{k}" for m in ("ensemble", "published") for k in MAP_SCORES}
@@ -185,6 +194,7 @@ def test_parts_of_pools_keep_their_names():
         ({"aleatoric_zigzag": 1}, "filtering.aleatoric_zigzag=1 is the plain form; give 2"),
         ({"aleatoric_zigzag": -1}, "filtering.aleatoric_zigzag must be .*>= 0, got -1"),
         ({"aleatoric_zigzag": 3, "aleatoric_draws": 0}, "zigzag=3 needs filtering.aleatoric_dr"),
+        ({"keep": [0.8, 0.8]}, r"filtering.keep=\[0.8, 0.8\] has a share twice"),
         ({"likelihood": 1}, "filtering.likelihood must be true or false, got 1"),
         ({"likelihood_steps": 0}, "filtering.likelihood_steps must be .*>= 1, got 0"),
         ({"segmentation": "unet"}, "filtering.segmentation must be a callable .* got 'unet'"),
@@ -215,6 +225,21 @@ CROP = "+filtering.segmentation"
 def test_what_scores_need_is_tried_before_any_work(override, message, compose: Compose):
     with pytest.raises(UserError, match=message) as refusal:
         pipeline.prepare(compose(*SMALL, *override.split()))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["corruption=truncated"], "filtering is judged by a classifier .* corruption"),
+        (["+filtering.maps.dropout=3"], "filtering.maps.dropout is no estimator, got 3"),
+        (["+filtering.encoders.untrained=x"], "filtering.encoders.untrained=x has no weights"),
+        (["+filtering.encoders.clip=3"], "filtering.encoders.clip=3"),
+    ],
+)
+def test_what_cannot_be_filtered_is_refused_in_one_line(options, message, compose: Compose):
+    with pytest.raises(UserError, match=message) as refusal:
+        pipeline.prepare(compose(*SMALL, *options))
     assert "\n" not in str(refusal.value)
 
 
@@ -253,6 +278,23 @@ def test_masks_are_those_of_the_network_for_any_batch_size():
     variance = torch.rand(5, 2, 4, 6)
     of_half = foreground_mean(variance, images, segmented(half, images))
     torch.testing.assert_close(of_half, variance[..., :3].double().mean((1, 2, 3)))
+
+
+def test_every_batch_has_the_likelihood_of_its_own_images(
+    copied: Trained, compose: Compose, monkeypatch
+):
+    this, solver, _, laplace = pipeline.prepare(compose())
+    this.model.load_state_dict(torch.load(copied.checkpoint, weights_only=True)["state_dict"])
+    posterior = laplace.fit(this.model.eval(), this.data.data)
+    images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for size in (2, 5):
+        monkeypatch.setattr(pools.ImagePool, "_at_once", lambda *_, size=size: size)
+        folder = copied.folder / f"of-{size}"
+        pool = pools.ImagePool(this, solver, posterior, 5, 3, folder, "x")
+        found.append(pool.likelihood(images, 2)["bits_per_dim"])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert found[0].std() > 0.01
 
 
 def test_image_scores_see_the_images_that_are_shown(copied: Trained, compose: Compose):

@@ -164,7 +164,11 @@ def results_of(result):
 
 def test_the_command_draws_and_judges_once(copied: Trained, compose: Compose, monkeypatch):
     monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    asked, real = [], repair.judge
+    watched = lambda run, seed=None: asked.append(seed) or real(run, seed)  # noqa: E731
+    monkeypatch.setattr(repair, "judge", watched)
     result = pipeline.run(compose(*SMALL))
+    assert set(asked) == {None, 1}  # the run's own classifier judges, another chooses
     folder, results = results_of(result)
     assert folder.parent == copied.folder
     cells = {(row["time"], row["way"]) for row in results["draws"]}

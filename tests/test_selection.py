@@ -57,16 +57,26 @@ def assert_equal_rows(row, expected):
 
 
 def slow_kept(doubt, fraction, groups, numbers):
-    """Numbers that are kept, class by class, from sorted lists."""
+    """Numbers that are kept, class by class, from sorted lists; equal doubts by lot."""
     found = []
+    lots = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(len(numbers)))
+    order = sorted(numbers)
+    lot = {order[place]: turn for turn, place in enumerate(lots.tolist())}
     for group in set(groups):
-        rows = sorted((d, n) for d, n, g in zip(doubt, numbers, groups, strict=True) if g == group)
+        members = zip(doubt, numbers, groups, strict=True)
+        rows = sorted((d, lot[n], n) for d, n, g in members if g == group)
         size = max(math.floor(fraction * len(rows) + 0.5 + 1e-9), 1)
-        found += [n for _, n in rows[:size]]
+        found += [n for *_, n in rows[:size]]
     return sorted(found)
 
 
 # which images
+
+
+def test_a_score_that_says_nothing_keeps_no_balanced_set():
+    classes = torch.arange(1000) % 10
+    left = classes[kept(torch.zeros(1000), 0.5)].bincount()
+    assert left.sum() == 500 and left.max() - left.min() > 5
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.35, 0.5, 0.8, 1.0])
@@ -187,10 +197,10 @@ def test_detection_interval_equals_a_loop_over_resampled_images():
 
 
 def test_top_recall_counts_what_is_discarded():
-    doubt = torch.tensor([0.1, 0.9, 0.8, 0.2, 0.8])
+    doubt = torch.tensor([0.1, 0.9, 0.7, 0.2, 0.8])
     marked = torch.tensor([False, True, False, True, True])
     assert top_recall(doubt, marked, 0.2) == pytest.approx(1 / 3)
-    assert top_recall(doubt, marked, 0.4) == pytest.approx(2 / 3)  # of equal ones the last goes
+    assert top_recall(doubt, marked, 0.4) == pytest.approx(2 / 3)
     assert top_recall(doubt, marked, 0.6) == pytest.approx(2 / 3)
     for nothing in (torch.zeros(5), torch.ones(5)):
         with pytest.raises(UserError, match="marked must name some of the 5 images"):

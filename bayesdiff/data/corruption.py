@@ -175,6 +175,10 @@ def undertrained(
     labels, numbers = _labels(data), _numbers(data, classes)
     _inside("visits", visits)
     rare = torch.cat([_shuffled(labels, number, seed) for number in numbers])
+    if visits * len(rare) < 1:
+        raise UserError(
+            f"{_WHERE}.visits={visits} of {len(rare)} images visits none in an epoch; raise it"
+        )
     # Classes take turns together, so that every epoch has its share of each.
     rare = rare[_permutation(len(rare), seed)]
     told = f"{data.fingerprint} visits {visits!r} of {rare.tolist()}"

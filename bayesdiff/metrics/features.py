@@ -7,6 +7,7 @@ import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -152,8 +153,10 @@ def build_extractor(
         An extractor in eval mode.
 
     Raises:
-        UserError: if the name is unknown.
+        UserError: if the name is unknown, or the path is none.
     """
+    if not isinstance(weights_path, (str, Path, NoneType)):
+        raise UserError(f"{option}={weights_path} is no path; give that of the weights file")
     if features == "inception":
         return inception_extractor(weights_path, device=device, option=option)
     if features == "clip":

@@ -69,7 +69,7 @@ def least_doubtful(doubts: Tensor, fraction: float, groups: Tensor | None = None
     """``kept`` for many scores at once, without its checks: ``(S, N) -> (S, n)``.
 
     Args:
-        doubts: on the CPU; of equal doubts the earlier place is kept.
+        doubts: on the CPU; equal doubts are kept by lot, always the same.
         fraction: see ``kept``.
         groups: see ``kept``.
     """
@@ -195,9 +195,14 @@ def checked_numbers(numbers: Tensor | None, count: int) -> Tensor:
 
 
 def _least(doubts: Tensor, fraction: float, groups: Tensor | None, numbers: Tensor) -> Tensor:
-    """Places ``(S, n)`` of the least doubtful of S scores ``(S, N)``, by ascending number."""
+    """Places ``(S, n)`` of the least doubtful of S scores ``(S, N)``, by ascending number.
+
+    Equal doubts are kept in an order that the numbers alone decide, by lot: numbers often follow
+    the classes in turn, and in their own order a constant score would keep a balanced set.
+    """
     by_number = numbers.argsort()
-    order = doubts[:, by_number].argsort(dim=-1, stable=True)
+    lots = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(len(numbers)))
+    order = lots[doubts[:, by_number[lots]].argsort(dim=-1, stable=True)]
     sizes = torch.tensor([doubts.shape[1]])
     if groups is not None:
         _, group, sizes = groups[by_number].unique(return_inverse=True, return_counts=True)

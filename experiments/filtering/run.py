@@ -37,11 +37,8 @@ def filtered(model: str, *more: str) -> dict[str, Any]:
     """The numbers of one model; whatever does not exist is made."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", ["experiment=filtering", *POOL, *MODELS[model], *more])
-    cell = pipeline.run(cfg).folder
-    newest = max(
-        cell.parent.glob("filtering-*/results.json"), key=lambda path: path.stat().st_mtime_ns
-    )
-    found = read_json(newest)
+    (folder,) = pipeline.run(cfg).studies
+    found = read_json(folder / "results.json")
     assert found is not None
     return found
 
