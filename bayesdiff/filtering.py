@@ -8,6 +8,7 @@ features.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -274,8 +275,13 @@ def _report(
     write_text(folder / "table.md", table.markdown(rows, columns))
     write_text(folder / "table-z.md", table.markdown(rows, ["mode", "score", "z", *of_others]))
     if results["profile"]:
-        follows = sorted(results["profile"], key=lambda row: -row["auroc_within"])
-        write_text(folder / "table-profile.md", table.markdown(follows, ["score", *PROFILE]))
+        # Nothing can be found where the judge sees no image, or every one, as another class.
+        shown_of = [name for name in PROFILE if isfinite(results["profile"][0][name])]
+        follows = sorted(
+            results["profile"],
+            key=lambda row: -row[shown_of[0]] if isfinite(row[shown_of[0]]) else 0,
+        )
+        write_text(folder / "table-profile.md", table.markdown(follows, ["score", *shown_of]))
     scalars = {f"filtering/{row['mode']}/{row['score']}/z": row["z"] for row in rows}
     figures = pictures.every(results, *shown, name)
     board.write_study(folder / "tensorboard", scalars, {}, figures)

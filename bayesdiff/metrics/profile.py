@@ -12,7 +12,7 @@ from bayesdiff.metrics.uncertainty import ranks, spearman
 Row = dict[str, Any]
 
 # Figures of every row.
-PROFILE = ("auroc", "auroc_within", "rank_off_label", "rank_total_variation", "class_share")
+PROFILE = ("auroc_within", "auroc", "rank_off_label", "rank_total_variation", "class_share")
 
 
 def profile(
