@@ -277,7 +277,10 @@ def _report(
 ) -> None:
     """Tables, figures and TensorBoard."""
     picks = [row for row in results["picks"] if row["score"] == wanted.score]
+    original = results["original"]
+    title = f"The images themselves, {original['wrong']} of {wanted.num_images} judged wrong"
     shown = [
+        (title, [original], list(original)),
         ("The alternatives, which is best-of-n by chance", results["draws"], pictures.OF_DRAWS),
         (f"The best by {wanted.score}", picks, pictures.OF_PICKS),
     ]

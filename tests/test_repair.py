@@ -194,7 +194,9 @@ def test_the_command_draws_and_judges_once(copied: Trained, compose: Compose, mo
     }
     text = (folder / "results.json").read_text()
     assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", text))
-    assert "renoise_matched" in (folder / "table.md").read_text()
+    tables = (folder / "table.md").read_text()
+    assert "renoise_matched" in tables and "nan" not in tables
+    assert f"{results['original']['wrong']} of 6 judged wrong" in tables
     before = (folder / "results.json").stat().st_mtime_ns
     monkeypatch.setattr(repair, "ImagePool", None)
     assert pipeline.run(compose(*SMALL)).studies == (folder,)

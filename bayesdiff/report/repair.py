@@ -35,10 +35,10 @@ def line(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
 def _value(row: Mapping[str, Any], name: str) -> str:
     """``value [low, high]``, two digits; nothing for what a row does not have."""
     ends = [row.get(name + end) for end in ("", "_low", "_high")]
+    if isinstance(ends[0], float) and not isfinite(ends[0]):
+        return ""
     if ends[1] is None:
         return cell(ends[0])
-    if not _there(ends[0]):
-        return ""
     value, low, high = (f"{end:.2g}" for end in ends)
     return f"{value} [{low}, {high}]"
 
