@@ -288,13 +288,15 @@ def test_labels_that_are_few_or_affected(study):
     assert study.marked(labels, data.classes, ["b", "c"]).tolist() == [False, True, True, True]
 
 
-def seed_with(value, luck=0.99, wrong=40):
-    """One seed's numbers: score a finds ``value``, b less but for the last seed."""
+def seed_with(value, luck=0.99, wrong=40, severe=None):
+    """One seed's numbers: score a finds ``value``, b less; ``severe`` under severe corruption."""
     names = {"random": luck, "label.scarcity": 1.0, "real.realism": 1.0}
     table = names | {"a.sum": value, "b.sum": 1.2 - value}
     numbers = {"auroc": table, "wrong_auroc": table | {"a.sum": float("nan")}, "wrong": wrong}
-    cases = ("mislabelled", "truncated", "undertrained")
-    return {case: numbers | {"clean_auroc": table} for case in cases}
+    found = {case: numbers | {"clean_auroc": table} for case in ("truncated", "undertrained")}
+    strong = found["truncated"] if severe is None else seed_with(severe)["truncated"]
+    found |= {f"{case}_severe": strong for case in found}
+    return found | {"mislabelled": found["truncated"]}
 
 
 def test_the_choice_is_made_before_the_last_seed_and_the_target_judged_on_it(study):
@@ -320,6 +322,15 @@ def test_a_handful_of_wrong_images_counts_for_nothing(study):
     assert few["wrong_corruptions_found"] == 0 and not few["wrong_targets_met"]
     many = study.summary({"0": seed_with(0.2), "1": seed_with(0.2)})
     assert many["truncated.wrong_best"] == "b.sum" and many["wrong_corruptions_found"] == 3
+
+
+def test_severe_corruption_has_an_aim_of_its_own(study):
+    seeds = {str(seed): seed_with(0.6, severe=0.95) for seed in (0, 1)}
+    flat = study.summary(seeds)
+    assert flat["corruptions_found"] == 0 and not flat["targets_met"]
+    assert flat["severe_corruptions_found"] == 2 and flat["severe_targets_met"]
+    lines = study.overrides("truncated_severe", 1)
+    assert "corruption=truncated" in lines and "data.source.corruption.keep=2" in lines
 
 
 def test_overrides_name_the_classes_of_the_seed(study):
