@@ -1,6 +1,8 @@
 """One-line refusals: name the value, name the cure, before any work is wasted."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(ValueError):
@@ -51,3 +53,17 @@ def seed_of(name: str, value: int) -> int:
     if at_least(name, value, 0) >= 2**32:
         raise UserError(f"{name} must be below 2**32 = {2**32}, got {value}")
     return int(value)
+
+
+def listed(name: str, values: Any, like: str) -> list[Any]:
+    """Return ``values`` as a list if they are one with something in it and nothing twice.
+
+    Raises:
+        UserError: if they are not; the message is one line with name, value and an example.
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise UserError(f"{name} must be a list such as {like}, got {values!r}")
+    found = list(values)
+    if any(value in found[:place] for place, value in enumerate(found)):
+        raise UserError(f"{name}={found} names one twice; give each once")
+    return found

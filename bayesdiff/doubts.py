@@ -140,6 +140,8 @@ def seen_of(made: ImagePool, wanted: ScoreOptions, images: Tensor) -> tuple[Seen
     if wanted.likelihood:
         parts["likelihood"] = made.likelihood(images, wanted.likelihood_steps)
     spent = {name: int(rows["nfe"][0]) for name, rows in parts.items() if "nfe" in rows}
+    if wanted.members:
+        spent["members"] = wanted.members * made.nfe
     known = {
         f"{name}.{key}": value
         for name, rows in parts.items()
@@ -174,13 +176,10 @@ def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> D
         if mask is not None:
             found["foreground_mean"] = foreground_mean(variance, samples.images, mask)
         doubts |= {f"{name}.{k}": value for k, value in found.items()}
-    doubts |= {f"image.{k}": of(samples.images) for k, of in IMAGE_SCORES.items()}
     doubts |= seen.known
     scorer, known = judge(run, run.cfg.metrics.seed + 1)
     read = extract(scorer, images, size)
-    for name, confidence in CONFIDENCE_SCORES.items():
-        if samples.labels is not None or name != "off_label":
-            doubts[f"classifier.{name}"] = confidence(read.logits, samples.labels)
+    doubts |= doubts_of_images(samples.images, read.logits, samples.labels)
     near = neighbours(read.features, torch.from_numpy(known.subset))
     doubts |= {"real.realism": -near.realism, "real.rarity": near.rarity.nan_to_num(torch.inf)}
     if seen.members is not None:
@@ -189,6 +188,21 @@ def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> D
             extractor = encoder(run, name, weights)
             found = _of_members(run, seen.members, extractor, ("features",))
             doubts |= {f"{k}_{name}": value for k, value in found.items()}
+    return doubts
+
+
+def doubts_of_images(images: Tensor, logits: Tensor, labels: Tensor | None) -> Doubts:
+    """Scores ``(N,)`` that read nothing but the image.
+
+    Args:
+        images: ``(N, C, H, W)`` in [-1, 1].
+        logits: ``(N, K)`` of a classifier for them.
+        labels: ``(N,)`` that were asked for, or None.
+    """
+    doubts = {f"image.{name}": of(images) for name, of in IMAGE_SCORES.items()}
+    for name, confidence in CONFIDENCE_SCORES.items():
+        if labels is not None or name != "off_label":
+            doubts[f"classifier.{name}"] = confidence(logits, labels)
     return doubts
 
 

@@ -16,22 +16,23 @@ from torch import Tensor
 
 from bayesdiff.artefacts import write_text
 from bayesdiff.build import Run, plain
-from bayesdiff.checks import UserError, at_least, seed_of, share
+from bayesdiff.checks import UserError, at_least, listed, seed_of, share
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.doubts import ScoreOptions, Seen, check_scores, doubts_of, seen_of
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.choice import choice
-from bayesdiff.metrics.gains import SCORES, Row, gains, over_seeds
+from bayesdiff.metrics.gains import NAMES, SCORES, VALUES, Row, gains
 from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.profile import PROFILE, profile
+from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.selection import kept_count
 from bayesdiff.pools import ImagePool
 from bayesdiff.report import board, table
 from bayesdiff.report import filtering as pictures
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import judge
-from bayesdiff.study import Study, configured, refuse_corruption, with_effect
+from bayesdiff.study import Study, check_judge, configured, with_effect
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.image_scores import MAP_SCORES
 from bayesdiff.uncertainty.memory import images_at_once
@@ -76,18 +77,9 @@ class Filtering(ScoreOptions):
 
     def __post_init__(self) -> None:
         at_least("filtering.num_images", self.num_images, 20)
-        for name, like in (("seeds", [0, 1]), ("keep", [0.8])):
-            values = getattr(self, name)
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise UserError(f"filtering.{name} must be a list such as {like}, got {values!r}")
-        for seed in self.seeds:
+        for seed in listed("filtering.seeds", self.seeds, "[0,1]"):
             seed_of("filtering.seeds", seed)
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(
-                f"filtering.seeds={list(self.seeds)} names a seed twice; give each once"
-            )
-        if len(set(self.keep)) < len(self.keep):
-            raise UserError(f"filtering.keep={list(self.keep)} has a share twice; give each once")
+        listed("filtering.keep", self.keep, "[0.8]")
         for value in self.keep:
             if share("filtering.keep", value) == 0:
                 raise UserError("filtering.keep=0 keeps nothing; give shares above 0")
@@ -116,11 +108,7 @@ def check_filtering(run: Run, solver: Solver, own: Estimator) -> None:
     wanted: Filtering | None = configured(run, "filtering")
     if wanted is None:
         return
-    if run.cfg.metrics.features != "classifier" or run.data.data.num_classes < 2:
-        raise UserError(
-            "filtering reads classifiers of the data; use metrics=classifier and data with labels"
-        )
-    refuse_corruption(run, "filtering")
+    check_judge(run, "filtering")
     _check_keep(wanted, run)
     if own.name in wanted.maps:
         raise UserError(
@@ -250,8 +238,8 @@ def _results(
             "nfe": dict(nfe or {}),
         },
         "seeds": dict(zip(map(str, wanted.seeds), tables, strict=True)),
-        "over_seeds": over_seeds(tables),
-        "profile": over_seeds([each.profile for each in judged], names=["score"], values=PROFILE),
+        "over_seeds": over_seeds(tables, NAMES, VALUES),
+        "profile": over_seeds([each.profile for each in judged], ["score"], PROFILE),
     }
     if len(tables) > 1:
         results |= choice(tables, wanted.main_keep, wanted.maps)

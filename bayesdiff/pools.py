@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bayesdiff.artefacts import key_of, read_arrays, write_arrays
+from bayesdiff.artefacts import key_of
 from bayesdiff.build import Run
 from bayesdiff.data.module import to_uint8
-from bayesdiff.distributed import barrier, gather_rows, rank, world_size
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.progress import track
 from bayesdiff.solvers import Solver
-from bayesdiff.stages import make_maps, starts
+from bayesdiff.stages import Rows, made_rows, make_maps, starts
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
 from bayesdiff.uncertainty.aleatoric import aleatoric
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
@@ -23,8 +21,6 @@ from bayesdiff.uncertainty.likelihood import log_likelihood, random_probes
 from bayesdiff.uncertainty.memory import images_at_once
 
 log = logging.getLogger(__name__)
-
-Rows = dict[str, Tensor]
 
 # Images of one file: an interrupted pool loses at most these, and a larger pool adds to them.
 BLOCK = 500
@@ -85,13 +81,22 @@ class ImagePool:
 
         return self._rows("members", repr(ensemble), self._at_once(ensemble), batch)["members"]
 
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one trajectory."""
+        steps = starts(self.run, self.solver, self.seed)([0]).steps()
+        return sum(len(step.times) for step in steps)
+
     def aleatoric(self, draws: int) -> Rows:
-        """The aleatoric scores, each ``(N,)``."""
+        """The aleatoric scores, each ``(N,)``, and their NFE."""
 
         def batch(numbers: list[int]) -> Rows:
-            start = starts(self.run, self.solver, self.seed)(numbers)
-            found = aleatoric(start, draws).scores
-            return {name.removeprefix("aleatoric_"): score.cpu() for name, score in found.items()}
+            found = aleatoric(starts(self.run, self.solver, self.seed)(numbers), draws)
+            rows = {
+                name.removeprefix("aleatoric_"): score.cpu()
+                for name, score in found.scores.items()
+            }
+            return rows | {"nfe": torch.full((len(numbers),), found.nfe)}
 
         like = Ensemble(members=max(draws, 2), noise_members=0)
         return self._rows("aleatoric", f"aleatoric {draws}", self._at_once(like), batch)
@@ -142,28 +147,11 @@ class ImagePool:
     def _block(
         self, name: str, what: str, size: int, batch: Callable[[list[int]], Rows], block: range
     ) -> Rows:
-        """Rows of one block, batches shared by all processes."""
+        """Rows of one block."""
         key = self._key(block, what)
         path = self._path(name, block, key)
-        stored = read_arrays(path, key)
-        barrier()  # nobody writes before everybody has looked
-        if stored is not None:
-            return stored
-        batches = torch.arange(block.start, block.stop).split(size)
-        mine = list(batches[rank() :: world_size()])
         what = f"{name}, seed {self.seed}, from {block.start}"
-        parts = [batch(each.tolist()) for each in track(mine, what)]
-        if not parts:
-            parts = [{key: value[:0] for key, value in batch([0]).items()}]
-        place = torch.cat(mine) if mine else torch.zeros(0, dtype=torch.long)
-        place = place - block.start
-        rows = {
-            each: gather_rows(torch.cat([part[each] for part in parts]), place, len(block))
-            for each in parts[0]
-        }
-        if rank() == 0:
-            write_arrays(path, key, rows)
-        return rows
+        return made_rows(path, key, block, size, batch, what)
 
     def _key(self, block: range, *parts: object) -> str:
         return key_of(self.made_from, self.seed, block.start, block.stop, *parts)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.artefacts import read_arrays, write_arrays, write_text
+from bayesdiff.artefacts import write_text
 from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError
-from bayesdiff.distributed import barrier, gather_rows, rank, world_size
+from bayesdiff.distributed import barrier, rank
+from bayesdiff.doubts import doubts_of_images
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.redraws import (
@@ -29,15 +30,12 @@ from bayesdiff.metrics.redraws import (
     probability,
 )
 from bayesdiff.pools import ImagePool
-from bayesdiff.progress import track
 from bayesdiff.report import board, table
 from bayesdiff.report import repair as pictures
 from bayesdiff.solvers import Solver, time_grid
-from bayesdiff.stages import judge, starts
-from bayesdiff.study import Study, configured, refuse_corruption, with_effect
+from bayesdiff.stages import Rows, judge, made_rows, starts
+from bayesdiff.study import Study, check_judge, configured, with_effect
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
-from bayesdiff.uncertainty.image_scores import IMAGE_SCORES
-from bayesdiff.uncertainty.member_scores import CONFIDENCE_SCORES
 from bayesdiff.uncertainty.members import Members
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.redraw import AMONG, SCORES, Repair, redraw
@@ -56,11 +54,7 @@ def check_repair(run: Run, solver: Solver, own: Estimator) -> None:
     wanted: Repair | None = configured(run, "repair")
     if wanted is None:
         return
-    if run.cfg.metrics.features != "classifier" or run.data.data.num_classes < 2:
-        raise UserError(
-            "repair reads classifiers of the data; use metrics=classifier and data with labels"
-        )
-    refuse_corruption(run, "repair")
+    check_judge(run, "repair")
     if not run.model.num_classes:
         raise UserError(
             "repair judges images by the class they were asked to show; use model.num_classes=auto"
@@ -149,33 +143,16 @@ def _redrawn(
     samples: Samples,
     study: Study,
 ) -> dict[str, Tensor]:
-    """``draws.npz``: images and alternatives; batches are shared by all processes."""
-    path = study.folder / "draws.npz"
-    stored = read_arrays(path, study.key)
-    barrier()  # nobody writes before everybody has looked
-    if stored is not None:
-        return stored
+    """``draws.npz``: images and alternatives."""
     start_of = starts(run, solver)
     weights = weight_draws(posterior, wanted.draws, wanted.seed)
+
+    def batch(numbers: list[int]) -> Rows:
+        return redraw(Origin.of(start_of(numbers)), weights, wanted, samples, numbers)
+
     size = images_at_once(_batches(wanted, own), solver, run.model, samples.images.shape[1:])
-    batches = torch.arange(wanted.num_images).split(size)
-    mine = list(batches[rank() :: world_size()])
-    parts = [
-        redraw(Origin.of(start_of(each.tolist())), weights, wanted, samples, each)
-        for each in track(mine, "repair")
-    ]
-    if not parts:
-        none = torch.zeros(1, dtype=torch.long)
-        found = redraw(Origin.of(start_of([0])), weights, wanted, samples, none)
-        parts = [{name: value[:0] for name, value in found.items()}]
-    place = torch.cat(mine) if mine else torch.zeros(0, dtype=torch.long)
-    rows = {
-        name: gather_rows(torch.cat([part[name] for part in parts]), place, wanted.num_images)
-        for name in parts[0]
-    }
-    if rank() == 0:
-        write_arrays(path, study.key, rows)
-    return rows
+    path, images = study.folder / "draws.npz", range(wanted.num_images)
+    return made_rows(path, study.key, images, size, batch, "repair")
 
 
 def _results(
@@ -248,8 +225,7 @@ def _judged(run: Run, images: Tensor, draws: Tensor, labels: Tensor) -> Redraws:
     quality, right = probability(read.logits, asked)
     scorer, _ = judge(run, run.cfg.metrics.seed + 1)
     logits, seen = extract(scorer, flat, size).logits, flat.float() / 127.5 - 1
-    doubts = {f"image.{name}": of(seen) for name, of in IMAGE_SCORES.items()}
-    doubts |= {f"classifier.{name}": of(logits, asked) for name, of in CONFIDENCE_SCORES.items()}
+    doubts = doubts_of_images(seen, logits, asked)
     return Redraws(
         quality=quality.view(shape),
         right=right.view(shape),

@@ -1,6 +1,7 @@
 """The stages after training: images, uncertainty maps, scores; each is made once per key."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # these import torch-fidelity, which costs seconds
 
 log = logging.getLogger(__name__)
 
+Rows = dict[str, Tensor]
+
 # Names that metrics.features takes.
 ENCODERS = ("classifier", "inception", "clip", "dinov2")
 
@@ -45,30 +48,56 @@ def starts(run: Run, solver: Solver, seed: int | None = None) -> Starts:
     return starts_of(run.model, solver, seed, shape, run.device)
 
 
-@torch.inference_mode()
-def make_images(run: Run, solver: Solver, count: int, path: Path, key: str) -> Tensor:
-    """The model's own samples 0 ... count - 1, ``(count, C, H, W)`` uint8, shared by all cells."""
+def made_rows(
+    path: Path,
+    key: str,
+    numbers: range,
+    size: int,
+    batch: Callable[[list[int]], Rows],
+    what: str,
+) -> Rows:
+    """Rows of samples, made once; their batches are shared by all processes.
+
+    Args:
+        path: npz that keeps them.
+        key: of all that they come from.
+        numbers: of the samples.
+        size: samples in a batch.
+        batch: gives tensors ``(n, ...)`` of n samples, on the CPU.
+        what: for the log and the progress bar.
+    """
     stored = read_arrays(path, key)
     barrier()  # nobody writes before everybody has looked
     if stored is not None:
-        log.info("images: %d made before", count)
-        return stored["images"]
-    size, start_of = run.cfg.metrics.batch_size, starts(run, solver)
-    parts, numbers = [], []
-    batches = list(torch.arange(count).split(size))
-    for indices in track(batches[rank() :: world_size()], "images"):
-        start = start_of(indices.tolist())
-        x_0 = start.draw()
-        images = integrate(start.field(), start.steps(), x_0, start.draw)
-        parts.append(to_uint8(images.cpu()))
-        numbers.append(indices)
-    shape = run.data.data.images.shape[1:]
-    rows = torch.cat(parts) if parts else torch.zeros(0, *shape, dtype=torch.uint8)
-    place = torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.long)
-    images = gather_rows(rows, place, count)
+        log.info("%s: %d made before", what, len(numbers))
+        return stored
+    batches = torch.arange(numbers.start, numbers.stop).split(size)
+    mine = list(batches[rank() :: world_size()])
+    parts = [batch(each.tolist()) for each in track(mine, what)]
+    if not parts:  # there are more processes than batches; the shapes must be known all the same
+        parts = [{name: value[:0] for name, value in batch([numbers.start]).items()}]
+    place = torch.cat(mine) - numbers.start if mine else torch.zeros(0, dtype=torch.long)
+    rows = {
+        name: gather_rows(torch.cat([part[name] for part in parts]), place, len(numbers))
+        for name in parts[0]
+    }
     if rank() == 0:
-        write_arrays(path, key, {"images": images})
-    return images
+        write_arrays(path, key, rows)
+    return rows
+
+
+@torch.inference_mode()
+def make_images(run: Run, solver: Solver, count: int, path: Path, key: str) -> Tensor:
+    """The model's own samples 0 ... count - 1, ``(count, C, H, W)`` uint8, shared by all cells."""
+    start_of = starts(run, solver)
+
+    def batch(numbers: list[int]) -> Rows:
+        start = start_of(numbers)
+        images = integrate(start.field(), start.steps(), start.draw(), start.draw)
+        return {"images": to_uint8(images.cpu())}
+
+    size = run.cfg.metrics.batch_size
+    return made_rows(path, key, range(count), size, batch, "images")["images"]
 
 
 def make_maps(

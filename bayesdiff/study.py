@@ -31,12 +31,16 @@ def configured(run: Run, name: str) -> Any:
     return instantiate(given, _convert_="all")
 
 
-def refuse_corruption(run: Run, name: str) -> None:
-    """Refuse to judge by a classifier of damaged data.
+def check_judge(run: Run, name: str) -> None:
+    """Refuse a study that could not be judged by a classifier of the training data.
 
     Raises:
-        UserError: if the training data is corrupted.
+        UserError: without labels, under another extractor, or if the training data is corrupted.
     """
+    if run.cfg.metrics.features != "classifier" or run.data.data.num_classes < 2:
+        raise UserError(
+            f"{name} reads classifiers of the data; use metrics=classifier and data with labels"
+        )
     if "corruption" in run.cfg.data.source:
         raise UserError(
             f"{name} is judged by a classifier of the training data, which corruption= damages; "

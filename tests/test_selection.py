@@ -14,10 +14,11 @@ from bayesdiff.metrics import gains as gains_module
 from bayesdiff.metrics import pool as pool_module
 from bayesdiff.metrics.cmmd import cmmd
 from bayesdiff.metrics.features import Features
-from bayesdiff.metrics.gains import gains, over_seeds
+from bayesdiff.metrics.gains import NAMES, VALUES, gains
 from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.sample_sizes import sample_size_curve
 from bayesdiff.metrics.scores import reference_statistics, scores
+from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.selection import auroc, detection, kept, random_kept, top_recall
 
 
@@ -393,7 +394,7 @@ def test_seeds_are_combined_with_the_interval_of_student():
         features = normal(60, seed=seed + 1, shift=0.4)
         doubts = {"far": features.norm(dim=1), "dice": uniform(60, seed=seed)}
         tables.append(gains(doubts, pool(features, reference), [0.5, 0.8], seed=seed))
-    rows = over_seeds([tables[0], tables[1][::-1], *tables[2:]])
+    rows = over_seeds([tables[0], tables[1][::-1], *tables[2:]], NAMES, VALUES)
     assert [(r["score"], r["keep"]) for r in rows] == [(r["score"], r["keep"]) for r in tables[0]]
     for place, row in enumerate(rows):
         assert row["seeds"] == 4
@@ -403,11 +404,21 @@ def test_seeds_are_combined_with_the_interval_of_student():
             ends = (np.mean(values) - half, np.mean(values) + half)
             assert row[name] == pytest.approx(np.mean(values))
             assert (row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx(ends)
-    (one, *_) = over_seeds(tables[:1])
+    (one, *_) = over_seeds(tables[:1], NAMES, VALUES)
     assert one["z"] == tables[0][0]["z"] and math.isnan(one["z_low"])
     for uneven in ([], [tables[0], tables[1][:-1]]):
         with pytest.raises(UserError, match="must hold the same scores"):
-            over_seeds(uneven)
+            over_seeds(uneven, NAMES, VALUES)
+
+
+def test_what_a_seed_lacks_does_not_count():
+    tables = [[{"way": "a", "success": value}] for value in (0.5, None, 0.7)]
+    (row,) = over_seeds(tables, ["way"], ["success", "harm"])
+    half = scipy.stats.t.ppf(0.975, 1) * scipy.stats.sem([0.5, 0.7])
+    expected = {"success": 0.6, "success_low": 0.6 - half, "success_high": 0.6 + half}
+    assert row == pytest.approx({"way": "a", "seeds": 3, **expected})
+    (none,) = over_seeds([[{"success": None}]], [], ["success"])
+    assert math.isnan(none["success"]) and math.isnan(none["success_low"])
 
 
 def test_sample_size_curve_holds_the_figures_of_its_subsets():

@@ -12,11 +12,12 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from bayesdiff.metrics import subset_scores
 from bayesdiff.metrics.cmmd import cmmd_of_subsets
 from bayesdiff.metrics.features import Features
-from bayesdiff.metrics.gains import gains, over_seeds
+from bayesdiff.metrics.gains import NAMES, VALUES, gains
 from bayesdiff.metrics.neighbours import density_coverage
 from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.sample_sizes import fid_of_infinity
 from bayesdiff.metrics.scores import reference_statistics
+from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.selection import random_kept
 from bayesdiff.metrics.subset_scores import SubsetScores
 
@@ -148,7 +149,7 @@ def test_every_score_has_its_gain_with_an_interval(shuffled):
         assert row[f"{name}_z"] == pytest.approx(gain / float(rivals[name].std()), rel=1e-7)
         assert row[f"{name}_gain_low"] < row[f"{name}_gain"] < row[f"{name}_gain_high"]
     assert row["density_gain"] > 0 > row["recall_gain"]  # the outer ones are gone
-    (mean,) = over_seeds([[row], [row]])
+    (mean,) = over_seeds([[row], [row]], NAMES, VALUES)
     assert mean["kid_gain"] == row["kid_gain"] and mean["kid_gain_low"] == row["kid_gain"]
     plain = gains({"far": doubt}, pool(GENERATED, reference), [0.6], seed=0, subsets=6, draws=8)
     for name, value in plain[0].items():

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from bayesdiff.metrics.gains import Row, over_seeds
+from bayesdiff.metrics.gains import NAMES, Row
+from bayesdiff.metrics.seeds import over_seeds
 
 # Kinds of scores that do not look at the posterior.
 OTHERS = ("random", "image", "aleatoric", "likelihood", "classifier", "real")
@@ -28,9 +29,10 @@ def choice(
     """
     mode = tables[0][-1]["mode"]
     main = [[row for row in rows if (row["mode"], row["keep"]) == (mode, keep)] for rows in tables]
-    ours = [row for row in over_seeds(main[:-1]) if _ours(row["score"], rivals)]
+    seen = over_seeds(main[:-1], NAMES, ["z"])
+    ours = [row for row in seen if _ours(row["score"], rivals)]
     best = max(ours, key=lambda row: row["z"])["score"]
-    over = over_seeds([_leads(rows, best) for rows in main], names=["score"], values=["lead"])
+    over = over_seeds([_leads(rows, best) for rows in main], ["score"], ["lead"])
     on_last = {row["score"]: row["lead"] for row in _leads(main[-1], best)}
     return {
         "best": best,

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.metrics.pool import Pool
+from bayesdiff.metrics.seeds import t_quantile
 from bayesdiff.metrics.selection import (
     checked_doubt,
     checked_fraction,
@@ -20,12 +20,12 @@ Row = dict[str, Any]
 Figures = dict[str, Tensor]
 
 # By what a row is found again in the table of another seed.
-_NAMES = ("score", "mode", "keep", "kept")
+NAMES = ("score", "mode", "keep", "kept")
 # Scores of images that a pool may have; lower is better in these.
 SCORES = ("fid", "precision", "is", "kid", "recall", "density", "coverage", "cmmd")
 _LOW = ("fid", "kid", "cmmd")
 # What differs between the seeds: each score, what is gained in it, and that over chance.
-_VALUES = tuple(
+VALUES = tuple(
     each
     for name in SCORES
     for each in (name, f"{name}_gain", "z" if name == "fid" else f"{name}_z")
@@ -96,47 +96,6 @@ def gains(
     return rows
 
 
-def over_seeds(
-    tables: Sequence[Sequence[Mapping[str, Any]]],
-    level: float = 0.95,
-    names: Sequence[str] = _NAMES,
-    values: Sequence[str] = _VALUES,
-) -> list[Row]:
-    """Rows from several generator seeds as one; by default those of ``gains``.
-
-    Args:
-        tables: the rows of each seed, with the same scores, modes and fractions.
-        level: of the intervals.
-        names: what a row is found by.
-        values: its figures, where it has them.
-
-    Returns:
-        One row for each of the names: ``seeds``, and of every figure its mean and
-        ``_low`` to ``_high``, Student's t interval of that mean over the seeds. Every seed has
-        its own images, so it holds the spread of both; NaN for one seed.
-
-    Raises:
-        UserError: if the seeds hold different rows.
-    """
-    keyed = [{tuple(row[name] for name in names): row for row in table} for table in tables]
-    if not keyed or any(table.keys() != keyed[0].keys() for table in keyed):
-        raise UserError(
-            f"the tables of {len(keyed)} seeds must hold the same scores, modes and fractions; "
-            "evaluate every seed alike"
-        )
-    rows = []
-    for key in keyed[0]:
-        row: Row = dict(zip(names, key, strict=True)) | {"seeds": len(keyed)}
-        for name in (name for name in values if name in keyed[0][key]):
-            found = torch.tensor([table[key][name] for table in keyed], dtype=torch.float64)
-            mean, half = float(found.mean()), torch.nan
-            if len(keyed) > 1:
-                half = _t(len(keyed), level) * float(found.std()) / len(keyed) ** 0.5
-            row |= {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
-        rows.append(row)
-    return rows
-
-
 def spread_of_one(sd: float | Tensor, count: int, level: float) -> Any:
     """Half the interval around the mean of ``count`` normal numbers where one more lies.
 
@@ -145,7 +104,7 @@ def spread_of_one(sd: float | Tensor, count: int, level: float) -> Any:
         count: how many, at least 2.
         level: probability of the interval.
     """
-    return sd * (1 + 1 / count) ** 0.5 * _t(count, level)
+    return sd * (1 + 1 / count) ** 0.5 * t_quantile(count, level)
 
 
 def _against(own: Figures, rivals: Figures, level: float) -> Figures:
@@ -221,7 +180,7 @@ def _intervals(found: Figures, samples: Figures, level: float) -> Figures:
     """
     columns: Figures = {}
     for name, values in samples.items():
-        gain, half = found[f"{name}_gain"], _t(len(values), level) * values.std(0)
+        gain, half = found[f"{name}_gain"], t_quantile(len(values), level) * values.std(0)
         columns |= {f"{name}_gain_low": gain - half, f"{name}_gain_high": gain + half}
     return columns
 
@@ -234,8 +193,3 @@ def _doubt(name: str, doubt: Tensor, images: Pool) -> Tensor:
             "score every image of the pool"
         )
     return doubt.double()[images.order]
-
-
-def _t(count: int, level: float) -> float:
-    """Two-sided quantile of Student's t with ``count - 1`` degrees of freedom."""
-    return float(stdtrit(count - 1, (1 + level) / 2))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
@@ -12,6 +11,7 @@ from bayesdiff.metrics.cmmd import cmmd_of_subsets
 from bayesdiff.metrics.gains import spread_of_one
 from bayesdiff.metrics.pool import Pool
 from bayesdiff.metrics.scores import Reference
+from bayesdiff.metrics.seeds import t_quantile
 
 
 def sample_size_curve(
@@ -131,6 +131,6 @@ def fid_of_infinity(
     left = [torch.cat([*chunks[:k], *chunks[k + 1 :]]) for k in range(parts)]
     each = torch.stack([line(rest)[0] for rest in left])
     sd = float((each - each.mean()).square().sum() * (parts - 1) / parts) ** 0.5
-    half = float(stdtrit(parts - 1, (1 + level) / 2)) * sd
+    half = t_quantile(parts, level) * sd
     found = {"fid_infinity": intercept, "fid_infinity_sd": sd, "fid_slope": slope}
     return found | {"fid_infinity_low": intercept - half, "fid_infinity_high": intercept + half}

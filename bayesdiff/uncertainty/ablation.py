@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import UserError, at_least, positive
+from bayesdiff.checks import UserError, at_least, listed, positive
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.structures import STRUCTURES
 from bayesdiff.uncertainty.bands import Bands
@@ -50,10 +50,7 @@ class Ablation:
 
     def __post_init__(self) -> None:
         for name in ("sigma_noise", "prior_precision"):
-            values = getattr(self, name)
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise UserError(f"ablation.{name} must be a list such as [0.1,1], got {values!r}")
-            for value in values:
+            for value in listed(f"ablation.{name}", getattr(self, name), "[0.1,1]"):
                 positive(f"ablation.{name}", value, "give numbers above 0")
         if isinstance(self.structures, str) or not isinstance(self.structures, Sequence):
             raise UserError(

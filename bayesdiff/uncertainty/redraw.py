@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import UserError, at_least, seed_of, share
+from bayesdiff.checks import UserError, at_least, listed, seed_of, share
 from bayesdiff.data.module import to_uint8
 from bayesdiff.uncertainty.image_scores import IMAGE_SCORES
 from bayesdiff.uncertainty.member_scores import CONFIDENCE_SCORES
@@ -62,12 +62,8 @@ class Repair:
         at_least("repair.draws", self.draws)
         at_least("repair.bootstrap", self.bootstrap, 2)
         seed_of("repair.seed", self.seed)
-        for name, like in (("from_time", "[0.3,0.5]"), ("ways", "[independent,isotropic]")):
-            values = getattr(self, name)
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise UserError(f"repair.{name} must be a list such as {like}, got {values!r}")
-            if len(set(values)) < len(values):
-                raise UserError(f"repair.{name}={list(values)} has one twice; give each once")
+        listed("repair.from_time", self.from_time, "[0.3,0.5]")
+        listed("repair.ways", self.ways, "[independent,isotropic]")
         for time in self.from_time:
             if share("repair.from_time", time) == 0:
                 raise UserError("repair.from_time=0 is the noise itself; give times above 0")
@@ -125,7 +121,7 @@ def _known(name: str, values: Sequence[Any], there: Sequence[str]) -> None:
 
 
 def redraw(
-    origin: Origin, weights: Tensor, wanted: Repair, samples: Samples, numbers: Tensor
+    origin: Origin, weights: Tensor, wanted: Repair, samples: Samples, numbers: list[int]
 ) -> dict[str, Tensor]:
     """Images of one batch and their alternatives, by every way from every time.
 

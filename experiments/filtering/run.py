@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 
 from bayesdiff import pipeline
 from bayesdiff.artefacts import read_json, write_json, write_text
-from bayesdiff.metrics.gains import over_seeds
+from bayesdiff.metrics.gains import NAMES, SCORES
+from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.report import figures, table
 from bayesdiff.report.filtering import z_by_score
 
@@ -27,6 +28,7 @@ EULER = ["model=flow", "solver=euler", "solver.num_steps=20"]
 BEST = "members.predictive_entropy"
 # 3,000 images over three seeds; a larger pool adds to these.
 POOL = ["filtering.num_images=1000"]
+ENDS = ("", "_low", "_high")
 DPM = ["model=diffusion", "solver=dpmpp_2m", "solver.num_steps=20"]
 MODELS = {
     "mnist_flow": [*EULER, "data=mnist", *SHORT],
@@ -43,7 +45,27 @@ def filtered(model: str, *more: str) -> dict[str, Any]:
     (folder,) = pipeline.run(cfg).studies
     found = read_json(folder / "results.json")
     assert found is not None
-    return found
+    return slim(found)
+
+
+def slim(found: dict[str, Any]) -> dict[str, Any]:
+    """What the tables and figures read, and the gain in every metric; the run folder has all."""
+    keep = found["conditions"]["main_keep"]
+    ends = [f"{name}{end}" for name in ("z", "fid_gain", "precision_gain") for end in ENDS]
+    others = [f"{name}_z" for name in SCORES if name != "fid"]
+
+    def of(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+        return [{name: row[name] for name in (*NAMES, *names) if name in row} for row in rows]
+
+    main = [row for row in found["over_seeds"] if row["keep"] == keep]
+    rest = [row for row in found["over_seeds"] if row["keep"] != keep]
+    per_seed = {
+        seed: of([row for row in rows if row["keep"] == keep], "fid", "fid_gain", "z")
+        for seed, rows in found["seeds"].items()
+    }
+    over = of(main, *ends, *others) + of(rest, "z", "fid_gain")
+    told = {name: found[name] for name in ("conditions", "best", "profile")}
+    return told | {"over_seeds": over, "seeds": per_seed}
 
 
 def flat(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -71,7 +93,7 @@ def flat(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
             [{"score": k, "lead": row["fid"] - rows[BEST]["fid"]} for k, row in rows.items()]
             for rows in main
         ]
-        for row in over_seeds(leads, names=["score"], values=["lead"]):
+        for row in over_seeds(leads, ["score"], ["lead"]):
             place = f"{name}.best_over.{row['score']}"
             keys[place], keys[f"{place}.interval"] = (
                 row["lead"],

@@ -15,7 +15,6 @@ import pictures
 import torch
 from head import seen_by_the_head
 from hydra import compose, initialize_config_dir
-from scipy.special import stdtrit
 from torch import Tensor
 
 from bayesdiff import pipeline
@@ -28,6 +27,7 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.classifier import load_or_train
 from bayesdiff.metrics.features import classifier_extractor, extract
+from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.metrics.selection import auroc
 from bayesdiff.pools import ImagePool
 from bayesdiff.report import figures, table
@@ -246,16 +246,11 @@ def best_of(tables: list[dict[str, float]]) -> str:
 
 def mean(values: list[float]) -> float:
     """Mean; NaN counts as chance, 0.5: nothing was there to be found."""
-    return sum(0.5 if value != value else value for value in values) / len(values)
+    return mean_interval(_or_chance(values))[0]
 
 
-def interval(values: list[float]) -> list[float]:
-    """Student's t interval of the mean over seeds, 95 %; NaN for one seed."""
-    if len(values) < 2:
-        return [float("nan"), float("nan")]
-    there = torch.tensor(values, dtype=torch.float64).nan_to_num(0.5)
-    half = float(stdtrit(len(values) - 1, 0.975) * there.std() / len(values) ** 0.5)
-    return [float(there.mean()) - half, float(there.mean()) + half]
+def _or_chance(values: list[float]) -> list[float]:
+    return [0.5 if value != value else value for value in values]
 
 
 def summary(seeds: dict[str, Values]) -> Values:
@@ -269,8 +264,9 @@ def summary(seeds: dict[str, Values]) -> Values:
             tables = [one[case][truth] for one in ordered]
             for score in tables[0]:
                 values = [one[score] for one in tables]
-                flat[f"{case}.{score}.{truth}"] = mean(values)
-                flat[f"{case}.{score}.{prefix}interval"] = interval(values)
+                middle, *ends = mean_interval(_or_chance(values))
+                flat[f"{case}.{score}.{truth}"] = middle
+                flat[f"{case}.{score}.{prefix}interval"] = ends
             if truth == "clean_auroc" or len(tables) < 2 or not _enough(ordered, case, truth):
                 continue
             best = best_of(tables[:-1])

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from scipy.special import stdtrit
 
 from bayesdiff import pipeline
 from bayesdiff.artefacts import finite, read_json, write_json, write_text
+from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.report import table
 from bayesdiff.report.repair import line
 
@@ -65,7 +65,9 @@ def repaired(model: str, setting: str, seed: int, *more: str) -> tuple[dict[str,
     hot = IMAGES[model.split("_")[0]] / TEMPERATURE
     chosen = [word.format(hot=hot) for word in SETTINGS[setting]]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", [*chosen, *MODELS[model], f"seed={seed}", *more])
+        cfg = compose(
+            "train", [*chosen, *MODELS[model], f"seed={seed}", f"repair.seed={seed}", *more]
+        )
     (folder,) = pipeline.run(cfg).studies
     found = read_json(folder / "results.json")
     assert found is not None
@@ -74,34 +76,12 @@ def repaired(model: str, setting: str, seed: int, *more: str) -> tuple[dict[str,
     return found, folder
 
 
-def over_seeds(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of several seeds as one: mean and 95 % interval over seeds (Student's t).
-
-    One seed keeps its interval over images. Seeds where a value is missing, as success where
-    nothing failed, do not count; fewer than two leave no interval.
-    """
+def together(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows over seeds; those of one seed keep their interval over images."""
     if len(tables) == 1:
         return tables[0]
-    rows = []
-    for same in zip(*tables, strict=True):
-        row = {name: same[0][name] for name in NAMES if name in same[0]}
-        for name in VALUES:
-            values = [each[name] for each in same if each.get(name) is not None]
-            if name in same[0]:
-                row |= _mean(name, values)
-        rows.append(row)
-    return rows
-
-
-def _mean(name: str, values: list[float]) -> dict[str, float | None]:
-    if not values:
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
-    mean, count = sum(values) / len(values), len(values)
-    if count < 2:
-        return {name: mean}
-    spread = (sum((value - mean) ** 2 for value in values) / (count - 1) / count) ** 0.5
-    reach = spread * float(stdtrit(count - 1, 0.975))
-    return {name: mean, f"{name}_low": mean - reach, f"{name}_high": mean + reach}
+    names = [name for name in NAMES if name in tables[0][0]]
+    return finite(over_seeds(tables, names, VALUES))
 
 
 def collected(model: str, setting: str, seeds: Sequence[int], *more: str) -> dict[str, Any]:
@@ -115,9 +95,9 @@ def collected(model: str, setting: str, seeds: Sequence[int], *more: str) -> dic
         runs.append(found)
     return {
         "conditions": runs[0]["conditions"] | {"seeds": list(seeds)},
-        "original": over_seeds([[run["original"]] for run in runs])[0],
-        "draws": over_seeds([run["draws"] for run in runs]),
-        "picks": over_seeds([run["picks"] for run in runs]),
+        "original": together([[run["original"]] for run in runs])[0],
+        "draws": together([run["draws"] for run in runs]),
+        "picks": together([run["picks"] for run in runs]),
     }
 
 
