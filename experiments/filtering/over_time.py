@@ -1,0 +1,112 @@
+"""Does a map find bad images at another time of the trajectory? From the pools of the study.
+
+    python experiments/filtering/over_time.py [MODEL ...] [KEY=VALUE ...]
+
+The summed variance at every step of the solver is a score like any other: what it gains, and what
+it follows. Reads what run.py has made.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_dir
+from run import HERE, MODELS, POOL, ROOT
+
+from bayesdiff import pipeline
+from bayesdiff.artefacts import finite, key_of, read_json, write_json
+from bayesdiff.build import plain
+from bayesdiff.data.module import to_uint8
+from bayesdiff.filtering import Filtering
+from bayesdiff.metrics.features import extract
+from bayesdiff.metrics.gains import gains
+from bayesdiff.metrics.pool import pool
+from bayesdiff.metrics.profile import profile
+from bayesdiff.metrics.seeds import over_seeds
+from bayesdiff.pools import ImagePool
+from bayesdiff.report import figures
+from bayesdiff.report.layout import chart, style
+from bayesdiff.stages import judge
+from bayesdiff.study import configured
+from bayesdiff.training import fit
+from bayesdiff.uncertainty.image_scores import IMAGE_SCORES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = {
+    "z": "z within classes",
+    "auroc_within": "finds wrong images: AUROC within class",
+    "rank_total_variation": "rank with total variation",
+}
+
+
+def of_model(model: str, *more: str) -> list[dict[str, Any]]:
+    """One row for each time, over the seeds of the pools."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", ["experiment=filtering", *POOL, *MODELS[model], *more])
+    run, solver, own, laplace = pipeline.prepare(cfg)
+    wanted: Filtering = configured(run, "filtering")
+    weights = fit(run, laplace)
+    run.model.to(run.device).eval()
+    posterior = laplace.fit(run.model, run.data.data)
+    sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
+    made_from = key_of(*sampled, pipeline.settings_of(posterior))
+    extractor, reference = judge(run)
+    tables = []
+    for seed in wanted.seeds:
+        made = ImagePool(
+            run, solver, posterior, wanted.num_images, seed, run.folder / "pools", made_from
+        )
+        samples = made.maps(own).in_model_range()
+        labels = samples.labels
+        assert labels is not None  # filtering asks for classes
+        doubts = {
+            f"{t:.3f}": v for t, v in zip(samples.times.tolist(), samples.summed, strict=True)
+        }
+        read = extract(extractor, to_uint8(samples.images), cfg.metrics.batch_size)
+        judged = pool(read.features, reference, groups=labels)
+        chance = {"seed": wanted.seed, "subsets": wanted.subsets}
+        gained = gains(doubts, judged, [wanted.main_keep], **chance)
+        follows = profile(
+            doubts, read.logits, labels, IMAGE_SCORES["total_variation"](samples.images)
+        )
+        z = {row["score"]: row["z"] for row in gained if row["mode"] == "per_class"}
+        tables.append([row | {"z": z[row["score"]]} for row in follows])
+    rows = over_seeds(tables, ["score"], list(SHOWN))
+    return [{"time": float(row.pop("score")), **row} for row in rows]
+
+
+@style()
+def over_time(found: dict[str, list[dict[str, Any]]]) -> "Figure":
+    """What the summed variance gains and follows, over the time at which it is read."""
+    caption = (
+        "Summed variance of the run's own maps at each solver step, t = 1 being the image. "
+        "Mean over three seeds with its 95 % interval."
+    )
+    figure, axes = chart(1150, 420, "Maps at other times", caption, 1, len(SHOWN))
+    for panel, (name, title) in zip(axes[0], SHOWN.items(), strict=True):
+        for place, (model, rows) in enumerate(found.items()):
+            times, means = [row["time"] for row in rows], [row[name] for row in rows]
+            low, high = ([row[f"{name}_{end}"] for row in rows] for end in ("low", "high"))
+            panel.plot(times, means, ".-", color=f"C{place}", label=model)
+            panel.fill_between(times, low, high, color=f"C{place}", alpha=0.15, linewidth=0)
+        panel.set(title=title, xlabel="time t")
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def main(arguments: list[str], folder: Path = HERE) -> None:
+    """Read the models asked for."""
+    more = [word for word in arguments if "=" in word]
+    names = [word for word in arguments if "=" not in word] or list(MODELS)
+    path = folder / "over-time.json"
+    found = read_json(path) or {}
+    found |= {name: finite(of_model(name, *more)) for name in names}
+    found = {name: found[name] for name in MODELS if name in found}
+    write_json(path, found)
+    figures.save(over_time(found), folder / "over-time.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
