@@ -11,6 +11,7 @@ from bayesdiff.build import Run
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.module import to_model_range, to_uint8
 from bayesdiff.metrics.neighbours import neighbours
+from bayesdiff.metrics.uncertainty import ranks_within
 from bayesdiff.pools import ImagePool, Rows
 from bayesdiff.stages import judge
 from bayesdiff.uncertainty import Samples
@@ -28,6 +29,9 @@ if TYPE_CHECKING:  # torch-fidelity costs seconds
 
 # Further encoders that the members' features can come from.
 ENCODERS = ("untrained", "inception", "clip", "dinov2")
+
+# Scores of members that ``members.joint`` puts together.
+JOINT = ("predictive_entropy", "log_det")
 
 Doubts = dict[str, Tensor]
 
@@ -184,6 +188,7 @@ def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> D
     doubts |= {"real.realism": -near.realism, "real.rarity": near.rarity.nan_to_num(torch.inf)}
     if seen.members is not None:
         doubts |= _of_members(run, seen.members, scorer)
+        doubts["members.joint"] = joint(doubts, samples.labels)
         for name, weights in seen.encoders.items():
             extractor = encoder(run, name, weights)
             found = _of_members(run, seen.members, extractor, ("features",))
@@ -204,6 +209,18 @@ def doubts_of_images(images: Tensor, logits: Tensor, labels: Tensor | None) -> D
         if labels is not None or name != "off_label":
             doubts[f"classifier.{name}"] = confidence(logits, labels)
     return doubts
+
+
+def joint(doubts: Doubts, labels: Tensor | None) -> Tensor:
+    """What is doubtful by its class and by its pixels: the sum of an image's two ranks ``(N,)``.
+
+    The entropy of the members' classes misses odd strokes of a clear class, that of their pixels
+    misses images between two classes. Their units cannot be compared; ranks among the images of
+    the same label can.
+    """
+    both = torch.stack([doubts[f"members.{name}"].double() for name in JOINT])
+    groups = torch.zeros(both.shape[1], dtype=torch.long) if labels is None else labels
+    return ranks_within(both, groups).sum(0)
 
 
 def encoder(run: Run, name: str, weights: str | None) -> "FeatureExtractorBase":

@@ -73,7 +73,14 @@ def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, m
     named = {f"{m}.{k}" for m in ("ensemble", "published") for k in MAP_SCORES}
     named |= {f"image.{k}" for k in IMAGE_SCORES} | {f"members.{k}" for k in MEMBER_SCORES}
     named |= {f"classifier.{k}" for k in CONFIDENCE_SCORES}
-    named |= {"random", "real.realism", "real.rarity", "aleatoric.centred", "aleatoric.variance"}
+    named |= {
+        "members.joint",
+        "random",
+        "real.realism",
+        "real.rarity",
+        "aleatoric.centred",
+        "aleatoric.variance",
+    }
     assert {row["score"] for row in rows} == named
     modes = {(row["mode"], row["keep"], row["kept"]) for row in rows}
     # Of 4 images of each class.
@@ -117,6 +124,25 @@ class Brighter(nn.Module):
     def forward(self, images):
         assert not self.training
         return torch.sigmoid(4 * images.mean(1, keepdim=True))
+
+
+def test_the_joint_score_adds_ranks_among_images_of_the_same_label():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([5, 7, 8]))
+    given = {f"members.{k}": torch.rand(20, generator=generator) for k in doubts.JOINT}
+    given["members.log_det"][3] = given["members.log_det"][1]  # a tie shares its place
+    found = doubts.joint(given, labels)
+    for k, label in enumerate(labels.tolist()):
+        own = (labels == label).nonzero().flatten()
+        place = [
+            (sum(v[own] < v[k]) + 0.5 * sum(v[own] == v[k])) / len(own) for v in given.values()
+        ]
+        assert float(found[k]) == pytest.approx(float(sum(place)))
+    order = torch.randperm(20, generator=generator)
+    mixed = doubts.joint({k: v[order] for k, v in given.items()}, labels[order])
+    assert torch.equal(mixed, found[order])
+    alone = doubts.joint(given, None)
+    torch.testing.assert_close(alone, doubts.joint(given, torch.zeros(20, dtype=torch.long)))
 
 
 def test_further_scores_come_from_options(copied: Trained, compose: Compose, monkeypatch):

@@ -10,7 +10,7 @@ from test_filtering import SMALL
 from bayesdiff.report import board
 
 STUDY = ROOT / "experiments" / "filtering"
-BEST = "members.predictive_entropy"
+BEST = "members.joint"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.metrics.selection import auroc, checked_doubt
-from bayesdiff.metrics.uncertainty import ranks, spearman
+from bayesdiff.metrics.uncertainty import ranks, ranks_within, spearman
 
 Row = dict[str, Any]
 
@@ -44,7 +44,7 @@ def profile(
     others = log_p.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
     found = {
         "auroc": auroc(stacked, wrong),
-        "auroc_within": auroc(_within(stacked, labels), wrong),
+        "auroc_within": auroc(ranks_within(stacked, labels), wrong),
         "rank_off_label": spearman(stacked, (others - own).expand_as(stacked)),
         "rank_total_variation": spearman(stacked, total_variation.expand_as(stacked)),
         "class_share": _class_share(stacked, labels),
@@ -54,15 +54,6 @@ def profile(
         {"score": name} | {key: values[place] for key, values in columns.items()}
         for place, name in enumerate(doubts)
     ]
-
-
-def _within(scores: Tensor, labels: Tensor) -> Tensor:
-    """Ranks of scores ``(K, N)`` in their class, as shares of it."""
-    within = torch.empty_like(scores)
-    for label in labels.unique():
-        own = labels == label
-        within[:, own] = (ranks(scores[:, own]) + 0.5) / int(own.sum())
-    return within
 
 
 def _class_share(scores: Tensor, labels: Tensor) -> Tensor:

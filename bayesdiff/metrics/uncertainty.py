@@ -184,6 +184,15 @@ def ranks(values: Tensor) -> Tensor:
     return torch.empty_like(found).scatter(-1, order, found).where(~values.isnan(), torch.nan)
 
 
+def ranks_within(values: Tensor, groups: Tensor) -> Tensor:
+    """Mean ranks among those of the same group ``(N,)``, as shares of it, ``(K, N) -> (K, N)``."""
+    within = torch.empty_like(values, dtype=torch.float64)
+    for group in groups.unique():
+        own = groups == group
+        within[:, own] = (ranks(values[:, own]) + 0.5) / int(own.sum())
+    return within
+
+
 def _check_shapes(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim < 2:
         raise ValueError(
