@@ -1,6 +1,7 @@
 """Run every combination of the given values: see README.md.
 
 python sweep.py -m laplace.prior_precision=1,10,100
+python sweep.py -m hydra/launcher=joblib hydra.launcher.n_jobs=2 seed=0,1,2,3
 """
 
 import hydra
@@ -20,4 +21,11 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main()
+        try:
+            main()
+        except Exception as error:
+            from bayesdiff.sweep import lost_worker
+
+            if (lost := lost_worker(error)) is not None:
+                raise lost from error
+            raise

@@ -9,9 +9,13 @@ from bayesdiff.cli import one_line_errors
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Run every stage whose artefact is missing."""
-    from bayesdiff import pipeline
-
     with one_line_errors():
+        if cfg.dry_run:
+            from bayesdiff import dry_run
+
+            return dry_run.one(cfg)
+        from bayesdiff import pipeline
+
         pipeline.show(pipeline.run(cfg), cfg.output_dir)
 
 

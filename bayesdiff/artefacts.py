@@ -3,11 +3,9 @@
 import hashlib
 import json
 import math
-import os
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
-
-_UMASK = os.umask(0)
-os.umask(_UMASK)
-
+from bayesdiff.disk import write_atomic
 
 # All that NumPy and zipfile raise over a damaged file.
 BROKEN_NPZ = (
@@ -40,32 +35,6 @@ def weights_key(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path`` and move it into place: all or nothing.
-
-    Raises:
-        UserError: if the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
-        )
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {path.parent} ({error.strerror}); choose another output_dir"
-        ) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        # Last, since some writers put a new file there: mkstemp's mode hides results from others.
-        os.chmod(name, 0o666 & ~_UMASK)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -65,7 +65,7 @@ def build(cfg: DictConfig) -> Run:
     key = fit_key(cfg, data)
     name = f"{data.data.name}-{model.path.family}-{key[:8]}"
     folder = Path(cfg.run_dir or Path(cfg.output_dir) / name)
-    if is_main_process():
+    if is_main_process() and not cfg.get("dry_run"):
         probe = Path(cfg.run_dir or cfg.output_dir) / ".writable"
         write_atomic(probe, lambda file: None)
         probe.unlink(missing_ok=True)
@@ -105,6 +105,38 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model.optimizer does not work: {error}; correct its options") from error
     return model
+
+
+_GROUPS = (
+    "data", "data.source", "model", "model.optimizer", "net", "path", "laplace", "solver",
+    "uncertainty", "metrics", "trainer",
+)  # fmt: skip
+_PATHS = ("output_dir", "run_dir", "ckpt_path")
+
+
+def check_groups(cfg: DictConfig) -> None:
+    """Refuse a configuration that lacks a part, or has a value in the place of one.
+
+    Raises:
+        UserError: one line with the name and the cure.
+    """
+    for name in _GROUPS:
+        if not isinstance(found := OmegaConf.select(cfg, name), DictConfig):
+            raise UserError(
+                f"{name}={found} leaves a part out; choose it by name, or leave it as it is"
+            )
+    if cfg.callbacks is not None and not isinstance(cfg.callbacks, DictConfig):
+        raise UserError(f"callbacks={cfg.callbacks} are no callbacks; use callbacks=default")
+    switched: dict[Any, Any] = {**(cfg.callbacks or {}), "logger": cfg.get("logger")}
+    for name, options in switched.items():
+        target = options.get("_target_") if isinstance(options, DictConfig) else None
+        if options and not isinstance(target, str):
+            place = name if name == "logger" else f"callbacks.{name}"
+            raise UserError(f"{place}={options} has no options; give null to switch it off")
+    for name in _PATHS:
+        value = cfg.get(name)
+        if not isinstance(value, str) and (value is not None or name == "output_dir"):
+            raise UserError(f"{name}={value} is no path; give it as text, as in {name}=outputs")
 
 
 def check_values(cfg: DictConfig) -> None:

@@ -5,8 +5,10 @@ import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 from bayesdiff.checks import UserError
+from bayesdiff.disk import disk_error
 
 # Hydra raises a plain ValueError for model=3.
 _NUMBER_FOR_NAME = "Config group override must be a string"
@@ -20,6 +22,12 @@ _OF_ESTIMATORS = (
     "derivative", "covariance", "var_x", "clamp", "gam2_at", "ddpm_fix", "cfg_joint",
     "p", "mask",
 )  # fmt: skip
+# What gloo and NCCL say of a process that is gone or stands still.
+_LOST = re.compile(
+    "closed by peer|reset by peer|refused by peer|broken pipe|timed out waiting|socket timeout"
+    "|watchdog caught|ncclremoteerror|failed to connect",
+    re.IGNORECASE,
+)
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -28,9 +36,6 @@ def one_line_errors() -> Generator[None, None, None]:
     """Turn user errors and Hydra's own complaints into one line on stderr and exit status 1.
 
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead, as everywhere in Hydra.
-
-    Raises:
-        ValueError: one that is nobody's mistake in a value, as it is.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -45,12 +50,13 @@ def one_line_errors() -> Generator[None, None, None]:
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
-    except ValueError as error:
-        if _NUMBER_FOR_NAME not in str(error):
+    except Exception as error:
+        line = known(error)
+        if line is None:
             raise
-        sys.exit(f"error: {explain(error)}")
+        sys.exit(f"error: {line}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from the last checkpoint")
     finally:
@@ -59,21 +65,46 @@ def one_line_errors() -> Generator[None, None, None]:
             os.environ["HYDRA_FULL_ERROR"] = outer
 
 
-def explain(error: BaseException) -> str:
-    """One line for an error of ours, of Hydra or of OmegaConf."""
-    from hydra.errors import InstantiationException, MissingConfigException
-
+def known(error: BaseException) -> str | None:
+    """One line for what a user can mend or only try again; None where the place is needed too."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        return f"unknown {group} {name!r}; choose from {', '.join(sorted(error.options))}"
+    if reason := disk_error(error):
+        place = getattr(error, "filename", None)
+        return f"cannot write to {place or 'a file of this run'}: {reason}"
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        return (
+            "another process of this run ended, or kept this one waiting for process_timeout= "
+            "seconds; the same command continues"
+        )
+    if isinstance(error, TypeError) and _in_hydra(error):  # it trips over model=[1,2], _partial_=3
+        return f"a value on the command line cannot be read ({_line(error)}); correct its form"
     if _NUMBER_FOR_NAME in str(error):
         cure = "choose by name, as in model=flow, or leave a group out, as in ~logger"
         return f"{_line(error)}; {cure}"
+    return None
+
+
+def _in_hydra(error: BaseException) -> bool:
+    """Whether Hydra's own code raised it, over what it was given."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "hydra" in Path(trace.tb_frame.f_code.co_filename).parts
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of ours, of the disk, of Hydra or of OmegaConf."""
+    from hydra.errors import InstantiationException, MissingConfigException
+
+    if (line := known(error)) is not None:
+        return line
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"unknown {group} {name!r}; choose from {', '.join(sorted(error.options))}"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         key = re.search(r"full_key: (\S+)", str(error))
         return f"{key.group(1) if key else 'a value'} does not work: {_line(error.__cause__)}"

@@ -1,8 +1,22 @@
 """Several processes, one result: who does which part, and sums over all of them."""
 
+import atexit
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Seconds for a process to end by itself, and to say why, once another one of its run has ended.
+_GRACE = 10.0
 
 
 def rank() -> int:
@@ -39,3 +53,61 @@ def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
+
+
+def start(accelerator: str, devices: int | str | list[int], timeout: float) -> None:
+    """Start the other processes of this machine, by repeating the command in each.
+
+    Args:
+        accelerator: Lightning's name of the devices.
+        devices: their number or their numbers, a process for each.
+        timeout: seconds that a process may keep the others waiting.
+    """
+    import lightning as L
+    from lightning.fabric.strategies import DDPStrategy
+
+    strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
+    fabric = L.Fabric(accelerator=accelerator, devices=devices, strategy=strategy)
+    fabric.launch()
+    children = getattr(strategy.launcher, "procs", [])
+    guard(list(children))
+    children.clear()  # Lightning's own watch kills without a word
+
+
+def guard(children: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """End this process soon after another one of its run has ended badly.
+
+    What waits for a process that is gone need not notice by itself, least of all on GPUs.
+
+    Args:
+        children: those that this process started, none in a process that was started.
+    """
+    if children:
+        atexit.register(_end, children)
+    watch = threading.Thread(target=_watch, args=(children, os.getppid()), daemon=True)
+    watch.start()
+
+
+def _watch(children: Sequence["subprocess.Popen[bytes]"], parent: int) -> None:
+    while True:
+        codes = [child.poll() for child in children]
+        if any(codes) or os.getppid() != parent:
+            break
+        if children and None not in codes:
+            return
+        time.sleep(1)
+    time.sleep(_GRACE)
+    what = f"ended with status {max(codes, key=bool)}" if any(codes) else "is gone"
+    log.error("another process of this run %s; ending this one too", what)
+    _end(children, wait=0)
+    os._exit(1)
+
+
+def _end(children: Sequence["subprocess.Popen[bytes]"], wait: float = _GRACE) -> None:
+    """Wait for the children for a while, and kill those that do not end."""
+    limit = time.monotonic() + wait
+    for child in children:
+        try:
+            child.wait(max(0.0, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()

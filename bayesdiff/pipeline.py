@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -13,27 +12,30 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.ablation import ablate, check_ablation
-from bayesdiff.artefacts import key_of, read_json, weights_key, write_json, write_text
-from bayesdiff.build import Run, build, choose_device, plain
-from bayesdiff.checks import UserError, at_least, seed_of
-from bayesdiff.distributed import barrier, rank
+from bayesdiff.address import Address, scores_key, scores_path, settings_of
+from bayesdiff.artefacts import read_json, weights_key, write_json, write_text
+from bayesdiff.build import Run, build, check_groups, choose_device, plain
+from bayesdiff.checks import UserError, at_least, positive, seed_of
+from bayesdiff.disk import named_disk
+from bayesdiff.distributed import barrier, rank, start
 from bayesdiff.filtering import check_filtering, filter_images
 from bayesdiff.laplace.block import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.grid import EvidenceCurve, evidence_curve
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
+from bayesdiff.locks import alone, together
 from bayesdiff.metrics.validation import Validation, reference_at_once
 from bayesdiff.repair import check_repair, repair_images
 from bayesdiff.report import table
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.stages import check_metrics, make_images, make_maps, make_validation, score
-from bayesdiff.study import with_effect
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
 from bayesdiff.uncertainty.memory import images_at_once
 
+__all__ = ["Result", "prepare", "run", "settings_of", "show"]
 log = logging.getLogger(__name__)
 
 
@@ -64,43 +66,51 @@ def run(cfg: DictConfig) -> Result:
     this.model.to(this.device).eval()
     posterior = laplace.fit(this.model, this.data.data)
     estimator = with_block(estimator, laplace.block)
-    # The same weights make other images where they are told to predict something else.
-    sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
-    images_key = key_of(*sampled, cfg.metrics.num_images)
-    told, sources = with_effect(cfg.uncertainty), estimator.sources(this)
-    maps_key = key_of(*sampled, settings_of(posterior), told, *sources)
-    folder = this.folder / f"{solver.name}-{estimator.name}-{maps_key[:8]}"
-    checked_key = validation_key(maps_key, estimator, folder / "validation.json")
-    cell_key = key_of(maps_key, images_key, plain(cfg.metrics), checked_key)
-    images = None
+    at = Address.of(this, solver, estimator, posterior, weights)
+    images, folder = None, at.folder
     if cfg.metrics.num_images:
-        path = this.folder / f"images-{solver.name}-{images_key[:8]}.npz"
-        images = make_images(this, solver, cfg.metrics.num_images, path, images_key)
-    samples = make_maps(this, solver, estimator, posterior, folder / "samples.npz", maps_key)
+        with together(at.images_path):
+            images = make_images(this, solver, cfg.metrics.num_images, at.images_path, at.images)
+    with together(folder / "samples.npz"):
+        samples = make_maps(this, solver, estimator, posterior, folder / "samples.npz", at.maps)
     checked = None
-    if checked_key:
+    if at.checked:
         path = folder / "validation.json"
-        checked = make_validation(this, solver, estimator, posterior, samples, path, checked_key)
+        with together(path):
+            checked = make_validation(
+                this, solver, estimator, posterior, samples, path, at.checked
+            )
     result = Result(folder, {}, settings(cfg, this, posterior, solver.name, estimator.name))
     if rank() == 0:
-        metrics = scores_of(this, images, samples, folder, cell_key, images_key)
-        if checked is not None:
-            metrics |= checked.metrics(cfg.seed)
-        metrics |= laplace.statistics() | laplace.block_statistics()
-        result = Result(folder, metrics, result.settings)
-        report(this, result, samples, cell_key, checked, evidence_curve(posterior))
+        with alone(folder / "metrics.json"):
+            metrics = scores_of(this, images, samples, folder, at.cell, at.images)
+            if checked is not None:
+                metrics |= checked.metrics(cfg.seed)
+            metrics |= laplace.statistics() | laplace.block_statistics()
+            result = Result(folder, metrics, result.settings)
+            report(this, result, samples, at.cell, checked, evidence_curve(posterior))
     barrier()
-    made_from = key_of(*sampled, settings_of(posterior))
-    studies = (
-        ablate(this, solver, posterior, made_from),
-        filter_images(this, solver, estimator, posterior, made_from),
-        repair_images(this, solver, estimator, posterior, made_from),
-    )
-    return replace(result, studies=tuple(folder for folder in studies if folder))
+    return replace(result, studies=studies_of(this, solver, estimator, posterior, at.made_from))
+
+
+def studies_of(
+    this: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, made_from: str
+) -> tuple[Path, ...]:
+    """Folders of the studies that are asked for, each made once."""
+    if all(this.cfg.get(name) is None for name in ("ablation", "filtering", "repair")):
+        return ()
+    with together(this.folder / "studies"):
+        studies = (
+            ablate(this, solver, posterior, made_from),
+            filter_images(this, solver, estimator, posterior, made_from),
+            repair_images(this, solver, estimator, posterior, made_from),
+        )
+    return tuple(folder for folder in studies if folder)
 
 
 def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     """Build and check everything, before any work is done; then start the other processes."""
+    check_groups(cfg)
     devices = check_devices(cfg)
     check_settings(**{k: cfg.laplace[k] for k in _POSTERIOR})
     check_subset(**{k: cfg.laplace[k] for k in ("subset", "structure", "sigma_noise", "probes")})
@@ -131,7 +141,8 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     check_filtering(this, solver, estimator)
     check_repair(this, solver, estimator)
     laplace.check_files()
-    launch(cfg, devices)
+    if not cfg.get("dry_run"):
+        launch(cfg, devices)
     return this, solver, estimator, laplace
 
 
@@ -148,6 +159,9 @@ def check_devices(cfg: DictConfig) -> int:
     there = torch.cuda.device_count() if device.type == "cuda" else None
     if devices == "auto" or devices == -1 and there:
         devices = there or 1
+    if there is None and isinstance(devices, list):
+        raise UserError(f"trainer.devices={devices} names GPUs; give a number of processes here")
+    positive("process_timeout", cfg.process_timeout, "give seconds")
     count = at_least("trainer.devices", len(devices) if isinstance(devices, list) else devices)
     if there is not None and count > there:
         raise UserError(f"trainer.devices={devices} but there are {there} GPUs here; use fewer")
@@ -172,24 +186,9 @@ def check_devices(cfg: DictConfig) -> int:
 def launch(cfg: DictConfig, devices: int) -> None:
     """Start the other processes of this machine, so that every stage is shared by all of them."""
     if devices > 1:
-        fabric = L.Fabric(
-            accelerator=cfg.trainer.accelerator, devices=plain(cfg.trainer.devices), strategy="ddp"
-        )
-        fabric.launch()
+        start(str(cfg.trainer.accelerator), plain(cfg.trainer.devices), cfg.process_timeout)
         if rank():  # one voice is enough
             logging.getLogger("bayesdiff").setLevel(logging.WARNING)
-
-
-def settings_of(posterior: HeadPosterior) -> list[Any]:
-    """What the posterior depends on, with words like ``mle`` resolved."""
-    return [posterior.curvature.source, *posterior.settings]
-
-
-def validation_key(maps_key: str, estimator: Estimator, path: Path) -> str | None:
-    """What a comparison of the maps depends on, None where none is wanted nor already there."""
-    key = key_of(maps_key, estimator.validate_images, estimator.validate_members)
-    there = (read_json(path) or {}).get("key") == key
-    return key if estimator.validate or there else None
 
 
 def settings(
@@ -227,12 +226,12 @@ def scores_of(
         return stored["metrics"]
     metrics: dict[str, float] = {}
     if images is not None:
-        path = this.folder / f"scores-{images_key[:8]}.json"
-        key = key_of(images_key, plain(this.cfg.metrics), this.data.data.fingerprint)
-        shared = read_json(path) or {}
-        if shared.get("key") != key or not isinstance(shared.get("metrics"), dict):
-            shared = {"key": key, "metrics": score(this, images)}
-            write_json(path, shared)
+        path, key = scores_path(this, images_key), scores_key(this, images_key)
+        with alone(path):
+            shared = read_json(path) or {}
+            if shared.get("key") != key or not isinstance(shared.get("metrics"), dict):
+                shared = {"key": key, "metrics": score(this, images)}
+                write_json(path, shared)
         metrics |= shared["metrics"]
     metrics["nfe"] = samples.nfe
     samples = samples.in_model_range()  # a number means the same whatever is shown
@@ -255,15 +254,16 @@ def report(
 
     path = result.folder / "metrics.json"
     if (read_json(path) or {}).get("key") != cell_key:
-        board.write(
-            result.folder / "tensorboard",
-            samples,
-            result.metrics,
-            result.settings,
-            this.classes,
-            validation=checked,
-            evidence=evidence,
-        )
+        with named_disk(result.folder):
+            board.write(
+                result.folder / "tensorboard",
+                samples,
+                result.metrics,
+                result.settings,
+                this.classes,
+                validation=checked,
+                evidence=evidence,
+            )
         write_text(
             result.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(this.cfg, resolve=True)
         )

@@ -1,18 +1,25 @@
 """A sweep: one cell per combination, each addressed by content, put together at the end."""
 
+import importlib.util
 import logging
 import os
+import shlex
+import shutil
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from bayesdiff import dry_run
 from bayesdiff.artefacts import key_of, read_json, write_json
 from bayesdiff.checks import UserError
+from bayesdiff.slots import SLOTS, device_slot
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +32,22 @@ def run_cell(cfg: DictConfig) -> float | None:
     Returns:
         The FID, for sweepers that minimise something; None without scores or after a failure.
     """
-    from bayesdiff import pipeline
     from bayesdiff.cli import explain
 
+    if cfg.dry_run:
+        dry_run.note(cfg)
+        return None
     overrides = list(HydraConfig.get().overrides.task)
     started = time.perf_counter()
     number = HydraConfig.get().job.num
     row: dict[str, Any] = {"number": number, "overrides": overrides, "status": "failed"}
     metrics: dict[str, float] = {}
+    folder = os.environ.get(_FOLDER)
     try:
-        result = pipeline.run(cfg)
+        with slot_of(cfg, folder):
+            from bayesdiff import pipeline
+
+            result = pipeline.run(cfg)
         metrics = result.metrics
         row |= {"status": "done", "folder": str(result.folder)}
         row |= {"settings": result.settings, "metrics": metrics}
@@ -44,9 +57,8 @@ def run_cell(cfg: DictConfig) -> float | None:
         known = row["error"] != str(error) or isinstance(error, UserError)
         log.error("cell %d failed: %s", number, row["error"], exc_info=not known)
     row["seconds"] = round(time.perf_counter() - started, 1)
-    folder = os.environ.get(_FOLDER)
     if folder:
-        write_json(Path(folder) / "cells" / f"{key_of(overrides)}.json", row)
+        write_json(Path(folder) / "cells" / f"{key_of(sorted(overrides))}.json", row)
     elif row["status"] == "failed":
         sys.exit(f"error: {row['error']}")
     return next((v for name, v in metrics.items() if name.startswith("fid@")), None)
@@ -56,20 +68,34 @@ class SweepReport(Callback):
     """Hydra callback: names the sweep's folder before the cells, writes its table after them."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Same command, same folder: a sweep started again continues its own table."""
+        """Same command, same folder: a sweep started again continues its own table.
+
+        Rows stay: every cell writes its own anew, and another process may be at the same sweep.
+        """
+        try:
+            check_engines(config)
+            if config.dry_run:
+                return dry_run.begin(config)
+        except UserError as error:  # Hydra would warn of it and go on
+            sys.exit(f"error: {error}")
         overrides = [str(o) for o in config.hydra.overrides.task]
+        overrides += [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         folder = Path(config.output_dir) / "sweeps" / key_of(sorted(overrides))[:8]
-        for stale in (folder / "cells").glob("*.json"):
-            stale.unlink()
-        os.environ[_FOLDER] = str(folder)
+        os.environ[_FOLDER] = str(folder)  # workers have it from here
+        tune(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write ``sweep.csv``, and the figure; exit with 1 if a cell failed."""
+        """Write the table and the report; exit with 1 if a cell failed."""
+        if config.dry_run:
+            return dry_run.end(config)
+        from bayesdiff.report import sweep as report
+
         folder = Path(os.environ.pop(_FOLDER))
-        rows = [row for path in (folder / "cells").glob("*.json") if (row := read_json(path))]
+        rows = [row for path in (folder / "cells").glob("[!.]*.json") if (row := read_json(path))]
         rows.sort(key=lambda row: row["number"])
         if rows:
-            report(folder, rows)
+            given = config.hydra.overrides
+            report.write(folder, rows, report.command_of(given.task, given.hydra))
         failed = [row for row in rows if row["status"] != "done"]
         if failed:
             lines = "; ".join(f"cell {row['number']}: {row['error']}" for row in failed)
@@ -78,54 +104,96 @@ class SweepReport(Callback):
             )
 
 
-def report(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Table on the screen and as ``sweep.csv``, one figure; cells wrote their own HPARAMS rows."""
-    from bayesdiff.report import figures, table
-
-    keys = swept_keys(rows)
-    flat = [flatten(row, keys) for row in rows]
-    table.write_csv(folder / "sweep.csv", flat)
-    done = [row for row in flat if row["status"] == "done"]
-    metrics = [name for name in shown_metrics(rows) if any(name in row for row in done)]
-    table.show(f"sweep: {folder / 'sweep.csv'}", flat, [*keys, *metrics, "status"])
-    if done and keys and metrics:
-        figures.save(figures.sweep_figure(done, keys, metrics), folder / "sweep.png")
+def slot_of(cfg: DictConfig, folder: str | None) -> AbstractContextManager[None]:
+    """The device for a cell; none to wait for outside of a sweep."""
+    if folder is None:
+        return nullcontext()
+    chosen = str(cfg.trainer.devices) not in ("1", "auto")  # by the user
+    return device_slot(Path(folder), "cpu" if chosen else str(cfg.trainer.accelerator))
 
 
-def swept_keys(rows: list[dict[str, Any]]) -> list[str]:
-    """Override keys with more than one value over the cells, in the order they were given."""
-    values: dict[str, set[str]] = {}
-    for row in rows:
-        for override in row["overrides"]:
-            key, _, value = override.partition("=")
-            values.setdefault(key, set()).add(value)
-    return [key for key, seen in values.items() if len(seen) > 1] or list(values)
+def tune(config: DictConfig) -> None:
+    """Tell cells how many run at once; give those that wait for a device the time to.
+
+    This is the one place that knows about launchers.
+    """
+    launcher = config.hydra.launcher
+    if launcher.get("n_jobs", -1) > 0:
+        os.environ.setdefault(SLOTS, str(launcher.n_jobs))
+    if launcher._target_.endswith("SlurmLauncher"):
+        os.environ.setdefault(SLOTS, "0")
+    given = any("launcher.timeout_min" in str(word) for word in config.hydra.overrides.hydra)
+    if launcher._target_.endswith("LocalLauncher") and not given:
+        # All cells start at once and wait for each other; submitit would kill them in an hour.
+        launcher.timeout_min = 7 * 24 * 60
 
 
-def flatten(row: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-    """One table row: the swept values first, then status, metrics and folder."""
-    given = dict(override.partition("=")[::2] for override in row["overrides"])
-    flat: dict[str, Any] = {key: _number(given.get(key, "")) for key in keys}
-    flat |= {"status": row["status"], **row.get("metrics", {}), "seconds": row["seconds"]}
-    return flat | {"folder": row.get("folder", ""), "error": row.get("error", "")}
+def check_engines(config: DictConfig) -> None:
+    """Refuse, before the first cell, a sweep that its launcher or sweeper cannot run.
 
-
-def shown_metrics(rows: list[dict[str, Any]]) -> list[str]:
-    """The few metrics that fit on a screen; the CSV has all of them."""
-    names = [name for row in rows for name in row.get("metrics", {})]
-    wanted = (
-        "fid@", "is@", "nfe", "summed_variance/mean", "laplace/effective_parameters",
-        "validation/image_rank", "validation/pixel_rank", "validation/log_ratio",
-    )  # fmt: skip
-    return list(
-        dict.fromkeys(
-            n for w in wanted for n in names if n == w or w[-1] == "@" and n.startswith(w)
+    Raises:
+        UserError: if a plugin or SLURM is missing, or a cell takes several devices.
+    """
+    launcher, sweeper = (str(config.hydra[name]._target_) for name in ("launcher", "sweeper"))
+    for target, module in {
+        launcher: ".".join(launcher.split(".")[:2]),
+        sweeper: "optuna" if sweeper.endswith("OptunaSearch") else "hydra",
+    }.items():
+        if not _is_there(module):
+            package = module.rpartition(".")[2].replace("_", "-")
+            raise UserError(f"{target} needs {package}; pip install '.[sweep]' has it")
+    if launcher.endswith("SlurmLauncher") and shutil.which("srun") is None:
+        raise UserError(
+            "hydra/launcher=submitit_slurm needs SLURM and there is no srun here; start it on the "
+            "cluster, or use hydra/launcher=submitit_local or joblib"
         )
+    if config.get("dry_run") and sweeper.endswith("OptunaSearch"):
+        raise UserError(
+            "dry_run=true cannot know cells that a search has yet to propose; leave it out"
+        )
+    devices = config.trainer.devices
+    count = devices if isinstance(devices, int) else len(devices) if _is_list(devices) else 1
+    if count > 1:
+        raise UserError(_one_device(config, devices))
+
+
+def lost_worker(error: BaseException) -> UserError | None:
+    """What to say where a launcher's process ended without handing back its cell, else None."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if not names & {"BrokenProcessPool", "UncompletedJobError", "FailedJobError", "TimeoutError"}:
+        return None
+    line = " ".join(str(error).split())[:200]
+    return UserError(
+        f"a worker of the sweep was killed or took too long ({line}); finished cells are kept and "
+        "the same command goes on, with fewer at once if memory was short"
     )
 
 
-def _number(text: str) -> float | str:
+def _is_there(module: str) -> bool:
     try:
-        return float(text)
-    except ValueError:
-        return text
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _is_list(value: Any) -> bool:
+    return OmegaConf.is_list(value)
+
+
+def _one_device(config: DictConfig, devices: Any) -> str:
+    """The refusal of several devices per cell, with the two commands that do it."""
+    words = [str(o) for o in config.hydra.overrides.task]
+    given = OverridesParser.create().parse_overrides(words)
+    first = [
+        f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}"
+        if o.is_discrete_sweep()
+        else o.input_line or ""
+        for o in given
+    ]
+    many = ("trainer=", "trainer.devices=", "trainer.strategy=", "+trainer.strategy=")
+    rest = [word for word in words if not word.startswith(many)]
+    return (
+        f"a sweep's cells take one device each, trainer.devices={devices} takes more; train with "
+        f"all of them first: python train.py {shlex.join(first)} (once per model), then sweep "
+        f"over what is trained: python sweep.py -m {shlex.join(rest)}"
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import (
     Callback,
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
 )
+from lightning.pytorch.plugins import TorchCheckpointIO
 from omegaconf import OmegaConf
 
 from bayesdiff.artefacts import (
@@ -30,6 +32,8 @@ from bayesdiff.artefacts import (
 )
 from bayesdiff.build import Run, is_main_process, plain, precision
 from bayesdiff.checks import UserError
+from bayesdiff.disk import named_disk
+from bayesdiff.locks import together
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +54,17 @@ def fit(run: Run, laplace: Callback) -> str:
 
     Raises:
         UserError: if the checkpoint is missing, unreadable, of another run, or training diverges.
-    """
+    """  # noqa: DOC502 - raised one level down
     last = run.folder / "checkpoints" / "last.ckpt"
     if not run.cfg.fit:
         path = last if run.cfg.ckpt_path == "last" else Path(run.cfg.ckpt_path)
         require_same_kind(run, path)
         return load_weights(run.model, path)
+    with together(run.folder / "fit.json"):
+        return _finish(run, laplace, last)
+
+
+def _finish(run: Run, laplace: Callback, last: Path) -> str:
     record = read_json(run.folder / "fit.json") or {}
     if record.get("key") == run.key and last.is_file():
         weights = load_weights(run.model, last)
@@ -153,6 +162,8 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
     if not logger:  # Lightning refuses curves of the learning rate that go nowhere
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     options: dict[str, Any] = {"precision": precision(run.cfg, run.device)}
+    if "plugins" not in run.cfg.trainer:
+        options["plugins"] = [WholeCheckpoints()]
     trainer: L.Trainer = instantiate(
         run.cfg.trainer,
         callbacks=[*callbacks, Provenance(run), laplace],
@@ -162,15 +173,35 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
         **options,
     )
     try:
-        trainer.fit(
-            run.model,
-            datamodule=run.data,
-            ckpt_path=None if ckpt_path is None else str(ckpt_path),
-            weights_only=True,
-        )
+        with named_disk(run.folder):
+            trainer.fit(
+                run.model,
+                datamodule=run.data,
+                ckpt_path=None if ckpt_path is None else str(ckpt_path),
+                weights_only=True,
+            )
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
     return trainer
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all.
+
+    Lightning's own are written elsewhere and moved, which between two disks is a copy: one that is
+    interrupted leaves half of the newest checkpoint in place of the one before.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write it beside its place first."""
+
+        def write(file: Path) -> None:
+            with file.open("wb") as opened:  # a full disk is told by Python's files, not by torch
+                torch.save(checkpoint, opened)
+
+        write_atomic(Path(path), write)
 
 
 class Provenance(Callback):

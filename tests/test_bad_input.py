@@ -288,6 +288,24 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("fit=no", ["fit must be true or false", "'no'"]),
     ("seed=${sed}", ["'sed' not found", "seed"]),
     ("data.root=${oc.env:NO_SUCH_VARIABLE}", ["NO_SUCH_VARIABLE", "not found"]),
+    # Parts that are missing, and values in the place of parts
+    *(
+        (f"{name}=null", [f"{name}=None", "leaves a part out", "by name"])
+        for name in ("data.source", "model.optimizer")
+    ),
+    ("~path", ["path=None", "leaves a part out"]),
+    ("model.optimizer=abc", ["model.optimizer=abc", "leave it as it is"]),
+    ("model=[1,2]", ["cannot be read", "correct its form"]),
+    ("model.optimizer._partial_=abc", ["_partial_", "model.optimizer", "correct its form"]),
+    ("callbacks.ema=true", ["callbacks.ema=True", "null to switch it off"]),
+    ("callbacks.ema._target_=null", ["callbacks.ema=", "null to switch it off"]),
+    ("logger._target_=-1", ["logger=", "null to switch it off"]),
+    ("output_dir=null", ["output_dir=None is no path", "output_dir=outputs"]),
+    ("run_dir=true", ["run_dir=True is no path"]),
+    ("ckpt_path=3", ["ckpt_path=3 is no path"]),
+    ("process_timeout=0", ["process_timeout", "got 0", "seconds"]),
+    ("process_timeout=soon", ["process_timeout", "'soon'", "seconds"]),
+    ("trainer.devices=[0,1]", ["trainer.devices=[0, 1] names GPUs", "number of processes"]),
     # Devices, checkpoints, callbacks
     ("trainer.accelerator=gpu", ["trainer.accelerator=gpu", "no GPU", "cpu"]),
     ("trainer.accelerator=quantum", ["unknown trainer.accelerator 'quantum'", "auto, cpu or gpu"]),

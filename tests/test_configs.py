@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, ROOT, compose_list
+from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
@@ -168,8 +169,19 @@ def test_experiments(name):
     instantiate(cfg.solver), instantiate(cfg.uncertainty), instantiate(cfg.path)
 
 
+@every("hparams_search")
+def test_searches(name):
+    """A search composes with a sweeper of its name, over keys that there are."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("sweep", [f"hparams_search={name}"], return_hydra_config=True)
+    assert cfg.hydra.sweeper._target_ == "hydra_plugins.bayesdiff_search.OptunaSearch"
+    for key in cfg.hydra.sweeper.params:
+        assert OmegaConf.select(cfg, key, throw_on_missing=True) is not None, key
+
+
 def test_every_group_is_tested():
-    groups = {path.parent.name for path in FILES if path.parent != CONFIGS}
+    names = {path.relative_to(CONFIGS).parts for path in FILES}
+    groups = {parts[0] for parts in names if len(parts) > 1}
     here = set(re.findall(r'^@every\("(\w+)"\)', Path(__file__).read_text(), re.MULTILINE))
     assert groups - {"hydra", "local"} == here
 

@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bayesdiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    "checks cli artefacts device distributed progress data paths networks models laplace solvers "
-    "uncertainty metrics report build training stages study ablation pools doubts filtering "
-    "repair pipeline sweep"
+    "checks disk cli artefacts device distributed locks slots progress data paths "
+    "networks models laplace solvers uncertainty metrics report build training stages "
+    "study address ablation pools doubts filtering repair pipeline probe estimate planner "
+    "dry_run search sweep"
 ).split()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, smallest
 
-from bayesdiff import sweep
+from bayesdiff.report import sweep as report_sweep
 
 KEY = "laplace.prior_precision"
 
@@ -76,13 +76,13 @@ def test_started_again_only_what_is_missing_runs(swept):
 
 def test_swept_keys_are_those_that_vary():
     rows = [{"overrides": ["a=1", "b=2"]}, {"overrides": ["a=3", "b=2"]}]
-    assert sweep.swept_keys(rows) == ["a"]
-    assert sweep.swept_keys(rows[:1]) == ["a", "b"]
+    assert report_sweep.swept_keys(rows) == ["a"]
+    assert report_sweep.swept_keys(rows[:1]) == ["a", "b"]
 
 
 def test_failed_rows_have_a_place_in_the_table():
     row = {"overrides": ["a=x"], "status": "failed", "seconds": 1.0, "error": "why"}
-    flat = sweep.flatten(row, ["a"])
+    flat = report_sweep.flatten(row, ["a"])
     assert flat == {
         "a": "x", "status": "failed", "seconds": 1.0, "folder": "", "error": "why",
     }  # fmt: skip

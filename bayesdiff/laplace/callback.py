@@ -1,6 +1,7 @@
 """Last-layer Laplace as a Lightning callback, after training or on its own."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.structures import check_structure
+from bayesdiff.locks import together
 
 log = logging.getLogger(__name__)
 
@@ -130,10 +132,12 @@ class LastLayerLaplace(Callback):
 
     def fit(self, model: Any, data: Any) -> HeadPosterior:
         """Posterior for the model's present weights; a kept curvature of the same is reused."""
-        # Sums that are not kept apart are the same: one bin is no option of the pass.
-        options = {k: v for k, v in self.pass_options.items() if (k, v) != ("time_bins", 1)}
-        made_from = f"{weights_key(model)}-{data.fingerprint}"
-        source = f"{made_from}-{key_of(options)}"
+        with nullcontext() if self.path is None else together(self.path):
+            return self._fit(model, data)
+
+    def _fit(self, model: Any, data: Any) -> HeadPosterior:
+        weights = weights_key(model)
+        made_from, source = f"{weights}-{data.fingerprint}", self.source(weights, data)
         curvature = self._stored(source)
         if curvature is None:
             curvature = fit_curvature(
@@ -151,6 +155,12 @@ class LastLayerLaplace(Callback):
             factors = factors_of(model, data, self.block_path, source, **options)
             self.block = BlockPosterior.beside(self.posterior, factors)
         return self.posterior
+
+    def source(self, weights: str, data: Any) -> str:
+        """What the curvature of these weights and data comes from."""
+        # Sums that are not kept apart are the same: one bin is no option of the pass.
+        options = {k: v for k, v in self.pass_options.items() if (k, v) != ("time_bins", 1)}
+        return f"{weights}-{data.fingerprint}-{key_of(options)}"
 
     def block_statistics(self) -> dict[str, float]:
         """How much the data say of the last block, as flat scalars; none without one."""

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from bayesdiff.checks import UserError
@@ -62,4 +61,6 @@ def best_prior(mean: Tensor, values: Tensor) -> float:
     low = high - 1
     while slope(low) > 0:
         low -= 10
+    from scipy.optimize import brentq
+
     return math.exp(brentq(slope, low, high + 1e-9, xtol=1e-13, rtol=1e-13))

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from bayesdiff.checks import UserError
@@ -126,6 +125,8 @@ def best_settings(posterior: HeadPosterior) -> HeadPosterior:
     low = high - 1
     while slope(low) > 0:
         low -= 10
+    from scipy.optimize import brentq
+
     sigma, tau = settings(math.exp(brentq(slope, low, high, xtol=1e-13, rtol=1e-13)))
     return replace(posterior, sigma_noise=sigma, prior_precision=tau)
 
@@ -181,6 +182,8 @@ def separate_priors(posterior: HeadPosterior) -> SeparatePriors:
         return SeparatePriors(tau, tau_b, same + 0.5 * (change - (tau_b - tau) * of_bias))
 
     centre = math.log(channels * len(values) / of_weights)
+    from scipy.optimize import minimize_scalar
+
     found = minimize_scalar(
         lambda log_tau: -at(log_tau).log_evidence,
         bounds=(centre - 40, centre + 1),

@@ -4,8 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ from torch.nn import functional as F
 
 from bayesdiff.checks import UserError
 from bayesdiff.device import autocast_dtype
+from bayesdiff.disk import write_atomic
+from bayesdiff.locks import alone
 from bayesdiff.progress import track
 
 log = logging.getLogger(__name__)
@@ -138,21 +138,22 @@ def load_or_train(
         )
     epochs = _epochs(len(data.images)) if epochs is None else epochs
     path = cache_path(cache_dir, data.fingerprint, seed, epochs)
-    cached = _read_cache(path)
-    if cached is not None:
-        return cached.to(device)
-    network = train_classifier(
-        data.images,
-        data.labels,
-        data.test_images,
-        data.test_labels,
-        data.num_classes,
-        seed=seed,
-        epochs=epochs,
-        device=device,
-    )
-    log.info("classifier of %s: held-out accuracy %.4f", data.name, network.test_accuracy)
-    save_classifier(network, path, data=data.name, fingerprint=data.fingerprint)
+    with alone(path):
+        cached = _read_cache(path)
+        if cached is not None:
+            return cached.to(device)
+        network = train_classifier(
+            data.images,
+            data.labels,
+            data.test_images,
+            data.test_labels,
+            data.num_classes,
+            seed=seed,
+            epochs=epochs,
+            device=device,
+        )
+        log.info("classifier of %s: held-out accuracy %.4f", data.name, network.test_accuracy)
+        save_classifier(network, path, data=data.name, fingerprint=data.fingerprint)
     return network
 
 
@@ -168,14 +169,7 @@ def save_classifier(network: Classifier, path: Path, **notes: str) -> None:
     shape = {name: getattr(network, name) for name in ("channels", "num_classes", "stride")}
     metadata = {"shape": json.dumps(shape), "test_accuracy": repr(network.test_accuracy), **notes}
     tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
 
 
 def load_classifier(path: Path | str) -> Classifier:

@@ -6,8 +6,6 @@ The functions take features, not images, so several processes can extract and on
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +17,8 @@ from torch import Tensor
 
 from bayesdiff.artefacts import BROKEN_NPZ
 from bayesdiff.checks import at_least
+from bayesdiff.disk import write_atomic
+from bayesdiff.locks import alone
 
 if TYPE_CHECKING:  # bayesdiff.metrics.features imports torch-fidelity, which costs seconds
     from bayesdiff.metrics.features import Features
@@ -103,13 +103,14 @@ def reference_statistics(
         return _reference(compute(), seed, subset)
     digest = hashlib.sha256(json.dumps([1, key, seed, subset]).encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"reference-{digest}.npz"
-    if path.exists():
-        try:
-            return _read(path)
-        except BROKEN_NPZ as error:
-            log.warning("%s is not readable (%s); computing it again", path, error)
-    reference = _reference(compute(), seed, subset)
-    _write(path, reference)
+    with alone(path):
+        if path.exists():
+            try:
+                return _read(path)
+            except BROKEN_NPZ as error:
+                log.warning("%s is not readable (%s); computing it again", path, error)
+        reference = _reference(compute(), seed, subset)
+        _write(path, reference)
     return reference
 
 
@@ -227,11 +228,4 @@ def _read(path: Path) -> Reference:
 
 
 def _write(path: Path, reference: Reference) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **asdict(reference))
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_atomic(path, lambda file: np.savez(file, **asdict(reference)))

@@ -99,6 +99,60 @@ def write_study(
         ]
 
 
+# What belongs side by side, for the Custom Scalars tab: regular expressions of tags.
+_LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "scores": {
+        "FID": ["Multiline", ["^(sweep/)?fid@"]],
+        "inception score": ["Multiline", ["^(sweep/)?is@"]],
+        "precision and recall": ["Multiline", ["^(precision|recall)@"]],
+    },
+    "uncertainty": {
+        "summed variance": ["Multiline", ["^(sweep/)?summed_variance/mean"]],
+        "ranks against the reference": ["Multiline", ["^(sweep/)?validation/(image|pixel)_rank$"]],
+        "network evaluations": ["Multiline", ["^(sweep/)?nfe$"]],
+    },
+    "Laplace": {
+        "effective parameters": ["Multiline", ["^(sweep/)?laplace/effective_parameters"]],
+        "evidence over prior_precision": ["Multiline", ["^laplace/log_evidence_over_prior"]],
+        "sigma_noise and prior_precision": [
+            "Multiline", ["^laplace/(sigma_noise|prior_precision)$"]
+        ],
+    },
+}  # fmt: skip
+
+
+def write_sweep(
+    writer_dir: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    text: str,
+    pictures: Mapping[str, Path],
+) -> None:
+    """Write the report of a sweep; an earlier one there is replaced.
+
+    HPARAMS rows are the cells' own; here they would be there twice.
+
+    Args:
+        writer_dir: TensorBoard folder.
+        rows: flat, one per cell.
+        metrics: drawn over the number of the cell, as ``sweep/...``.
+        text: what was swept, in Markdown.
+        pictures: saved figures by their headings.
+    """
+    from matplotlib.image import imread
+
+    with _new_report(Path(writer_dir)) as writer:
+        writer.add_custom_scalars(_LAYOUT)
+        writer.add_text("sweep/table", text)
+        for metric in metrics:
+            for place, row in enumerate(rows):
+                if isinstance(row.get(metric), float | int) and math.isfinite(row[metric]):
+                    writer.add_scalar(f"sweep/{metric}", float(row[metric]), place)
+        for name, path in pictures.items():
+            pixels = torch.from_numpy(imread(path)[..., :3].copy())
+            writer.add_image(f"sweep/{name}", pixels, 0, dataformats="HWC")
+
+
 def _new_report(folder: Path) -> "SummaryWriter":
     """A writer in place of an earlier report's: two of one run would draw every value twice."""
     from torch.utils.tensorboard import SummaryWriter
@@ -150,10 +204,16 @@ def _numbers(
 def _hparams_row(
     writer: "SummaryWriter", row: dict[str, Scalar], metrics: Mapping[str, float]
 ) -> None:
-    """Hyperparameters in this event file; ``add_hparams`` would make a run of its own."""
+    """Hyperparameters in this event file; ``add_hparams`` would make a run of its own.
+
+    The list of columns that goes with them is left out: TensorBoard shows the columns of the first
+    list it meets, and every run that has other options or metrics would lose its own. Without
+    lists it collects the columns of all runs.
+    """
     from torch.utils.tensorboard.summary import hparams
 
-    for summary in hparams(row, {name: float(value) for name, value in metrics.items()}):
+    _columns, start, end = hparams(row, {name: float(value) for name, value in metrics.items()})
+    for summary in (start, end):
         writer._get_file_writer().add_summary(summary)
 
 

@@ -1,6 +1,6 @@
-"""Curves, distributions and sweeps; each carries its conditions in its caption."""
+"""Curves and distributions; each carries its conditions in its caption."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +9,6 @@ from torch import Tensor
 from bayesdiff.report.layout import by_class, chart, map_conditions, style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -17,12 +16,12 @@ if TYPE_CHECKING:
     from bayesdiff.uncertainty.samples import Samples
 
 
-def _spans_decades(values: np.ndarray) -> bool:
+def spans_decades(values: np.ndarray) -> bool:
     """Whether all values are positive and the largest is 50 times the smallest or more."""
     return values.size > 1 and values.min() > 0 and values.max() >= 50 * values.min()
 
 
-def _log_ticks(axis: "Axis", values: np.ndarray) -> None:
+def log_ticks(axis: "Axis", values: np.ndarray) -> None:
     """Plain numbers along a logarithmic axis: 1, 2, 5 over a few decades, else powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -50,9 +49,9 @@ def summed_over_time(samples: "Samples", classes: Sequence[str]) -> "Figure":
         )
     axes.set(xlabel="solver time t", ylabel="summed variance")
     positive = summed[np.isfinite(summed) & (summed > 0)]
-    if _spans_decades(positive) and not (summed < 0).any():
+    if spans_decades(positive) and not (summed < 0).any():
         axes.set_yscale("log")
-        _log_ticks(axes.yaxis, positive)
+        log_ticks(axes.yaxis, positive)
     # In the order of the lines at the end.
     lines = sorted(axes.lines, key=lambda line: -np.nan_to_num(line.get_ydata()[-1]))
     axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -92,12 +91,12 @@ def score_histogram(
     size = (900, 330 + (room if parts else 0))
     figure, panels = chart(*size, title, caption, 2 if parts else 1, 1, **split)
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-    log = _spans_decades(finite)
+    log = spans_decades(finite)
     edges = np.geomspace(low, high, 41) if log else np.linspace(low, high, 41)
     panels[0, 0].hist(finite, edges if high > low else 10)
     panels[0, 0].set(ylabel="samples", xscale="log" if log else "linear")
     if log:
-        _log_ticks(panels[0, 0].xaxis, finite)
+        log_ticks(panels[0, 0].xaxis, finite)
     if parts:
         look = {"whis": (5, 95), "showfliers": False, "widths": 0.6, "orientation": "horizontal"}
         panels[1, 0].boxplot([v for _, v in parts], tick_labels=[n for n, _ in parts], **look)
@@ -124,93 +123,6 @@ def validation_scatter(validation: "Validation", conditions: str = "") -> "Figur
         ends = both.min() / 1.2, both.max() * 1.2
         axes.plot(ends, ends, color="0.6", linewidth=1)
         axes.plot(reference[good], estimate[good], "o", markersize=4)
-        _log_ticks(axes.xaxis, both)
-        _log_ticks(axes.yaxis, both)
+        log_ticks(axes.xaxis, both)
+        log_ticks(axes.yaxis, both)
     return figure
-
-
-def _number(value: Any) -> float | None:
-    """Number a swept value or a metric stands for; None where it is none (a flag, a name)."""
-    try:
-        return None if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _text(value: Any) -> str:
-    """A swept value as a label: ``10.0`` and ``10`` are the same value."""
-    number = _number(value)
-    return str(value) if number is None else f"{number:g}"
-
-
-def _sorted_values(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[Any], bool]:
-    """Distinct values of ``key`` and whether all are numbers; sorted then, else as they come."""
-    values = list(dict.fromkeys(row[key] for row in rows if key in row))
-    numeric = all(_number(value) is not None for value in values)
-    return (sorted(values, key=float) if numeric else values), numeric
-
-
-@style()
-def sweep_figure(
-    rows: Sequence[Mapping[str, Any]], swept_keys: Sequence[str], metrics: Sequence[str]
-) -> "Figure":
-    """Each metric (a row of panels) over each swept key (a column of panels).
-
-    Args:
-        rows: one dictionary per cell; a failed cell lacks its metrics.
-        swept_keys: keys of ``rows`` with the swept values. Of two keys, the one that is not on
-            the axis gives one line per value; with more, the line is the mean over the others.
-        metrics: keys of ``rows`` to draw.
-    """
-    done = [row for row in rows if any(_finite(row.get(metric)) for metric in metrics)]
-    caption = f"{len(done)} of {len(rows)} cells have a result; each point is a cell"
-    caption += "; lines: mean over the other keys" if len(swept_keys) > 2 else ""
-    size = (60 + 560 * len(swept_keys), 40 + 270 * len(metrics))
-    shape = (len(metrics), len(swept_keys))
-    title = "Sweep over " + ", ".join(swept_keys)
-    figure, panels = chart(*size, title, caption, *shape, sharex="col", sharey="row")
-    for column, key in enumerate(swept_keys):
-        others = [other for other in swept_keys if other != key]
-        lines = others[0] if len(others) == 1 else None
-        for row, metric in enumerate(metrics):
-            _sweep_panel(panels[row, column], done, key, lines, metric)
-            panels[row, column].set_ylabel(metric if column == 0 else "")
-        panels[-1, column].set_xlabel(key)
-        if lines is not None and panels[0, column].lines:
-            place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-            panels[0, column].legend(title=lines, title_fontsize=8, **place)
-    return figure
-
-
-def _finite(value: Any) -> bool:
-    """Whether ``value`` is a finite number."""
-    number = _number(value)
-    return number is not None and bool(np.isfinite(number))
-
-
-def _sweep_panel(
-    axes: "Axes", rows: Sequence[Mapping[str, Any]], key: str, lines: str | None, metric: str
-) -> None:
-    """Points of all cells and a line of means, one for each value of ``lines``."""
-    values, numeric = _sorted_values(rows, key)
-    at = {value: float(value) if numeric else float(i) for i, value in enumerate(values)}
-    rows = [row for row in rows if key in row and _finite(row.get(metric))]
-    for place, series in enumerate(_sorted_values(rows, lines)[0] if lines else [None]):
-        cells = [row for row in rows if lines is None or row.get(lines) == series]
-        points: dict[float, list[float]] = {}
-        for row in cells:
-            points.setdefault(at[row[key]], []).append(float(row[metric]))
-        colour = f"C{place % 10}"
-        spots = sorted(points)
-        axes.plot(spots, [np.mean(points[x]) for x in spots], color=colour, label=_text(series))
-        flat = [(x, y) for x in spots for y in points[x]]
-        axes.plot(*zip(*flat, strict=True), "o", color=colour, markersize=4) if flat else None
-    if numeric and _spans_decades(np.array(list(at.values()))):
-        axes.set_xscale("log")
-        _log_ticks(axes.xaxis, np.array(list(at.values())))
-    else:
-        axes.set_xticks(list(at.values()), [_text(value) for value in values])
-    shown = np.array([float(row[metric]) for row in rows])
-    if _spans_decades(shown):
-        axes.set_yscale("log")
-        _log_ticks(axes.yaxis, shown)

@@ -9,7 +9,6 @@ from torch import Tensor
 from bayesdiff.report.charts import (
     score_histogram,
     summed_over_time,
-    sweep_figure,
     validation_scatter,
 )
 from bayesdiff.report.layout import (
@@ -41,7 +40,6 @@ __all__ = [
     "save",
     "score_histogram",
     "summed_over_time",
-    "sweep_figure",
     "validation_scatter",
 ]
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
@@ -14,6 +15,7 @@ from bayesdiff.checks import UserError, at_least, positive
 from bayesdiff.device import autocast_dtype
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.locks import together
 from bayesdiff.progress import track
 from bayesdiff.solvers import Field, Solver, integrate
 from bayesdiff.uncertainty.estimator import Estimator
@@ -115,8 +117,16 @@ class Refined(Estimator):
 
         Raises:
             UserError: if another process's refiner is not there.
-        """
+        """  # noqa: DOC502 - raised one level down
         key = self.key(starts([0]), posterior)
+        # Posteriors that may share a refiner share the lock.
+        with nullcontext() if folder is None else together(folder / f"refiner-{key[:8]}"):
+            rule, refiner, shift = self._found(starts, posterior, folder, key)
+        return replace(self, fitted=(rule, refiner.to(starts([0]).device), shift))
+
+    def _found(
+        self, starts: Starts, posterior: HeadPosterior, folder: Path | None, key: str
+    ) -> tuple[Rule, Refiner, float]:
         found = None if folder is None else nearest(folder, key, posterior)
         barrier()  # nobody writes before everybody has looked
         if found is None and (folder is None or rank() == 0):
@@ -128,8 +138,7 @@ class Refined(Estimator):
             found = nearest(folder, key, posterior)
         if found is None:
             raise UserError(f"the refiner vanished from {folder}; run the same command again")
-        rule, refiner, shift = found
-        return replace(self, fitted=(rule, refiner.to(starts([0]).device), shift))
+        return found
 
     def key(self, start: Trajectory, posterior: HeadPosterior) -> str:
         """Changes with all that rule and refiner depend on, but for the posterior's numbers."""

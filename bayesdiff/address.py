@@ -1,0 +1,92 @@
+"""Where the artefacts of one cell are, and the keys of what they came from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bayesdiff.artefacts import key_of, read_json
+from bayesdiff.build import Run, plain
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.solvers import Solver
+from bayesdiff.study import with_effect
+from bayesdiff.uncertainty import Estimator
+
+
+@dataclass(frozen=True)
+class Address:
+    """One cell's artefacts.
+
+    Attributes:
+        folder: of the cell, inside the run folder.
+        images_path: of the images, which cells share.
+        images: key of the images.
+        maps: key of the maps.
+        checked: key of their comparison with a reference, None where there is none.
+        cell: key of all numbers of the cell.
+        made_from: what studies are made from.
+    """
+
+    folder: Path
+    images_path: Path
+    images: str
+    maps: str
+    checked: str | None
+    cell: str
+    made_from: str
+
+    @classmethod
+    def of(
+        cls, run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, weights: str
+    ) -> "Address":
+        """Of the cell with these trained weights and this posterior."""
+        cfg = run.cfg
+        # The same weights make other images where they are told to predict something else.
+        sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
+        images = images_key(run, weights)
+        told, sources = with_effect(cfg.uncertainty), estimator.sources(run)
+        maps = key_of(*sampled, settings_of(posterior), told, *sources)
+        folder = run.folder / f"{solver.name}-{estimator.name}-{maps[:8]}"
+        checked = validation_key(maps, estimator, folder / "validation.json")
+        return cls(
+            folder=folder,
+            images_path=images_path(run, solver, images),
+            images=images,
+            maps=maps,
+            checked=checked,
+            cell=key_of(maps, images, plain(cfg.metrics), checked),
+            made_from=key_of(*sampled, settings_of(posterior)),
+        )
+
+
+def images_key(run: Run, weights: str) -> str:
+    """What the images come from, the posterior not among it."""
+    cfg = run.cfg
+    sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
+    return key_of(*sampled, cfg.metrics.num_images)
+
+
+def images_path(run: Run, solver: Solver, key: str) -> Path:
+    """Where the images with this key are."""
+    return run.folder / f"images-{solver.name}-{key[:8]}.npz"
+
+
+def scores_path(run: Run, key: str) -> Path:
+    """Where the scores of the images with this key are."""
+    return run.folder / f"scores-{key[:8]}.json"
+
+
+def scores_key(run: Run, images: str) -> str:
+    """What the scores of the images with this key come from."""
+    return key_of(images, plain(run.cfg.metrics), run.data.data.fingerprint)
+
+
+def settings_of(posterior: HeadPosterior) -> list[Any]:
+    """What the posterior depends on, with words like ``mle`` resolved."""
+    return [posterior.curvature.source, *posterior.settings]
+
+
+def validation_key(maps_key: str, estimator: Estimator, path: Path) -> str | None:
+    """What a comparison of the maps depends on, None where none is wanted nor already there."""
+    key = key_of(maps_key, estimator.validate_images, estimator.validate_members)
+    there = (read_json(path) or {}).get("key") == key
+    return key if estimator.validate or there else None

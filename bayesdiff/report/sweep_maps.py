@@ -1,0 +1,163 @@
+"""The same images' uncertainty maps for every cell of a sweep, on one colour scale."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesdiff.artefacts import BROKEN_NPZ
+from bayesdiff.report.layout import (
+    GAP,
+    cell_size,
+    fit,
+    picture,
+    put,
+    sheet,
+    standard_deviation,
+    style,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_CELLS = 24
+_IMAGES = 8
+_LEFT, _RIGHT = 250, 150
+_COLOURS = "magma"
+# Images of two cells are the same if no pixel of a screen differs by more than one level.
+_LEVEL = 2 / 255
+
+
+@dataclass(frozen=True)
+class CellMaps:
+    """The first images of one cell and their maps.
+
+    Attributes:
+        name: the cell's swept values.
+        images: ``(K, C, H, W)`` in [-1, 1].
+        maps: ``(K, H, W)`` standard deviations in these units.
+    """
+
+    name: str
+    images: Tensor
+    maps: np.ndarray
+
+    @classmethod
+    def read(cls, folder: str | Path, name: str, count: int = _IMAGES) -> "CellMaps | None":
+        """From a cell's ``samples.npz``; None where there is none that can be read."""
+        try:
+            with np.load(Path(folder) / "samples.npz", allow_pickle=False) as file:
+                images, variance = (
+                    torch.from_numpy(file[part][:count]) for part in ("images", "variance")
+                )
+                unit = "units" in file.files and bytes(file["units"].tolist()) == b"unit"
+        except BROKEN_NPZ:
+            return None
+        if unit:
+            images, variance = 2 * images - 1, 4 * variance
+        return cls(name, images, standard_deviation(variance))
+
+    def shares_images(self, other: "CellMaps") -> bool:
+        """Whether both cells drew the same images."""
+        one, two = self.images.clamp(-1, 1), other.images.clamp(-1, 1)
+        return one.shape == two.shape and bool(((one - two).abs() <= _LEVEL).all())
+
+
+def by_images(cells: Sequence[CellMaps]) -> list[list[CellMaps]]:
+    """Cells with the same images together, in the order of their first."""
+    groups: list[list[CellMaps]] = []
+    for cell in cells:
+        same = next((group for group in groups if group[0].shares_images(cell)), None)
+        if same is None:
+            groups.append([cell])
+        else:
+            same.append(cell)
+    return groups
+
+
+def scale_of(cells: Sequence[CellMaps]) -> tuple[float, float, bool]:
+    """Ends of the shared colour scale, and whether it is logarithmic.
+
+    A linear scale from 0 shows all maps as long as the palest is within a factor 3 of the
+    brightest.
+    """
+    values = [cell.maps[np.isfinite(cell.maps)] for cell in cells]
+    tops = [float(np.quantile(each, 0.999)) for each in values if each.size and each.max() > 0]
+    if not tops:
+        return 0.0, 1.0, False
+    if max(tops) <= 3 * min(tops):
+        return 0.0, max(tops), False
+    positive = np.concatenate([each[each > 0] for each in values])
+    # Of a map a factor 20 is seen; below that is mostly the noise of the estimate.
+    palest = max(min(tops) / 20, 1e-4 * max(tops))
+    return float(max(np.quantile(positive, 0.02), palest)), max(tops), True
+
+
+@style()
+def map_tiles(cells: Sequence[CellMaps], more: int, conditions: str) -> "Figure":
+    """Each cell's maps below the images they are of.
+
+    Args:
+        cells: at least one; those with the same images stand together.
+        more: cells that are not shown.
+        conditions: how they were made.
+    """
+    low, high, log = scale_of(cells)
+    scale = f"one {'logarithmic' if log else 'linear'} colour scale"
+    caption = (
+        f"{conditions}. Standard deviations of the first images, in units of the image range "
+        f"[-1, 1], {scale} for all cells; cells of one seed, model and solver share their images, "
+        "shown above their maps. Right: mean standard deviation."
+    )
+    caption += f" {more} more cells are not shown; each has its own figures." if more else ""
+    groups = by_images(cells)
+    sizes = [cell_size(group[0].images, 64) for group in groups]
+    heights = [
+        (len(group) + 1) * (size[1] + GAP) + 14 for group, size in zip(groups, sizes, strict=True)
+    ]
+    across = max(len(g[0].images) * (size[0] + GAP) for g, size in zip(groups, sizes, strict=True))
+    title = "Uncertainty maps over the sweep"
+    figure, axes = sheet(_LEFT + across + _RIGHT, max(sum(heights), 160) + 10, title, caption)
+    y, drawn = 0, None  # type: int, Any
+    for group, size, height in zip(groups, sizes, heights, strict=True):
+        drawn = _group(axes, group, size, y, (low, high, log), _LEFT + across + 6)
+        y += height
+    bar = axes.inset_axes((_LEFT + across + 70, 4, 14, 140), transform=axes.transData)
+    figure.colorbar(drawn, cax=bar, extend="max").ax.tick_params(labelsize=8)
+    return figure
+
+
+def _group(
+    axes: "Axes",
+    group: Sequence[CellMaps],
+    size: tuple[int, int],
+    y: int,
+    scale: tuple[float, float, bool],
+    right: int,
+) -> Any:
+    """One row of images and a row of maps for every cell; returns what was drawn last."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    low, high, log = scale
+    drawn: Any = None
+    axes.text(_LEFT - 10, y + size[1] / 2, "images", ha="right", va="center", color="0.45", size=8)
+    for column, image in enumerate(group[0].images):
+        put(axes, picture(image), _LEFT + column * (size[0] + GAP), y, size)
+    for row, cell in enumerate(group, start=1):
+        top = y + row * (size[1] + GAP)
+        place: dict[str, Any] = {"va": "center", "size": 8}
+        lines = [fit(part, _LEFT - 30).replace("$", r"\$") for part in cell.name.split("\n")]
+        axes.text(_LEFT - 10, top + size[1] / 2, "\n".join(lines), ha="right", **place)
+        for column, values in enumerate(cell.maps):
+            norm = LogNorm(low, high) if log else Normalize(low, high)
+            values = np.maximum(values, low) if log else values
+            where = _LEFT + column * (size[0] + GAP), top, size
+            drawn = put(axes, values, *where, cmap=_COLOURS, norm=norm)
+        spread = float(np.nanmean(cell.maps)) if np.isfinite(cell.maps).any() else np.nan
+        axes.text(right, top + size[1] / 2, f"{spread:.2g}", **place)
+    return drawn
