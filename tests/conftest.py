@@ -65,10 +65,10 @@ def smallest(output_dir: Path, *overrides: str) -> list[str]:
     return [*SMALLEST, *estimator, *draws, f"output_dir={output_dir}", *overrides]
 
 
-def compose_list(overrides: list[str]) -> DictConfig:
-    """The configuration that train.py would get from these arguments."""
+def compose_list(overrides: list[str], name: str = "train", **options: bool) -> DictConfig:
+    """The configuration that train.py, or sweep.py, would get from these arguments."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra_compose("train", overrides)
+        return hydra_compose(name, overrides, **options)
 
 
 @pytest.fixture

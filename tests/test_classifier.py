@@ -94,7 +94,7 @@ def test_same_seed_same_weights_and_the_global_state_is_kept():
 def test_cache_gives_the_same_network_without_training(tmp_path, monkeypatch):
     data = dataset()
     trained = load_or_train(tmp_path, data, 0, epochs=2)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("[!.]*")
     assert file == cache_path(tmp_path, "abc", 0, 2) and file.match("classifier-*.safetensors")
     with safe_open(file, framework="pt") as stored:
         assert float(stored.metadata()["test_accuracy"]) == trained.test_accuracy
@@ -117,7 +117,7 @@ def test_damaged_cache_file_is_trained_again_with_a_warning(tmp_path, caplog, da
 
     data = dataset()
     good = load_or_train(tmp_path, data, 0, epochs=2)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("[!.]*")
     if damage == "text":
         file.write_text("not tensors")
     elif damage == "truncated":
@@ -133,7 +133,7 @@ def test_damaged_cache_file_is_trained_again_with_a_warning(tmp_path, caplog, da
     assert "training it again" in caplog.text
     assert torch.equal(weights(repaired), weights(good))
     assert torch.equal(weights(load_classifier(file)), weights(good))
-    assert list(tmp_path.iterdir()) == [file]
+    assert list(tmp_path.glob("[!.]*")) == [file]
 
 
 @pytest.mark.parametrize("changes", [{"labels": None}, {"num_classes": 1}])

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, ROOT, compose_list
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
@@ -172,8 +171,7 @@ def test_experiments(name):
 @every("hparams_search")
 def test_searches(name):
     """A search composes with a sweeper of its name, over keys that there are."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("sweep", [f"hparams_search={name}"], return_hydra_config=True)
+    cfg = compose_list([f"hparams_search={name}"], "sweep", return_hydra_config=True)
     assert cfg.hydra.sweeper._target_ == "hydra_plugins.bayesdiff_search.OptunaSearch"
     for key in cfg.hydra.sweeper.params:
         assert OmegaConf.select(cfg, key, throw_on_missing=True) is not None, key

@@ -33,6 +33,10 @@ def test_every_make_command_is_a_target():
             assert line.split()[1] in targets, line
 
 
+# Words for Hydra's launchers and sweepers, and for the planner.
+ENGINE = ("hydra", "hparams_search", "dry_run")
+
+
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
@@ -58,7 +62,10 @@ def test_command_runs(given, data_root, trained, tmp_path, monkeypatch):
     if "--cfg" in given or "trainer=ddp" in given:
         given = [value for value in given if value not in ("--cfg", "job", "trainer.devices=2")]
         given = [value for value in given if value != "trainer=ddp"]  # test_ddp runs it for real
-    overrides = runnable(given, data_root)
+    engine = [word for word in given if word.startswith(ENGINE)]
+    composed = compose_list(engine, "sweep", return_hydra_config=True)  # test_launchers runs them
+    assert composed.hydra.sweeper and composed.hydra.launcher
+    overrides = runnable([word for word in given if word not in engine], data_root)
     overrides = [o.replace("path/to/last.ckpt", str(trained.checkpoint)) for o in overrides]
     if "data=zip" in overrides:
         overrides.append("metrics.num_images=0")  # one class only: nothing to classify
