@@ -49,6 +49,11 @@ def filtered(model: str, *more: str) -> dict[str, Any]:
     return slim(found)
 
 
+def _has_best(found: dict[str, Any]) -> bool:
+    """Whether a kept model was scored by what is now the best."""
+    return any(row["score"] == BEST for row in found["over_seeds"])
+
+
 def slim(found: dict[str, Any]) -> dict[str, Any]:
     """What the tables and figures read, and the gain in every metric; the run folder has all."""
     keep = found["conditions"]["main_keep"]
@@ -150,7 +155,8 @@ def main(arguments: list[str]) -> None:
     unknown = [name for name in names if name not in MODELS]
     if unknown:
         sys.exit(f"unknown model {unknown[0]}; choose from {', '.join(MODELS)}")
-    models = (read_json(HERE / "results.json") or {}).get("models", {})
+    kept = (read_json(HERE / "results.json") or {}).get("models", {})
+    models = {name: found for name, found in kept.items() if _has_best(found)}
     for name in names:
         models[name] = filtered(name, *overrides)
         write({name: models[name] for name in MODELS if name in models})

@@ -315,7 +315,8 @@ def main(arguments: list[str], folder: Path = HERE, images: int = IMAGES) -> Non
     """Train what is missing, score, and write."""
     more = [word for word in arguments if "=" in word]
     seeds = [int(word) for word in arguments if "=" not in word] or [0, 1, 2]
-    stored = (read_json(folder / "results.json") or {}).get("seeds", {})
+    kept = (read_json(folder / "results.json") or {}).get("seeds", {})
+    stored = {seed: found for seed, found in kept.items() if set(CASES) <= found.keys()}
     for seed in seeds:
         stored[str(seed)] = of_seed(seed, images, folder, *more)
         write(stored, folder)
