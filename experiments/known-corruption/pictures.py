@@ -75,7 +75,7 @@ def first_images(shown: Mapping[str, tuple[Any, Sequence[str]]], count: int) -> 
     """
     rows = [(name, case, label) for name, (case, labels) in shown.items() for label in labels]
     size = width, height = cell_size(rows[0][1].samples.images, 32)
-    left, tall = 150, height + 3 * GAP
+    left, tall = 220, height + 3 * GAP
     caption = (
         f"The first {count} images of every affected class, in order. A red frame: a judge "
         "trained on clean data sees another class. Clean: trained without corruption."
