@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from run import HERE, MODELS, POOL, ROOT
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import finite, key_of, read_json, write_json
-from bayesdiff.build import plain
+from bayesdiff.address import Address
+from bayesdiff.artefacts import finite, read_json, write_json
 from bayesdiff.data.module import to_uint8
 from bayesdiff.filtering import Filtering
 from bayesdiff.metrics.features import extract
@@ -50,8 +50,7 @@ def of_model(model: str, *more: str) -> list[dict[str, Any]]:
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
     posterior = laplace.fit(run.model, run.data.data)
-    sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
-    made_from = key_of(*sampled, pipeline.settings_of(posterior))
+    made_from = Address.of(run, solver, own, posterior, weights).made_from
     extractor, reference = judge(run)
     tables = []
     for seed in wanted.seeds:
@@ -82,7 +81,7 @@ def over_time(found: dict[str, list[dict[str, Any]]]) -> "Figure":
     """What the summed variance gains and follows, over the time at which it is read."""
     caption = (
         "Summed variance of the run's own maps at each solver step, t = 1 being the image. "
-        "Mean over three seeds with its 95 % interval."
+        "Mean over seeds with its 95 % interval."
     )
     figure, axes = chart(1150, 420, "Maps at other times", caption, 1, len(SHOWN))
     for panel, (name, title) in zip(axes[0], SHOWN.items(), strict=True):
