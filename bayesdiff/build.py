@@ -11,10 +11,11 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from bayesdiff.artefacts import key_of, write_atomic
+from bayesdiff.artefacts import key_of
 from bayesdiff.checks import UserError, at_least, positive, seed_of, share
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.device import autocast_dtype
+from bayesdiff.disk import check_writable
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.models import GenerativeModel
 
@@ -66,9 +67,7 @@ def build(cfg: DictConfig) -> Run:
     name = f"{data.data.name}-{model.path.family}-{key[:8]}"
     folder = Path(cfg.run_dir or Path(cfg.output_dir) / name)
     if is_main_process() and not cfg.get("dry_run"):
-        probe = Path(cfg.run_dir or cfg.output_dir) / ".writable"
-        write_atomic(probe, lambda file: None)
-        probe.unlink(missing_ok=True)
+        check_writable(Path(cfg.run_dir or cfg.output_dir))
     return Run(cfg, data, model, device, key, folder)
 
 

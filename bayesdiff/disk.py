@@ -93,6 +93,17 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     _remove_abandoned(path.parent, prefix)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before any work.
+
+    Raises:
+        UserError: if it cannot.
+    """  # noqa: DOC502 - raised one level down
+    probe = folder / ".writable"
+    write_atomic(probe, lambda file: None)
+    probe.unlink(missing_ok=True)
+
+
 def _remove_abandoned(folder: Path, prefix: str) -> None:
     """Remove what a process that was killed left of its attempt at the same file."""
     for left in folder.glob(f"{glob.escape(prefix)}*"):

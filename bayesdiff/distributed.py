@@ -91,7 +91,8 @@ def guard(children: Sequence["subprocess.Popen[bytes]"]) -> None:
 def _watch(children: Sequence["subprocess.Popen[bytes]"], parent: int) -> None:
     while True:
         codes = [child.poll() for child in children]
-        if any(codes) or os.getppid() != parent:
+        # The first process has the user's shell as its parent, which may end before the run does.
+        if any(codes) or (not children and os.getppid() != parent):
             break
         if children and None not in codes:
             return

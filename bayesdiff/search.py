@@ -98,15 +98,27 @@ class Search:
             self.close(study)
 
     def study(self) -> "Study":
-        """The study in the sweep's folder, begun or continued."""
+        """The study in the sweep's folder, begun or continued.
+
+        Raises:
+            UserError: if it was begun with another seed.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{(self.folder / 'study.db').absolute()}"
-        return optuna.create_study(
+        study = optuna.create_study(
             storage=storage, study_name="sweep", direction="minimize", load_if_exists=True
         )
+        begun = study.user_attrs.get("seed", self.seed)
+        if begun != self.seed:
+            raise UserError(
+                f"the study in {self.folder} was begun with hydra.sweeper.seed={begun}, not "
+                f"{self.seed}; give that seed, or another output_dir"
+            )
+        study.set_user_attr("seed", self.seed)
+        return study
 
     def batch(self, study: "Study") -> list["FrozenTrial"]:
         """The next trials: those that an interruption left open, else new ones."""
@@ -193,6 +205,8 @@ def distribution(override: "Override") -> "BaseDistribution":
             return kind(value.start, value.end, log=is_log)
         if isinstance(value, RangeSweep):
             values = [float(text) for text in override.sweep_string_iterator()]
+            if not values:
+                raise UserError(f"{override.input_line} is empty; give another range")
             whole = all(isinstance(n, int) for n in (value.start, value.stop, value.step))
             kind, number = (of.IntDistribution, int) if whole else (of.FloatDistribution, float)
             return kind(number(values[0]), number(values[-1]), step=number(value.step))

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from bayesdiff import dry_run
 from bayesdiff.artefacts import key_of, read_json, write_json
 from bayesdiff.checks import UserError
+from bayesdiff.disk import check_writable
 from bayesdiff.slots import SLOTS, device_slot
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class SweepReport(Callback):
             check_engines(config)
             if config.dry_run:
                 return dry_run.begin(config)
+            check_writable(Path(config.output_dir))
         except UserError as error:  # Hydra would warn of it and go on
             sys.exit(f"error: {error}")
         overrides = [str(o) for o in config.hydra.overrides.task]
@@ -151,6 +153,8 @@ def check_engines(config: DictConfig) -> None:
         raise UserError(
             "dry_run=true cannot know cells that a search has yet to propose; leave it out"
         )
+    if config.hydra.launcher.get("n_jobs") == 0:
+        raise UserError("hydra.launcher.n_jobs=0 starts no worker; give 1 or more, or -1 for all")
     devices = config.trainer.devices
     count = devices if isinstance(devices, int) else len(devices) if _is_list(devices) else 1
     if count > 1:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 from conftest import QUICK_CLASSIFIER, ROOT, compose_list, smallest
 from test_sources import pixels, write_png
 
-from bayesdiff import pipeline
+from bayesdiff import distributed, pipeline
 from bayesdiff.cli import known, one_line_errors
 from bayesdiff.disk import write_atomic
 from bayesdiff.report import board
@@ -308,6 +309,18 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no
 
 
 @needs_proc
+def test_a_run_outlives_the_shell_that_started_it(monkeypatch):
+    ended = []
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(distributed.os, "getppid", lambda: 1)  # the shell is gone
+    states = iter([None, None, 0])
+    distributed._watch([SimpleNamespace(poll=lambda: next(states))], parent=4321)
+    assert not ended
+    distributed._watch([], parent=4321)  # a process that was started follows the first one
+    assert ended == [1]
+
+
 def test_a_process_that_dies_ends_the_others_with_a_word(tmp_path):
     main, other = start(tmp_path)
     os.kill(other, signal.SIGKILL)

@@ -111,6 +111,11 @@ def test_slurm_is_refused_where_there_is_none(monkeypatch):
         sweep.check_engines(config("slurm"))
 
 
+def test_no_worker_is_refused():
+    with pytest.raises(UserError, match="n_jobs=0 starts no worker"):
+        sweep.check_engines(config("joblib", hydra={"launcher": {"n_jobs": 0}}))
+
+
 def test_several_devices_per_cell_are_refused_with_the_commands_that_work():
     task = ["model=flow,diffusion", f"{KEY}=1,10", "trainer=ddp", "trainer.devices=2"]
     many = config("basic", trainer={"devices": 2}, hydra={"overrides": {"task": task}})
