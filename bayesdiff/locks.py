@@ -38,13 +38,7 @@ def alone(path: Path | str) -> Generator[None, None, None]:
     Args:
         path: of the artefact, which need not be there.
     """
-    place = Path(path).absolute()
-    if place in _held:
-        yield
-        return
-    lock = lock_of(place)
-    _wait(lock, place, shared=False)
-    yield from _hold(lock, place)
+    yield from _locked(Path(path).absolute(), mine=True, shared=False)
 
 
 @contextmanager
@@ -56,13 +50,7 @@ def together(path: Path | str) -> Generator[None, None, None]:
     Args:
         path: of the artefact, which need not be there.
     """
-    place = Path(path).absolute()
-    if place in _held:
-        yield
-        return
-    lock = lock_of(place) if rank() == 0 else None
-    _wait(lock, place, shared=world_size() > 1)
-    yield from _hold(lock, place)
+    yield from _locked(Path(path).absolute(), mine=rank() == 0, shared=world_size() > 1)
 
 
 def lock_of(place: Path) -> FileLock:
@@ -105,6 +93,22 @@ def holder(lock: FileLock) -> str:
         return "another process"
 
 
+def _locked(place: Path, *, mine: bool, shared: bool) -> Generator[None, None, None]:
+    """Hold the lock, where it is this process's to take; inside itself it is free."""
+    if place in _held:
+        yield
+        return
+    lock = lock_of(place) if mine else None
+    _wait(lock, place, shared=shared)
+    _held.add(place)
+    try:
+        yield
+    finally:
+        _held.discard(place)
+        if lock is not None:
+            lock.release()
+
+
 def _wait(lock: FileLock | None, place: Path, *, shared: bool) -> None:
     """Return when the lock is there, for all processes if it is shared."""
     seconds = 0.0
@@ -119,13 +123,3 @@ def _wait(lock: FileLock | None, place: Path, *, shared: bool) -> None:
         seconds = _PATIENCE
     if seconds and lock is not None:
         log.info("the wait for %s is over", place.name)
-
-
-def _hold(lock: FileLock | None, place: Path) -> Generator[None, None, None]:
-    _held.add(place)
-    try:
-        yield
-    finally:
-        _held.discard(place)
-        if lock is not None:
-            lock.release()
