@@ -115,6 +115,12 @@ def explain(error: BaseException) -> str:
     return _line(error)
 
 
+def mendable(error: BaseException) -> str | None:
+    """``explain``'s line where it says enough; None for a fault whose place is needed too."""
+    line = explain(error)
+    return line if isinstance(error, UserError) or line != str(error) else None
+
+
 def _line(error: BaseException) -> str:
     """The message on one line, without what OmegaConf says for programmers."""
     text = re.sub(r"\s*object_type=\S+", "", str(error) or type(error).__name__)

@@ -18,8 +18,7 @@ from bayesdiff.artefacts import (
     read_json,
 )
 from bayesdiff.build import Run, plain
-from bayesdiff.checks import UserError
-from bayesdiff.cli import explain
+from bayesdiff.cli import mendable
 from bayesdiff.estimate import Estimates, duration, schedule
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.posterior import HeadPosterior
@@ -79,9 +78,9 @@ def look(overrides: Iterable[str], cfg: DictConfig) -> Cell:
         run, solver, estimator, laplace = prepare(cfg)
         works = tuple(_works(run, solver, estimator, laplace))
     except Exception as error:
-        line = explain(error)
-        if line == str(error) and not isinstance(error, UserError):
-            raise  # nobody's mistake in a value
+        line = mendable(error)
+        if line is None:
+            raise
         return Cell(overrides, error=line)
     return Cell(overrides, works, (run, solver, estimator))
 

@@ -33,7 +33,7 @@ def run_cell(cfg: DictConfig) -> float | None:
     Returns:
         The FID, for sweepers that minimise something; None without scores or after a failure.
     """
-    from bayesdiff.cli import explain
+    from bayesdiff.cli import explain, mendable
 
     if cfg.dry_run:
         dry_run.note(cfg)
@@ -54,9 +54,8 @@ def run_cell(cfg: DictConfig) -> float | None:
         row |= {"settings": result.settings, "metrics": metrics}
     except Exception as error:  # One bad cell must not take the others with it.
         row["error"] = explain(error)
-        # A mistake in a value needs its line only; anything else needs the place it came from.
-        known = row["error"] != str(error) or isinstance(error, UserError)
-        log.error("cell %d failed: %s", number, row["error"], exc_info=not known)
+        trace = mendable(error) is None
+        log.error("cell %d failed: %s", number, row["error"], exc_info=trace)
     row["seconds"] = round(time.perf_counter() - started, 1)
     if folder:
         write_json(Path(folder) / "cells" / f"{key_of(sorted(overrides))}.json", row)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from bayesdiff.disk import write_atomic
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -56,8 +58,8 @@ def style() -> Generator[None]:
 def save(figure: "Figure", path: str | Path) -> Path:
     """Write ``figure`` as PNG; the same figure gives the same bytes."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, format="png", metadata={"Software": None})
+    options: dict[str, Any] = {"dpi": DPI, "format": "png", "metadata": {"Software": None}}
+    write_atomic(path, lambda file: figure.savefig(file, **options))
     return path
 
 
