@@ -148,6 +148,8 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
 
 _POSTERIOR = ("structure", "sigma_noise", "prior_precision", "n_eff", "rank", "time_bins")
 
+_STRATEGIES = ("auto", "ddp", "bayesdiff.sharding.FullyShard")
+
 
 def check_devices(cfg: DictConfig) -> int:
     """Number of processes this run will use on this machine.
@@ -166,8 +168,10 @@ def check_devices(cfg: DictConfig) -> int:
     if there is not None and count > there:
         raise UserError(f"trainer.devices={devices} but there are {there} GPUs here; use fewer")
     strategy = cfg.trainer.get("strategy", "auto")
-    if count > 1 and strategy not in ("auto", "ddp"):
-        raise UserError(f"trainer.strategy={strategy} cannot share the stages; use trainer=ddp")
+    if count > 1 and getattr(strategy, "_target_", strategy) not in _STRATEGIES:
+        raise UserError(
+            f"trainer.strategy={strategy} cannot share the stages; use trainer=ddp or fsdp"
+        )
     if at_least("data.batch_size", cfg.data.batch_size) % count:
         raise UserError(
             f"data.batch_size={cfg.data.batch_size} cannot be shared by {count} processes; "

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
     LearningRateMonitor,
-    ModelCheckpoint,
 )
 from lightning.pytorch.plugins import TorchCheckpointIO
 from omegaconf import OmegaConf
@@ -33,7 +32,9 @@ from bayesdiff.artefacts import (
 from bayesdiff.build import Run, is_main_process, plain, precision
 from bayesdiff.checks import UserError
 from bayesdiff.disk import named_disk
+from bayesdiff.distributed import world_size
 from bayesdiff.locks import together
+from bayesdiff.models import GenerativeModel
 
 log = logging.getLogger(__name__)
 
@@ -138,44 +139,36 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, which a sweep must not take for one failed cell.
-        UserError: if the checkpoint callback is switched off.
     """
     if is_main_process():
         write_text(run.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(run.cfg, resolve=True))
     for remark in _NOISE:
         warnings.filterwarnings("ignore", message=remark)
     L.seed_everything(run.cfg.seed, workers=True, verbose=False)
-    folder = run.folder / "checkpoints"
-    callbacks = [
-        instantiate(c, **_place(c, folder)) for c in (run.cfg.callbacks or {}).values() if c
-    ]
-    if not any(isinstance(c, ModelCheckpoint) and c.filename == "last" for c in callbacks):
-        raise UserError(
-            "callbacks.checkpoint is switched off or renamed, but later stages read last.ckpt; "
-            "leave it as it is, and add further callbacks under other names"
-        )
-    # Averaging first: every other callback then sees the averaged weights where Lightning does.
-    callbacks.sort(key=lambda callback: not isinstance(callback, EMAWeightAveraging))
+    model, options = shared_out(run)
+    callbacks = callbacks_of(run, sharded=model is not run.model)
     logger = run.cfg.get("logger") and instantiate(
         run.cfg.logger, save_dir=run.folder, name="tensorboard", version=""
     )
     if not logger:  # Lightning refuses curves of the learning rate that go nowhere
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-    options: dict[str, Any] = {"precision": precision(run.cfg, run.device)}
+    if model is run.model:  # a split network is whole again only after the training
+        callbacks.append(laplace)
     if "plugins" not in run.cfg.trainer:
         options["plugins"] = [WholeCheckpoints()]
     trainer: L.Trainer = instantiate(
         run.cfg.trainer,
-        callbacks=[*callbacks, Provenance(run), laplace],
+        callbacks=callbacks,
         logger=logger or False,
         default_root_dir=str(run.folder),
+        precision=precision(run.cfg, run.device),
         _convert_="all",
         **options,
     )
     try:
         with named_disk(run.folder):
             trainer.fit(
-                run.model,
+                model,
                 datamodule=run.data,
                 ckpt_path=None if ckpt_path is None else str(ckpt_path),
                 weights_only=True,
@@ -183,6 +176,37 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
     return trainer
+
+
+def shared_out(run: Run) -> tuple[GenerativeModel, dict[str, Any]]:
+    """What is trained, and options of the trainer: how several processes share it."""
+    strategy = run.cfg.trainer.get("strategy", "auto")
+    if isinstance(strategy, str):
+        return run.model, {}
+    if world_size() == 1:  # nothing to split
+        return run.model, {"strategy": "auto"}
+    from bayesdiff.sharding import ShardedModel
+
+    return ShardedModel.of(run.model), {}
+
+
+def callbacks_of(run: Run, sharded: bool) -> list[Callback]:
+    """The callbacks that are asked for, and the note in every checkpoint.
+
+    Raises:
+        UserError: if the checkpoint callback is switched off.
+    """
+    folder = run.folder / "checkpoints"
+    told = [c for c in (run.cfg.callbacks or {}).values() if c]
+    callbacks = [instantiate(c, **_place(c, folder), **_split(c, sharded)) for c in told]
+    if not any(map(_keeps_last, told)):
+        raise UserError(
+            "callbacks.checkpoint is switched off or changed, but later stages read the last "
+            "epoch's last.ckpt; leave it as it is, and add further callbacks under other names"
+        )
+    # Averaging first: every other callback then sees the averaged weights where Lightning does.
+    callbacks.sort(key=lambda callback: not isinstance(callback, EMAWeightAveraging))
+    return [*callbacks, Provenance(run)]
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -232,5 +256,22 @@ class Provenance(Callback):
         checkpoint["bayesdiff"] = self.note
 
 
+def _keeps_last(options: Any) -> bool:
+    """Whether a callback leaves the last epoch's weights in last.ckpt, whatever the epoch."""
+    rare = [options.get(name) for name in ("every_n_train_steps", "train_time_interval")]
+    return (
+        options._target_.endswith("ModelCheckpoint")
+        and options.get("filename") == "last"
+        and options.get("save_on_train_epoch_end") is True
+        and options.get("every_n_epochs") in (None, 1)
+        and not any(rare)
+    )
+
+
 def _place(callback: Any, folder: Path) -> dict[str, str]:
     return {"dirpath": str(folder)} if callback._target_.endswith("ModelCheckpoint") else {}
+
+
+def _split(callback: Any, sharded: bool) -> dict[str, str]:
+    averages = callback._target_.endswith(".EMAWeightAveraging")
+    return {"_target_": "bayesdiff.sharding.ShardedAveraging"} if sharded and averages else {}

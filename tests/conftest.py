@@ -1,6 +1,10 @@
 """One composer of small configurations, and one small finished run that many tests read."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +67,20 @@ def smallest(output_dir: Path, *overrides: str) -> list[str]:
     estimator = () if chosen else ("uncertainty=ensemble",)
     draws = DRAWS.get(chosen[-1] if chosen else "ensemble", ())
     return [*SMALLEST, *estimator, *draws, f"output_dir={output_dir}", *overrides]
+
+
+def train_py(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run the real command in ``folder``; callbacks of the tests are found."""
+    inherited = {k: v for k, v in os.environ.items() if not re.search("RANK|WORLD_|^PL_|HYDRA", k)}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=folder,
+        env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def compose_list(overrides: list[str], name: str = "train", **options: bool) -> DictConfig:

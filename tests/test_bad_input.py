@@ -315,6 +315,8 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     (("fit=false", "ckpt_path=last"), ["no checkpoint at", "last.ckpt"]),
     ("callbacks.checkpoint=null", ["callbacks.checkpoint is switched off", "last.ckpt"]),
     ("callbacks.checkpoint.filename=best", ["callbacks.checkpoint", "last.ckpt"]),
+    ("+callbacks.checkpoint.every_n_epochs=2", ["callbacks.checkpoint", "last epoch"]),
+    ("callbacks.checkpoint.save_on_train_epoch_end=false", ["callbacks.checkpoint", "last epoch"]),
 ]
 
 

@@ -126,7 +126,7 @@ def test_trainers(name):
     cfg = composed(f"trainer={name}", *(["trainer.accelerator=cpu"] if name == "gpu" else []))
     trainer = instantiate(cfg.trainer, precision="32-true", logger=False, _convert_="all")
     assert trainer.max_epochs == cfg.data.epochs
-    assert trainer.num_devices == (2 if name == "ddp" else 1)
+    assert trainer.num_devices == (2 if name in ("ddp", "fsdp") else 1)
 
 
 @every("callbacks")

@@ -33,6 +33,8 @@ def test_every_make_command_is_a_target():
             assert line.split()[1] in targets, line
 
 
+# test_ddp and test_sharding run several processes for real.
+ELSEWHERE = ("--cfg", "job", "trainer=ddp", "trainer=fsdp", "trainer.devices=2")
 # Words for Hydra's launchers and sweepers, and for the planner.
 ENGINE = ("hydra", "hparams_search", "dry_run")
 
@@ -59,9 +61,7 @@ def runnable(given, data_root):
 def test_command_runs(given, data_root, trained, tmp_path, monkeypatch):
     monkeypatch.setenv("BAYESDIFF_DATA", str(data_root))
     monkeypatch.setattr("bayesdiff.metrics.classifier._epochs", lambda size: 1)
-    if "--cfg" in given or "trainer=ddp" in given:
-        given = [value for value in given if value not in ("--cfg", "job", "trainer.devices=2")]
-        given = [value for value in given if value != "trainer=ddp"]  # test_ddp runs it for real
+    given = [value for value in given if value not in ELSEWHERE]
     engine = [word for word in given if word.startswith(ENGINE)]
     composed = compose_list(engine, "sweep", return_hydra_config=True)  # test_launchers runs them
     assert composed.hydra.sweeper and composed.hydra.launcher

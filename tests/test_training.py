@@ -30,6 +30,13 @@ def scalars(folder) -> dict[str, list[float]]:
     return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.parametrize("every", ["2", "5", "null"])
+def test_the_last_epoch_is_kept_however_rare_validation_is(compose: Compose, every):
+    this, _ = fit(compose(f"trainer.check_val_every_n_epoch={every}", "trainer.max_epochs=3"))
+    checkpoint = read_checkpoint(this.folder / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == 3 * 2
+
+
 def test_the_record_of_a_training(trained: Trained, compose: Compose):
     record = json.loads((trained.folder / "fit.json").read_text())
     this = build(compose())

@@ -79,6 +79,10 @@ class GenerativeModel(L.LightningModule):
         """Prediction for images ``(B, C, H, W)`` at times ``t (B,)``: ``(B, C, H, W)``."""
         return self.net(x, t, y)
 
+    def whole(self) -> "GenerativeModel":
+        """This model with all its weights; one that is split over processes gathers them."""
+        return self
+
     def corrupt(self, x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Training input x_t and target for data, noise ``(B, ...)`` and times ``(B,)``."""
         path = self.path.coefficients(t)
@@ -95,6 +99,14 @@ class GenerativeModel(L.LightningModule):
             # The ends of the unit interval would map to infinity.
             uniform = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).sigmoid()
         return uniform * self.path.last_time
+
+    def on_train_start(self) -> None:
+        """Lays a restored optimiser out like the weights; fused ones read memory in its order."""
+        for optimizer in self.trainer.optimizers:
+            for weight, state in optimizer.state.items():
+                for name, value in state.items():
+                    if value.shape == weight.shape:
+                        state[name] = torch.empty_like(weight).copy_(value)
 
     def training_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         """Mean squared error of the prediction on this process's share of the batch."""

@@ -35,10 +35,13 @@ class SampleGrid(Callback):
         """Draw the grid here, where Lightning has swapped the averaged weights in."""
         epoch, last = trainer.current_epoch + 1, max(trainer.max_epochs or 1, 1)
         due = epoch == last or epoch * self.grids // last > (epoch - 1) * self.grids // last
-        if trainer.sanity_checking or rank() or not due:
+        if trainer.sanity_checking or not due:
+            return
+        model = pl_module.whole()  # type: ignore[operator]
+        if rank():
             return
         data = trainer.datamodule.data  # type: ignore[attr-defined]
-        images, labels = self.sample(pl_module, data.images.shape[1:])  # type: ignore[arg-type]
+        images, labels = self.sample(model, data.images.shape[1:])
         columns = len(data.classes) if labels is not None and len(data.classes) <= 12 else 10
         figure = figures.sample_grid(
             images, labels, data.classes, columns, f"epoch {epoch}, {self.num_steps} steps"

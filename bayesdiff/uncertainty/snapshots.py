@@ -44,10 +44,13 @@ class Snapshots(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep this epoch's weights if it is their turn, and drop the oldest ones."""
         epochs = trainer.current_epoch + 1
-        if not trainer.is_global_zero or epochs % self.every:
+        if epochs % self.every:
+            return
+        model = pl_module.whole()  # type: ignore[operator]
+        if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
-        state = {k: v.detach().cpu().contiguous() for k, v in pl_module.state_dict().items()}
+        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         path = folder / "snapshots" / f"epoch-{epochs:05d}.safetensors"
         write_atomic(path, lambda file: save_file(state, file))
         for old in snapshots_of(folder)[: -self.keep]:

@@ -1,0 +1,125 @@
+"""A training that is split over two processes: what one makes, with half of it on each."""
+
+import json
+import shutil
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import compose_list, smallest, train_py
+from torch.distributed.tensor import DTensor
+
+from bayesdiff import pipeline
+from bayesdiff.artefacts import read_checkpoint
+from bayesdiff.report import board
+from bayesdiff.uncertainty.snapshots import read_snapshot, snapshots_of
+
+TWO = ("trainer=fsdp", "trainer.devices=2")
+OPTIONS = (
+    "trainer.max_epochs=2",
+    "callbacks.ema.decay=0.9",
+    "model.warmup_steps=2",
+    "metrics.num_images=0",
+    "+model.optimizer.eps=1",  # or Adam makes whole steps of the rounding of zero gradients
+    "model.optimizer.lr=0.1",
+    "+callbacks.kept._target_=test_sharding.Kept",
+    "+callbacks.snapshots._target_=bayesdiff.uncertainty.Snapshots",
+    "+callbacks.snapshots.keep=2",
+)
+PICTURES = "callbacks.samples={_target_:bayesdiff.report.callback.SampleGrid,num_steps:2,rows:1}"
+
+
+class Kept(L.Callback):
+    """Notes how many numbers a process holds, and keeps the checkpoint of the first epoch."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what a training that is stopped now would leave."""
+        if trainer.current_epoch == 1 and trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            shutil.copy(folder / "checkpoints" / "last.ckpt", folder / "first.ckpt")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Weights, averages and optimiser: here, and in all."""
+        (optimizer,) = trainer.optimizers
+        average = trainer.callbacks[0]._average_model
+        states = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+        tensors = [*pl_module.parameters(), *average.parameters(), *states]
+        here = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        held, whole = (sum(t.numel() for t in each) for each in (here, tensors))
+        path = Path(trainer.default_root_dir) / f"held-{trainer.global_rank}.json"
+        path.write_text(json.dumps([held, whole]))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """The same training in one process and in two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("sharding")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board, "write", lambda *args, **kwargs: [])
+        cfg = compose_list(smallest(folder / "one", *OPTIONS))
+        one = pipeline.run(cfg).folder.parent
+    done = train_py(folder, *smallest(folder / "two", *OPTIONS, *TWO, PICTURES))
+    torch.set_num_threads(threads)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return one, folder / "two" / one.name
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Two sets of weights."""
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        far = float((second[name] - value).abs().max())
+        assert far < 1e-6, f"{name}: {far}"
+
+
+def same_network(one: Path, two: Path) -> None:
+    """Averaged and raw weights of two checkpoints."""
+    first, second = map(read_checkpoint, (one, two))
+    same(first["state_dict"], second["state_dict"])
+    same(first["current_model_state"], second["current_model_state"])
+
+
+def test_the_same_weights_as_in_one_process(runs):
+    one, two = runs
+    same_network(*(run / "checkpoints" / "last.ckpt" for run in runs))
+    start = pipeline.build(compose_list(smallest(one.parent, *OPTIONS))).model.state_dict()
+    end = read_checkpoint(two / "checkpoints" / "last.ckpt")["state_dict"]
+    assert max((end[name] - value).abs().max() for name, value in start.items()) > 5e-4
+
+
+def test_each_process_holds_half(runs):
+    _, two = runs
+    held, whole = zip(
+        *(json.loads((two / f"held-{n}.json").read_text()) for n in (0, 1)), strict=True
+    )
+    assert whole[0] == whole[1] == sum(held)
+    assert max(held) < 0.55 * whole[0]
+
+
+def test_pictures_and_snapshots_are_of_the_whole_network(runs):
+    first, second = ([read_snapshot(path) for path in snapshots_of(run)] for run in runs)
+    assert len(first) == len(second) == 2
+    for one, two in zip(first, second, strict=True):
+        same(one, two)
+    assert (runs[1] / "figures" / "training.png").is_file()
+
+
+@pytest.mark.parametrize("stopped", [pytest.param("one", marks=pytest.mark.slow), "two"])
+def test_a_stopped_training_goes_on_however_it_began(
+    runs, stopped, tmp_path, monkeypatch, one_thread
+):
+    monkeypatch.setattr(board, "write", lambda *args, **kwargs: [])
+    begun = runs[["one", "two"].index(stopped)]
+    folders = [tmp_path / name / begun.name / "checkpoints" for name in ("split", "alone")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        shutil.copy(begun / "first.ckpt", folder / "last.ckpt")
+    done = train_py(tmp_path, *smallest(tmp_path / "split", *OPTIONS, *TWO, "ckpt_path=last"))
+    assert done.returncode == 0, done.stderr
+    pipeline.run(compose_list(smallest(tmp_path / "alone", *OPTIONS, "ckpt_path=last")))
+    for folder in folders:
+        same_network(runs[0] / "checkpoints" / "last.ckpt", folder / "last.ckpt")
