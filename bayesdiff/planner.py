@@ -30,7 +30,7 @@ from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.refined import Refined
-from bayesdiff.uncertainty.refiner_file import nearest
+from bayesdiff.uncertainty.refiner_file import path_of
 
 STAGES = ("training", "curvature", "images", "classifier", "scores", "refiner", "maps",
           "validation", "report")  # fmt: skip
@@ -111,8 +111,8 @@ def _works(
             "report": has_key(at.folder / "metrics.json", at.cell),
         }
         if isinstance(estimator, Refined):
-            refiner = estimator.key(starts(run, solver)([0]), posterior)
-            made["refiner"] = nearest(run.folder, refiner, posterior) is not None
+            path = path_of(run.folder, estimator.key(starts(run, solver)([0]), posterior))
+            refiner, made["refiner"] = str(path), path.is_file()
     if isinstance(estimator, Refined):
         works.append(Work("refiner", refiner, made["refiner"] or made["maps"]))
     works.append(Work("maps", key, made["maps"]))

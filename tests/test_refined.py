@@ -19,6 +19,7 @@ from bayesdiff.uncertainty.refiner import (
     summary,
     train_refiner,
 )
+from bayesdiff.uncertainty.refiner_file import TOLERANCE, representative
 from bayesdiff.uncertainty.response import spread_nodes
 from bayesdiff.uncertainty.tangent import PRODUCTS
 
@@ -252,15 +253,61 @@ def test_a_posterior_of_another_scale_needs_no_training_and_scales_the_map(tmp_p
 def test_a_posterior_that_moved_in_shape_is_refused_and_trained_for(tmp_path, trainings):
     start, posterior = case("euler")
     estimator = Refined(**SMALL)
-    estimator.fit(start, posterior, tmp_path)
     low, high = posterior.eigenvalue_range
-    for prior, expected in (
-        (0.01 * low, 1),
-        ((low * high) ** 0.5, 2),
-        (posterior.prior_precision, 2),
-    ):
+    for prior, expected in ((1e-5 * low, 1), (1e-4 * low, 1), ((low * high) ** 0.5, 2)):
         estimator.fit(start, replace(posterior, prior_precision=prior), tmp_path)
         assert len(trainings) == expected
+
+
+def test_maps_do_not_depend_on_which_posterior_came_first(tmp_path, trainings):
+    start, posterior = case("euler")
+    low, high = posterior.eigenvalue_range
+    near = [
+        replace(posterior, prior_precision=1e-5 * low, sigma_noise=0.7),
+        replace(posterior, prior_precision=3e-5 * low, sigma_noise=2.0),
+    ]
+    maps = {}
+    for order in ((0, 1), (1, 0)):
+        for which in order:
+            ready = Refined(**SMALL).fit(start, near[which], tmp_path / f"{order[0]}")
+            maps[order, which] = ready(start(range(2)), near[which]).variance
+    assert len(trainings) == 2  # one for each order
+    for which in (0, 1):
+        assert torch.equal(maps[(0, 1), which], maps[(1, 0), which])
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "prior_only", "empirical_fisher"])
+def test_the_representative_is_near_whatever_the_prior_and_stands_for_itself(structure):
+    _, posterior = case("euler")
+    mean = posterior.curvature.mean
+    squares = torch.rand(mean.shape, generator=torch.Generator().manual_seed(0)).double()
+    curvature = replace(posterior.curvature, squared_gradients=squares)
+    posterior = replace(posterior, structure=structure, curvature=curvature)
+    middle = float(posterior.eigenvalues.mean())
+    shared = set()
+    for exponent in torch.linspace(-12, 6, 150):
+        own = replace(posterior, prior_precision=middle * 10 ** float(exponent))
+        near, shift = representative(own)
+        ratio = (near.eigenvalues + near.prior_precision) / (own.eigenvalues + own.prior_precision)
+        far = ratio.log() - shift
+        assert float(far.mean().abs()) < 1e-9 and float(far.abs().max()) <= TOLERANCE
+        assert representative(near)[0] == near
+        # Noise and prior that change the scale alone make no other representative.
+        weight = 4.0 if structure != "empirical_fisher" else 16.0
+        weight = 1.0 if structure == "prior_only" else weight
+        scaled = replace(own, sigma_noise=2.0, prior_precision=own.prior_precision / weight)
+        assert representative(scaled)[0].prior_precision == near.prior_precision
+        shared.add(near.prior_precision)
+    assert len(shared) < 150
+
+
+def test_posteriors_of_other_spectra_never_share():
+    """As those with one noise level and with one for every time, whose other numbers may agree."""
+    start, posterior = case("euler")
+    curvature = replace(posterior.curvature, gram=2 * posterior.curvature.gram)
+    other = replace(posterior, curvature=curvature, prior_precision=2 * posterior.prior_precision)
+    one, two = (Refined(**SMALL).key(start([0]), each) for each in (posterior, other))
+    assert one != two
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
@@ -22,7 +21,7 @@ from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.linearised import Followed, directions, evaluations, follow
 from bayesdiff.uncertainty.pilot import DRAWS, FIRST, Pilot, noise_of
 from bayesdiff.uncertainty.refiner import FLOOR, Evidence, Refiner, loss, overlap, train_refiner
-from bayesdiff.uncertainty.refiner_file import nearest, save
+from bayesdiff.uncertainty.refiner_file import load, path_of, representative, save, signature
 from bayesdiff.uncertainty.response import Rule, spread_nodes
 from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory, check_skip_interval
 from bayesdiff.uncertainty.tangent import PRODUCTS, Product, TangentField, differences
@@ -45,12 +44,12 @@ class Refined(Estimator):
     sampler has computed anyway, and returns the map. It is trained once per model, posterior and
     solver on ``train_images`` images with independent sensitivities as targets, checked on a tenth
     of them, and kept in the run folder under the key of all it depends on: any change of weights,
-    solver or settings trains another one. Another posterior of the same curvature is served if it
-    is the same up to a common factor and 10 % in every direction, since maps scale with it; one
-    that moved further away trains its own. A refiner that does not beat the live map on the
-    held-out images is refused, with a warning, and the live map stands. Training takes about as
-    many network evaluations as 2.7 ``train_images`` trajectories; ``max_memory`` bounds maps, not
-    training.
+    solver or settings trains another one. Maps scale with a common factor of all variances, so
+    posteriors of one curvature share a refiner where, beside that factor, no direction is more
+    than 10 % from the one it is trained for, see ``representative``. A refiner that does not beat
+    the live map on the held-out images is refused, with a warning, and the live map stands.
+    Training takes about as many network evaluations as 2.7 ``train_images`` trajectories;
+    ``max_memory`` bounds maps, not training.
 
     Args:
         budget: network evaluations for the map, as a share of the image's own; at least 2 and at
@@ -118,37 +117,40 @@ class Refined(Estimator):
         Raises:
             UserError: if another process's refiner is not there.
         """  # noqa: DOC502 - raised one level down
-        key = self.key(starts([0]), posterior)
-        # Posteriors that may share a refiner share the lock.
-        with nullcontext() if folder is None else together(folder / f"refiner-{key[:8]}"):
-            rule, refiner, shift = self._found(starts, posterior, folder, key)
+        near, shift = representative(posterior)
+        if folder is None:
+            rule, refiner = self.train(starts, near)
+        else:
+            key = self.key(starts([0]), posterior)
+            path = path_of(folder, key)
+            with together(path):
+                rule, refiner = self._kept(starts, near, path, key)
         return replace(self, fitted=(rule, refiner.to(starts([0]).device), shift))
 
-    def _found(
-        self, starts: Starts, posterior: HeadPosterior, folder: Path | None, key: str
-    ) -> tuple[Rule, Refiner, float]:
-        found = None if folder is None else nearest(folder, key, posterior)
+    def _kept(
+        self, starts: Starts, near: HeadPosterior, path: Path, key: str
+    ) -> tuple[Rule, Refiner]:
+        found = load(path, key)
         barrier()  # nobody writes before everybody has looked
-        if found is None and (folder is None or rank() == 0):
-            found = (*self.train(starts, posterior), 0.0)
-            if folder is not None:
-                save(folder, key, posterior, found[0], found[1])
+        if found is None and rank() == 0:
+            found = self.train(starts, near)
+            save(path, key, *found)
         barrier()
-        if found is None and folder is not None:  # what the first process has trained
-            found = nearest(folder, key, posterior)
+        found = found or load(path, key)  # what the first process has trained
         if found is None:
-            raise UserError(f"the refiner vanished from {folder}; run the same command again")
+            raise UserError(f"{path} vanished; run the same command again")
         return found
 
     def key(self, start: Trajectory, posterior: HeadPosterior) -> str:
-        """Changes with all that rule and refiner depend on, but for the posterior's numbers."""
+        """Changes with all that rule and refiner depend on; the same for posteriors that share."""
+        near, _ = representative(posterior)
         numbers = [
             [s.times, s.inputs, s.output, s.noise, s.kept, s.history] for s in start.steps()
         ]
         mine = [self.budget, self.products, self.skip_interval, self.product(start).__name__]
         return key_of(
             weights_key(start.model),
-            [posterior.curvature.source, *posterior.kind],
+            [near.curvature.source, *near.settings, *signature(near)],
             [numbers, start.solver.guidance, start.noise.seed],
             [*mine, self.train_images, self.epochs, self.seed],
         )
