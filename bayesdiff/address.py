@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayesdiff.artefacts import key_of, read_json
+from bayesdiff.artefacts import key_of
 from bayesdiff.build import Run, plain
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver
@@ -16,18 +16,24 @@ from bayesdiff.uncertainty import Estimator
 class Address:
     """One cell's artefacts.
 
+    What cells share lies in the run folder, under the key of what it comes from.
+
     Attributes:
-        folder: of the cell, inside the run folder.
-        images_path: of the images, which cells share.
+        folder: of the cell, inside the run folder: its numbers and pictures.
+        images_path: of the images for the scores.
+        samples_path: of the images with their maps.
+        checked_path: of the maps' comparison with a reference.
         images: key of the images.
         maps: key of the maps.
-        checked: key of their comparison with a reference, None where there is none.
+        checked: key of the comparison, None where none is asked for.
         cell: key of all numbers of the cell.
         made_from: what studies are made from.
     """
 
     folder: Path
     images_path: Path
+    samples_path: Path
+    checked_path: Path
     images: str
     maps: str
     checked: str | None
@@ -39,21 +45,24 @@ class Address:
         cls, run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, weights: str
     ) -> "Address":
         """Of the cell with these trained weights and this posterior."""
-        cfg = run.cfg
+        cfg, name = run.cfg, f"{solver.name}-{estimator.name}"
         # The same weights make other images where they are told to predict something else.
         sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
         images = images_key(run, weights)
         told, sources = with_effect(cfg.uncertainty), estimator.sources(run)
         maps = key_of(*sampled, settings_of(posterior), told, *sources)
-        folder = run.folder / f"{solver.name}-{estimator.name}-{maps[:8]}"
-        checked = validation_key(maps, estimator, folder / "validation.json")
+        asked = key_of(maps, estimator.validate_images, estimator.validate_members)
+        checked = asked if estimator.validate else None
+        cell = key_of(maps, images, plain(cfg.metrics), checked)
         return cls(
-            folder=folder,
+            folder=run.folder / f"{name}-{cell[:8]}",
             images_path=images_path(run, solver, images),
+            samples_path=run.folder / f"samples-{name}-{maps[:8]}.npz",
+            checked_path=run.folder / f"validation-{asked[:8]}.json",
             images=images,
             maps=maps,
             checked=checked,
-            cell=key_of(maps, images, plain(cfg.metrics), checked),
+            cell=cell,
             made_from=key_of(*sampled, settings_of(posterior)),
         )
 
@@ -83,10 +92,3 @@ def scores_key(run: Run, images: str) -> str:
 def settings_of(posterior: HeadPosterior) -> list[Any]:
     """What the posterior depends on, with words like ``mle`` resolved."""
     return [posterior.curvature.source, *posterior.settings]
-
-
-def validation_key(maps_key: str, estimator: Estimator, path: Path) -> str | None:
-    """What a comparison of the maps depends on, None where none is wanted nor already there."""
-    key = key_of(maps_key, estimator.validate_images, estimator.validate_members)
-    there = (read_json(path) or {}).get("key") == key
-    return key if estimator.validate or there else None

@@ -45,12 +45,14 @@ class Result:
 
     Attributes:
         folder: the cell's folder, inside the run folder.
+        samples: its images with their maps, which it may share with other cells.
         metrics: flat scalars; names carry their conditions.
         settings: the settings behind them, flat.
         studies: folders of the studies that were asked for.
     """
 
     folder: Path
+    samples: Path
     metrics: dict[str, float]
     settings: dict[str, Any]
     studies: tuple[Path, ...] = ()
@@ -71,23 +73,24 @@ def run(cfg: DictConfig) -> Result:
     if cfg.metrics.num_images:
         with together(at.images_path):
             images = make_images(this, solver, cfg.metrics.num_images, at.images_path, at.images)
-    with together(folder / "samples.npz"):
-        samples = make_maps(this, solver, estimator, posterior, folder / "samples.npz", at.maps)
+    with together(at.samples_path):
+        samples = make_maps(this, solver, estimator, posterior, at.samples_path, at.maps)
     checked = None
     if at.checked:
-        path = folder / "validation.json"
+        path = at.checked_path
         with together(path):
             checked = make_validation(
                 this, solver, estimator, posterior, samples, path, at.checked
             )
-    result = Result(folder, {}, settings(cfg, this, posterior, solver.name, estimator.name))
+    told = settings(cfg, this, posterior, solver.name, estimator.name)
+    result = Result(folder, at.samples_path, {}, told)
     if rank() == 0:
         with alone(folder / "metrics.json"):
             metrics = scores_of(this, images, samples, folder, at.cell, at.images)
             if checked is not None:
                 metrics |= checked.metrics(cfg.seed)
             metrics |= laplace.statistics() | laplace.block_statistics()
-            result = Result(folder, metrics, result.settings)
+            result = replace(result, metrics=metrics)
             report(this, result, samples, at.cell, checked, evidence_curve(posterior))
     barrier()
     return replace(result, studies=studies_of(this, solver, estimator, posterior, at.made_from))
@@ -275,6 +278,7 @@ def report(
             "key": cell_key,
             "metrics": result.metrics,
             "settings": result.settings,
+            "samples": result.samples.name,
             "estimator": samples.estimator,
             "weights": weights_key(this.model),
         }

@@ -106,8 +106,8 @@ def _works(
         at = Address.of(run, solver, estimator, posterior, known)
         key = refiner = at.maps
         made = {
-            "maps": has_key(at.folder / "samples.npz", at.maps),
-            "validation": has_key(at.folder / "validation.json", at.checked),
+            "maps": has_key(at.samples_path, at.maps),
+            "validation": has_key(at.checked_path, at.checked),
             "report": has_key(at.folder / "metrics.json", at.cell),
         }
         if isinstance(estimator, Refined):

@@ -140,7 +140,7 @@ def make_validation(
     path: Path,
     key: str,
 ) -> Validation:
-    """The first maps against a reference ensemble, kept as ``validation.json``."""
+    """The first maps against a reference ensemble, made once."""
     stored = read_json(path) or {}
     barrier()
     if stored.get("key") == key and set(COLUMNS) <= stored.get("images", {}).keys():

@@ -50,7 +50,7 @@ def run_cell(cfg: DictConfig) -> float | None:
 
             result = pipeline.run(cfg)
         metrics = result.metrics
-        row |= {"status": "done", "folder": str(result.folder)}
+        row |= {"status": "done", "folder": str(result.folder), "samples": str(result.samples)}
         row |= {"settings": result.settings, "metrics": metrics}
     except Exception as error:  # One bad cell must not take the others with it.
         row["error"] = explain(error)

@@ -103,12 +103,14 @@ class Trained:
     Attributes:
         output_dir: holds the run folder, and the cache of classifier and reference.
         folder: the run folder.
-        cell: the folder of its samples.
+        cell: the folder of its numbers and pictures.
+        samples: its images with their maps.
     """
 
     output_dir: Path
     folder: Path
     cell: Path
+    samples: Path
     metrics: dict[str, float]
 
     @property
@@ -122,6 +124,7 @@ class Trained:
             output_dir,
             output_dir / self.folder.name,
             output_dir / self.folder.name / self.cell.name,
+            output_dir / self.folder.name / self.samples.name,
             self.metrics,
         )
 
@@ -135,7 +138,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*QUICK_CLASSIFIER)
         result = pipeline.run(compose_list(smallest(output_dir)))
-    return Trained(output_dir, result.folder.parent, result.folder, result.metrics)
+    found = result.folder.parent, result.folder, result.samples, result.metrics
+    return Trained(output_dir, *found)
 
 
 @pytest.fixture

@@ -491,7 +491,7 @@ def work(monkeypatch):
 
 
 def maps(result):
-    with np.load(result.folder / "samples.npz", allow_pickle=False) as file:
+    with np.load(result.samples, allow_pickle=False) as file:
         return dict(file)
 
 
@@ -500,7 +500,7 @@ def test_the_run_with_a_wider_posterior(copied: Trained, compose: Compose, work)
     result = pipeline.run(compose(LAST))
     assert result.folder.parent == copied.folder and result.folder != copied.cell
     assert result.folder.name.startswith("euler-ensemble-")
-    wide, narrow = maps(result), np.load(copied.cell / "samples.npz")
+    wide, narrow = maps(result), np.load(copied.samples)
     assert np.array_equal(wide["images"], narrow["images"])
     assert wide["variance"].min() > 0
     assert not np.allclose(wide["variance"], narrow["variance"], rtol=0.01)

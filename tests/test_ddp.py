@@ -82,15 +82,15 @@ def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
     (first,), (second,) = ((tmp_path / n).glob("images-*.npz") for n in ("one", "two"))
     assert first.name == second.name
     assert np.array_equal(arrays(first)["images"], arrays(second)["images"])
-    maps = arrays(two / one.folder.name / "samples.npz")
-    for name, value in arrays(one.folder / "samples.npz").items():
+    maps = arrays(two / one.samples.name)
+    for name, value in arrays(one.samples).items():
         if name == "variance" or name.startswith(("summed", "frame_variance")):
             np.testing.assert_allclose(maps[name], value, rtol=1e-5)
         else:
             assert np.array_equal(maps[name], value), name
-    compared = (
-        read_json(folder / "validation.json") for folder in (one.folder, two / one.folder.name)
-    )
+    compared = [
+        read_json(path) for n in ("one", "two") for path in (tmp_path / n).glob("validation-*")
+    ]
     first_rows, second_rows = (record["images"] for record in compared)
     for name in ("estimate", "reference", "z2"):
         np.testing.assert_allclose(second_rows[name], first_rows[name], rtol=1e-4)

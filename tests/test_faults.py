@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, object]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 found |= {f"{name}/{part}": file[part].tobytes() for part in file.files}
-        elif path.name in ("metrics.json", "results.json", "validation.json"):
+        elif path.name.startswith(("metrics", "results", "validation")) and path.suffix == ".json":
             found[name] = json.loads(path.read_text())
     return found
 
@@ -177,8 +177,8 @@ FILES = {
     "images-*.npz": None,
     "scores-*.json": None,
     "refiner-*.safetensors": None,
-    "*/samples.npz": None,
-    "*/validation.json": None,
+    "samples-*.npz": None,
+    "validation-*.json": None,
     "*/metrics.json": None,
     "pools/members-*.npz": None,
     "pools/refined-*.npz": None,
@@ -194,7 +194,7 @@ def damaged(path: Path, how: str) -> bytes:
     if how == "flipped" and path.suffix == ".json":
         return b""
     if how == "flipped":  # what has a checksum notices a single byte
-        checked = path.suffix == ".npz" or path.name == "curvature.safetensors"
+        checked = path.suffix == ".npz" or path.name.startswith(("curvature", "refiner"))
         other = bytes([content[half] ^ 255])
         return content[:half] + other + content[half + 1 :] if checked else content
     return content[:half] if how == "half" else bytes(len(content))

@@ -368,7 +368,7 @@ def test_a_pool_is_the_same_for_every_batch_size_and_made_once(
         for name, score in make(one).items():
             torch.testing.assert_close(score, again[name], rtol=1e-4, atol=0)
     # The run's own samples are another seed's.
-    with np.load(copied.cell / "samples.npz", allow_pickle=False) as own:
+    with np.load(copied.samples, allow_pickle=False) as own:
         assert own["images"][0].shape == tuple(first.images[0].shape)
         assert np.abs(own["images"][0] - first.images[0].numpy()).max() > 0.1
     monkeypatch.setattr(pools, "starts", None)

@@ -61,7 +61,8 @@ def test_the_run_folder_holds_every_artefact(trained: Trained):
         assert (trained.folder / name).stat().st_size > 0, name
     assert list((trained.folder / "tensorboard").glob("events.*"))
     assert list((trained.cell / "tensorboard").glob("events.*"))
-    for name in ("samples.npz", "metrics.json", ".hydra/config.yaml"):
+    assert trained.samples.stat().st_size > 0
+    for name in ("metrics.json", ".hydra/config.yaml"):
         assert (trained.cell / name).stat().st_size > 0, name
     figures = {path.stem for path in (trained.cell / "figures").glob("*.png")}
     assert {"samples", "image_and_map", "over_time", "scores", "extremes"} <= figures
@@ -110,7 +111,7 @@ def test_running_again_redoes_nothing(copied: Trained, compose: Compose, work: C
 def test_a_new_prior_redoes_the_maps_alone(copied: Trained, compose: Compose, work: Counter):
     result = pipeline.run(compose("laplace.prior_precision=500"))
     assert work == {"maps": 2, "report": 1}
-    first, second = arrays(copied.cell / "samples.npz"), arrays(result.folder / "samples.npz")
+    first, second = arrays(copied.samples), arrays(result.samples)
     assert np.array_equal(first["images"], second["images"])
     assert second["variance"].mean() < first["variance"].mean()
 
@@ -137,7 +138,8 @@ def test_words_and_the_numbers_they_stand_for_are_one_cell(
 
 
 @pytest.mark.parametrize(
-    "broken", ["metrics.json", "samples.npz", "fit.json", "images-*.npz", "curvature.safetensors"]
+    "broken",
+    ["metrics.json", "samples-*.npz", "fit.json", "images-*.npz", "curvature.safetensors"],
 )
 def test_a_missing_artefact_is_made_again(
     broken: str, copied: Trained, compose: Compose, work: Counter
@@ -149,13 +151,13 @@ def test_a_missing_artefact_is_made_again(
     paths[0].unlink()
     result = pipeline.run(compose())
     assert result.metrics == copied.metrics
-    if broken in ("samples.npz", "images-*.npz"):
+    if broken in ("samples-*.npz", "images-*.npz"):
         new, old = arrays(paths[0]), copied.output_dir / "old.npz"
         old.write_bytes(before)
         assert all(np.array_equal(value, new[name]) for name, value in arrays(old).items())
     expected = {
         "metrics.json": {"report": 1},
-        "samples.npz": {"maps": 2},
+        "samples-*.npz": {"maps": 2},
         "fit.json": {},  # the checkpoint says that all epochs are done
         "images-*.npz": {"integrate": 1},
         "curvature.safetensors": {"pass": 1},
@@ -164,7 +166,7 @@ def test_a_missing_artefact_is_made_again(
 
 
 def test_half_written_arrays_are_made_again(copied: Trained, compose: Compose, work: Counter):
-    path = copied.cell / "samples.npz"
+    path = copied.samples
     path.write_bytes(path.read_bytes()[:500])
     pipeline.run(compose())
     assert work == {"maps": 2}
@@ -192,7 +194,7 @@ def test_the_same_images_for_every_batch_size(copied: Trained, compose: Compose)
 
 
 def test_maps_belong_to_the_images_that_are_scored(trained: Trained):
-    samples = arrays(trained.cell / "samples.npz")
+    samples = arrays(trained.samples)
     (path,) = trained.folder.glob("images-*.npz")
     scored = torch.from_numpy(arrays(path)["images"][:4]).int()
     shown = to_uint8(torch.from_numpy(samples["images"])).int()
@@ -206,7 +208,7 @@ def test_another_seed_makes_other_images(copied: Trained, compose: Compose, work
     fixed = ["fit=false", f"ckpt_path={copied.checkpoint}", "metrics.num_images=0"]
     first = pipeline.run(compose(*fixed, "seed=1"))
     second = pipeline.run(compose(*fixed, "seed=2"))
-    one, two = (arrays(result.folder / "samples.npz")["images"] for result in (first, second))
+    one, two = (arrays(result.samples)["images"] for result in (first, second))
     assert np.abs(one - two).mean() > 0.1
     assert work["train"] == 0
 
@@ -251,7 +253,7 @@ def test_diffusion(solver: str, compose: Compose, work: Counter, tmp_path):
     overrides = ["model=diffusion", f"solver={solver}", "metrics.num_images=0"]
     result = pipeline.run(compose(*overrides))
     assert work["train"] == 1
-    samples = arrays(result.folder / "samples.npz")
+    samples = arrays(result.samples)
     assert np.isfinite(samples["images"]).all() and (samples["variance"] >= 0).all()
     assert result.settings["model"] == "diffusion"
     assert result.folder.name.startswith(solver)
@@ -263,8 +265,8 @@ def test_published_and_guidance(copied: Trained, compose: Compose, work: Counter
     record = json.loads((plain.folder / "metrics.json").read_text())
     assert record["estimator"].startswith("published")
     guided = pipeline.run(compose("solver.guidance=2", "metrics.num_images=0"))
-    one, two = (arrays(result.folder / "samples.npz") for result in (plain, guided))
-    assert np.array_equal(one["images"], arrays(copied.cell / "samples.npz")["images"])
+    one, two = (arrays(result.samples) for result in (plain, guided))
+    assert np.array_equal(one["images"], arrays(copied.samples)["images"])
     assert np.abs(one["images"] - two["images"]).max() > 1e-3
     assert guided.metrics["nfe"] == 2 * copied.metrics["nfe"]
 
@@ -331,11 +333,11 @@ def test_requested_times_and_units_are_stored_with_the_maps(
     copied: Trained, compose: Compose, work: Counter
 ):
     """Images and maps change their units; the numbers in the metrics do not."""
-    plain = arrays(copied.cell / "samples.npz")
+    plain = arrays(copied.samples)
     assert bytes(plain["units"]).decode() == "model" and "states" not in plain
     options = ("uncertainty.times=[0.4,0.9]", "uncertainty.units=unit")
     result = pipeline.run(compose(*options))
-    found = arrays(result.folder / "samples.npz")
+    found = arrays(result.samples)
     assert bytes(found["units"]).decode() == "unit"
     np.testing.assert_allclose(found["requested_times"], [2 / 3, 1], rtol=1e-6)
     assert found["states"].shape == found["state_variance"].shape == (2, 4, 1, 8, 8)
@@ -350,7 +352,7 @@ def test_requested_times_and_units_are_stored_with_the_maps(
 def test_sampler_noise_has_a_number_of_its_own(compose: Compose, work: Counter):
     overrides = ["model=diffusion", "solver=ddpm", "metrics.num_images=0"]
     result = pipeline.run(compose(*overrides))
-    stored = arrays(result.folder / "samples.npz")["sampler_noise"]
+    stored = arrays(result.samples)["sampler_noise"]
     mean = stored.reshape(4, -1).sum(1).mean()
     assert result.metrics["sampler_noise/mean"] == pytest.approx(mean, rel=1e-5)
     assert "sampler_noise/mean" in [row["metric"] for row in table.summary(result.metrics)]
@@ -361,7 +363,7 @@ def test_unconditional_with_scores(copied: Trained, compose: Compose, work: Coun
     assert work["train"] == 1
     assert "fid@12/classifier" in result.metrics
     assert not [name for name in result.metrics if "class_" in name]
-    assert "labels" not in arrays(result.folder / "samples.npz")
+    assert "labels" not in arrays(result.samples)
 
 
 def test_a_folder_without_labels(compose: Compose, work: Counter, tmp_path):
@@ -379,13 +381,13 @@ def test_a_folder_without_labels(compose: Compose, work: Counter, tmp_path):
             "metrics.num_images=0",
         )
     )
-    samples = arrays(result.folder / "samples.npz")
+    samples = arrays(result.samples)
     assert samples["images"].shape == (4, 3, 8, 8) and "labels" not in samples
     assert not [name for name in result.metrics if name.startswith("fid")]
 
 
 def test_the_closing_table(trained: Trained, capsys):
-    result = pipeline.Result(trained.cell, trained.metrics, {})
+    result = pipeline.Result(trained.cell, trained.samples, trained.metrics, {})
     pipeline.show(result, "outputs")
     text = capsys.readouterr().out
     for part in (

@@ -106,14 +106,14 @@ def test_a_finished_run_is_made_and_every_lost_artefact_is_to_be_made(copied, co
     cfg = compose("metrics.num_images=12")
     assert all(states(planner.look([], cfg)).values())
     losses = [
-        ("metrics.json", {"report"}),
-        ("samples.npz", {"maps"}),
+        (copied.cell / "metrics.json", {"report"}),
+        (copied.samples, {"maps"}),
     ]
-    for name, lost in losses:
-        (copied.cell / name).rename(copied.cell / "away")
+    for path, lost in losses:
+        path.rename(copied.cell / "away")
         found = states(planner.look([], cfg))
         assert {stage for stage, made in found.items() if not made} == lost
-        (copied.cell / "away").rename(copied.cell / name)
+        (copied.cell / "away").rename(path)
     next(copied.folder.glob("scores-*.json")).unlink()
     next(copied.folder.glob("images-*.npz")).unlink()
     assert {s for s, made in states(planner.look([], cfg)).items() if not made} == {
@@ -132,7 +132,7 @@ def test_other_settings_of_a_finished_run_share_what_they_can(copied, compose):
     assert {s for s, made in other.items() if not made} == {"maps", "report"}
     seed = states(planner.look([], compose("seed=1")))
     assert {s for s, made in seed.items() if made} == {"classifier"}
-    broken = copied.cell / "samples.npz"
+    broken = copied.samples
     broken.write_bytes(broken.read_bytes()[:100])
     assert not states(planner.look([], compose()))["maps"]
 

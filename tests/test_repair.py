@@ -185,7 +185,7 @@ def test_the_command_draws_and_judges_once(copied: Trained, compose: Compose, mo
         draws, images = arrays["draws"], arrays["images"]
     assert draws.shape == (6, 2, 5, 2, 1, 8, 8) and images.shape == (6, 1, 8, 8)
     # The run's own images, in order.
-    with np.load(result.folder / "samples.npz", allow_pickle=False) as own:
+    with np.load(result.samples, allow_pickle=False) as own:
         seen = to_uint8(torch.from_numpy(own["images"])).numpy()
     assert np.abs(seen.astype(int) - images[:4]).max() <= 1
     names = {path.stem for path in (folder / "figures").glob("*.png")}

@@ -392,7 +392,7 @@ def test_checkpoints_and_swag_follow_the_runs_own_snapshots(kept, compose: Compo
     """Against sampling each network by itself; images are those of every other estimator."""
     result = pipeline.run(compose(*kept, "uncertainty=checkpoints"))
     folder = result.folder.parent
-    samples = np.load(result.folder / "samples.npz")
+    samples = np.load(result.samples)
     cfg = compose(*kept, "uncertainty=checkpoints")
     this, solver, estimator, _ = pipeline.prepare(cfg)
     this.model.eval()
@@ -403,7 +403,7 @@ def test_checkpoints_and_swag_follow_the_runs_own_snapshots(kept, compose: Compo
     np.testing.assert_allclose(samples["variance"], torch.stack(images).var(0), rtol=1e-3)
     assert samples["nfe"] == 3 * (1 + 3) and len(images) == 3
     drawn = pipeline.run(compose(*kept, "uncertainty=swag", "uncertainty.members=3"))
-    other = np.load(drawn.folder / "samples.npz")
+    other = np.load(drawn.samples)
     assert np.array_equal(other["images"], samples["images"])
     assert (other["variance"] > 0).all()
     again = pipeline.run(compose(*kept, "uncertainty=swag", "uncertainty.members=3"))
@@ -424,7 +424,7 @@ def test_a_deep_ensemble_of_two_trainings(copied: Trained, compose: Compose, no_
     """Own image, own noise; a member that was trained again makes other maps."""
     given = (*DEEP, "metrics.num_images=0", f"uncertainty.members=[{copied.folder}]")
     result = pipeline.run(compose(*given))
-    samples = np.load(result.folder / "samples.npz")
+    samples = np.load(result.samples)
     this, solver, estimator, _ = pipeline.prepare(compose(*given))
     this.model.eval()
     images = []
@@ -439,14 +439,14 @@ def test_a_deep_ensemble_of_two_trainings(copied: Trained, compose: Compose, no_
     # The pattern of a sweep over seeds names this run as well; it counts once.
     pattern = f"uncertainty.members=['{copied.output_dir}/digits-flow-*']"
     whole = pipeline.run(compose(*given[:3], pattern))
-    other = np.load(whole.folder / "samples.npz")
+    other = np.load(whole.samples)
     np.testing.assert_array_equal(other["variance"], samples["variance"])
     checkpoint = torch.load(copied.checkpoint, weights_only=True)
     checkpoint["state_dict"]["net.head.bias"] += 1
     torch.save(checkpoint, copied.checkpoint)
     after = pipeline.run(compose(*given))
     assert after.folder != result.folder
-    changed = np.load(after.folder / "samples.npz")
+    changed = np.load(after.samples)
     assert np.array_equal(changed["images"], samples["images"])
     assert not np.array_equal(changed["variance"], samples["variance"])
 

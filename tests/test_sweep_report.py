@@ -29,16 +29,17 @@ def cell(folder, number, overrides, images=None, size=1.0, **changes):
     rng = torch.Generator().manual_seed(seed)
     images = torch.rand(6, 1, 8, 8, generator=rng) * 2 - 1 if images is None else images
     write_arrays(
-        there / "samples.npz",
+        folder / "run" / f"samples {number}.npz",
         "key",
         {"images": images, "variance": size * torch.rand(images.shape, generator=rng)},
     )
-    (there / "figures").mkdir()
+    (there / "figures").mkdir(parents=True)
     (there / "figures" / "image_and_map.png").write_bytes(b"")
     settings = {"data": "digits", "seed": seed, "uncertainty.name": "ensemble"}
     settings |= {"uncertainty.num_images": 6}
     row = {"number": number, "overrides": overrides, "status": "done", "seconds": 2.0}
     row |= {"folder": str(there), "settings": settings}
+    row |= {"samples": str(folder / "run" / f"samples {number}.npz")}
     return row | {"metrics": {FID: 10.0 + number, VARIANCE: size, "nfe": 40}} | changes
 
 
@@ -129,7 +130,7 @@ def test_one_cell_has_a_page_with_its_maps_and_no_curves(folder):
 def test_cells_without_metrics_or_maps_are_left_out_of_the_pictures(folder):
     rows = [cell(folder, i, [f"prior={i + 1}"]) for i in range(3)]
     rows[1]["metrics"] = {}
-    (Path(rows[2]["folder"]) / "samples.npz").write_bytes(b"broken")
+    Path(rows[2]["samples"]).write_bytes(b"broken")
     page = written(folder, rows)
     assert len(page.sources) == 2
     (bare,) = [row for row in page.rows if row[0] == "1"]
@@ -266,9 +267,9 @@ def test_maps_are_read_in_model_units(tmp_path):
     images, variance = torch.rand(9, 3, 8, 8), torch.rand(9, 3, 8, 8)
     unit = {"images": (images + 1) / 2, "variance": variance / 4}
     unit["units"] = torch.tensor(list(b"unit"), dtype=torch.uint8)
-    write_arrays(tmp_path / "a" / "samples.npz", "k", {"images": images, "variance": variance})
-    write_arrays(tmp_path / "b" / "samples.npz", "k", unit)
-    one, two = (CellMaps.read(tmp_path / name, name) for name in "ab")
+    write_arrays(tmp_path / "a.npz", "k", {"images": images, "variance": variance})
+    write_arrays(tmp_path / "b.npz", "k", unit)
+    one, two = (CellMaps.read(tmp_path / f"{name}.npz", name) for name in "ab")
     assert one.shares_images(two) and len(one.images) == 8
     np.testing.assert_allclose(one.maps, variance[:8].double().mean(1).sqrt().numpy(), rtol=1e-6)
     np.testing.assert_allclose(two.maps, one.maps, rtol=1e-5)

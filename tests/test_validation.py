@@ -223,8 +223,9 @@ def test_validation_is_asked_for_by_one_option_and_done_once(
     """The maps made before are the ones that are checked; a second run checks nothing."""
     result = pipeline.run(compose(*VALIDATE))
     assert work == {"reference": 2, "report": 1}  # batches of 2 and 1; no new maps
-    assert result.folder == copied.cell
-    stored = json.loads((result.folder / "validation.json").read_text())
+    assert result.samples == copied.samples and result.folder != copied.cell
+    (path,) = copied.folder.glob("validation-*.json")
+    stored = json.loads(path.read_text())
     names = ("image_rank", "pixel_rank", "log_ratio", "calibration_z2", "coverage95")
     for name in names:
         assert {f"validation/{name}{end}" for end in ("", "_low", "_high")} <= set(result.metrics)
@@ -232,7 +233,7 @@ def test_validation_is_asked_for_by_one_option_and_done_once(
             stored["metrics"][f"validation/{name}"], nan_ok=True
         )
     assert set(stored["images"]) == set(COLUMNS) and len(stored["images"]["z2"]) == 3
-    summed = np.load(result.folder / "samples.npz")["variance"].reshape(4, -1).sum(1)
+    summed = np.load(result.samples)["variance"].reshape(4, -1).sum(1)
     np.testing.assert_allclose(stored["images"]["estimate"], summed[:3], rtol=1e-5)
     assert (result.folder / "figures" / "validation.png").is_file()
     pipeline.show(result, "outputs")
@@ -256,16 +257,33 @@ def test_other_members_are_another_comparison_of_the_same_maps(
     first = pipeline.run(compose(*VALIDATE))
     second = pipeline.run(compose(*VALIDATE, "uncertainty.validate_members=3"))
     assert work == {"reference": 4, "report": 2}
-    assert first.folder == second.folder == copied.cell
-    plain = pipeline.run(compose("metrics.num_images=0"))
+    assert len({first.folder, second.folder, copied.cell}) == 3
+    assert first.samples == second.samples == copied.samples
+    plain = pipeline.run(compose())
+    assert plain.folder == copied.cell and work["report"] == 2
     assert not [name for name in plain.metrics if name.startswith("validation/")]
+
+
+def test_cells_of_other_scores_share_maps_and_keep_their_own_numbers(
+    copied: Trained, compose: Compose, work: Counter, undrawn
+):
+    fewer = pipeline.run(compose("metrics.num_images=10"))
+    assert work["maps"] == 0 and fewer.samples == copied.samples
+    assert fewer.folder != copied.cell
+    for folder, count in ((fewer.folder, 10), (copied.cell, 12)):
+        metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+        assert f"fid@{count}/classifier" in metrics
+    done = work["report"]
+    pipeline.run(compose())
+    pipeline.run(compose("metrics.num_images=10"))
+    assert work["report"] == done
 
 
 def test_a_damaged_comparison_is_made_again(
     copied: Trained, compose: Compose, work: Counter, undrawn
 ):
     first = pipeline.run(compose(*VALIDATE))
-    path = first.folder / "validation.json"
+    (path,) = first.folder.parent.glob("validation-*.json")
     path.write_text(path.read_text()[:40])
     again = pipeline.run(compose(*VALIDATE))
     assert work["reference"] == 4 and work["maps"] == 0

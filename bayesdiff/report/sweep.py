@@ -95,14 +95,14 @@ def _tiles(rows: Sequence[Row], keys: Sequence[str]) -> "Figure | None":
     from bayesdiff.report.sweep_charts import short_names, text_of
     from bayesdiff.report.sweep_maps import MOST_CELLS, CellMaps, map_tiles
 
-    done = [row for row in rows if row["status"] == "done" and row.get("folder")]
+    done = [row for row in rows if row["status"] == "done" and row.get("samples")]
     cells = []
     for row in done[:MOST_CELLS]:
         values = flatten(row, keys)
         said = zip(short_names(keys), (text_of(values[key]) for key in keys), strict=True)
         name = ", ".join(f"{key} {value}" for key, value in said)
         name = "\n".join(textwrap.wrap(name, 30, max_lines=3, placeholder=" …"))
-        cells.append(CellMaps.read(row["folder"], name))
+        cells.append(CellMaps.read(row["samples"], name))
     found = [cell for cell in cells if cell is not None]
     if not found:
         return None

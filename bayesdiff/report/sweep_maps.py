@@ -48,10 +48,10 @@ class CellMaps:
     maps: np.ndarray
 
     @classmethod
-    def read(cls, folder: str | Path, name: str, count: int = _IMAGES) -> "CellMaps | None":
-        """From a cell's ``samples.npz``; None where there is none that can be read."""
+    def read(cls, path: str | Path, name: str, count: int = _IMAGES) -> "CellMaps | None":
+        """From a cell's samples; None where there are none that can be read."""
         try:
-            with np.load(Path(folder) / "samples.npz", allow_pickle=False) as file:
+            with np.load(path, allow_pickle=False) as file:
                 images, variance = (
                     torch.from_numpy(file[part][:count]) for part in ("images", "variance")
                 )

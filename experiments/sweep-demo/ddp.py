@@ -46,7 +46,7 @@ def compared(one: Path, other: Path) -> dict[str, Any]:
     first, second = (Curvature.load(at / "curvature.safetensors") for at in (one, other))
     (images, again), (samples, maps), (cell, there) = (
         tuple(next(at.glob(name)) for at in (one, other))
-        for name in ("images-*.npz", "*/samples.npz", "*/metrics.json")
+        for name in ("images-*.npz", "samples-*.npz", "*/metrics.json")
     )
     with np.load(images) as a, np.load(again) as b:
         same_images = bool(np.array_equal(a["images"], b["images"]))

@@ -50,7 +50,7 @@ STAGES = {
     "fit.json": "training",
     "images-*.npz": "images",
     "refiner-*.safetensors": "refiner",
-    "samples.npz": "maps",
+    "samples-*.npz": "maps",
     "classifier-*.safetensors": "classifier",
     "reference-*.npz": "reference",
     "scores-*.json": "scores",
