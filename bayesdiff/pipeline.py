@@ -128,7 +128,8 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
     this = build(cfg)
-    laplace = LastLayerLaplace(path=this.folder / "curvature.safetensors", **plain(cfg.laplace))
+    laplace = LastLayerLaplace(**plain(cfg.laplace))
+    laplace.path = this.folder / laplace.file_name
     laplace.check(this.model, len(this.data.data.images))
     model = this.model
     check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)

@@ -21,14 +21,13 @@ from bayesdiff.build import Run, plain
 from bayesdiff.cli import mendable
 from bayesdiff.estimate import Estimates, duration, schedule
 from bayesdiff.laplace.callback import LastLayerLaplace
-from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.laplace.record import Curvature
 from bayesdiff.pipeline import prepare
 from bayesdiff.report import table
 from bayesdiff.report.sweep import flatten, swept_keys
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
 from bayesdiff.uncertainty import Estimator
+from bayesdiff.uncertainty.block_ensemble import with_block
 from bayesdiff.uncertainty.refined import Refined
 from bayesdiff.uncertainty.refiner_file import path_of
 
@@ -90,7 +89,7 @@ def _works(
 ) -> list[Work]:
     """Everything the cell needs, with the keys that the pipeline would give it."""
     training, weights = trained(run)
-    posterior = None if weights is None else fitted(run, laplace, weights)
+    posterior = None if weights is None else laplace.kept(run.model, run.data.data)
     # Before the training is done its own key stands for the weights that will come of it.
     known = weights or run.key
     source = laplace.source(known, run.data.data)
@@ -103,6 +102,7 @@ def _works(
         refiner = key_of(*told, {**plain(run.cfg.uncertainty), "num_images": 0})
         made = dict.fromkeys(("refiner", "maps", "validation", "report"), False)
     else:
+        estimator = with_block(estimator, laplace.block)
         at = Address.of(run, solver, estimator, posterior, known)
         key = refiner = at.maps
         made = {
@@ -152,17 +152,6 @@ def trained(run: Run) -> tuple[Work, str | None]:
         done = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
         share -= done.get("processed", 0) / max(1, run.cfg.trainer.get("max_epochs") or 1)
     return Work("training", str(run.folder), False, min(max(share, 0.0), 1.0)), None
-
-
-def fitted(run: Run, laplace: LastLayerLaplace, weights: str) -> HeadPosterior | None:
-    """The posterior, where its curvature is there."""
-    path = run.folder / "curvature.safetensors"
-    if not path.is_file():
-        return None
-    curvature = Curvature.load(path)
-    if curvature.source != laplace.source(weights, run.data.data) or curvature.gradient is None:
-        return None
-    return HeadPosterior.fit(curvature, **laplace.settings)
 
 
 def has_key(path: Path, key: str | None) -> bool:

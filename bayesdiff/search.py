@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # of the extra ``sweep``
 
 log = logging.getLogger(__name__)
 
+# Attribute of a study: numbers of failed trials that have been queued again.
+_REPEATED = "repeated"
+
 # Overrides of the cells and number of the first one, to their FIDs; None for a failed cell.
 Launch = Callable[[list[list[str]], int], Sequence[float | None]]
 
@@ -91,6 +94,8 @@ class Search:
         """Propose, launch and note until there are enough trials, one process at a time."""
         with alone(self.folder / "study.db"):
             study = self.study()
+            if not self.unopened(study):
+                again(study)
             while batch := self.batch(study):
                 cells = [[*self.fixed, *self.cell(trial)] for trial in batch]
                 for trial, fid in zip(batch, launch(cells, batch[0].number), strict=True):
@@ -131,11 +136,18 @@ class Search:
                 study.tell(trial.number, state=TrialState.FAIL)
         if whole:
             return whole[: self.n_jobs]
-        first = len(study.get_trials(deepcopy=False))
-        for number in range(first, min(first + self.n_jobs, self.n_trials)):
-            study.sampler = self.sampler(number)
+        for _ in range(min(self.n_jobs, self.unopened(study))):
+            study.sampler = self.sampler(len(study.get_trials(deepcopy=False)))
             study.ask(fixed_distributions=dict(self.space))
         return study.get_trials(states=[TrialState.RUNNING])
+
+    def unopened(self, study: "Study") -> int:
+        """Trials that are still to be begun: new ones, and repetitions of failed ones."""
+        from optuna.trial import TrialState
+
+        waiting = len(study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
+        made = len(study.get_trials(deepcopy=False)) - len(study.user_attrs.get(_REPEATED, []))
+        return max(self.n_trials - made, 0) + waiting
 
     def sampler(self, number: int) -> Any:
         """What proposes trial ``number``."""
@@ -167,6 +179,18 @@ class Search:
         log.info("best of %d: trial %d, FID %.4g: %s", len(done), best.number, best.value, cell)
         record = {"trial": best.number, "fid": best.value, "overrides": cell, "trials": len(done)}
         write_json(self.folder / "best.json", record)
+
+
+def again(study: "Study") -> None:
+    """Queue what failed once more, as a finished sweep that is started again does."""
+    from optuna.trial import TrialState
+
+    repeated = list(study.user_attrs.get(_REPEATED, []))
+    for trial in study.get_trials(states=[TrialState.FAIL]):
+        if trial.number not in repeated:
+            study.enqueue_trial(trial.params)
+            repeated.append(trial.number)
+            study.set_user_attr(_REPEATED, repeated)
 
 
 def note(study: "Study", trial: "FrozenTrial", fid: float | None) -> None:

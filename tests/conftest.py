@@ -114,6 +114,11 @@ class Trained:
     metrics: dict[str, float]
 
     @property
+    def curvature(self) -> Path:
+        (path,) = self.folder.glob("curvature-*.safetensors")
+        return path
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoints" / "last.ckpt"
 

@@ -364,7 +364,7 @@ def test_a_network_of_other_weights_is_refused():
     with pytest.raises(UserError, match="computed from .*-d-p, not from"):
         BlockEnsemble(members=2, block=posterior).fit(lambda n: real_start(net, "euler"), head)
     other = replace(head, curvature=replace(head.curvature, source="v-d-p"))
-    with pytest.raises(UserError, match=r"block\.safetensors"):
+    with pytest.raises(UserError, match=r"block file"):
         BlockPosterior.beside(other, some_factors(a=(2, 4)))
     mine = replace(head, curvature=replace(head.curvature, source="w-d-another pass"))
     assert BlockPosterior.beside(mine, some_factors(a=(2, 4))).structure == "full"
@@ -529,7 +529,7 @@ def test_the_run_with_a_wider_posterior(copied: Trained, compose: Compose, work)
 def test_other_content_of_the_file_makes_other_maps(copied: Trained, compose: Compose, work):
     given = (LAST, "metrics.num_images=0")
     result = pipeline.run(compose(*given))
-    path = copied.folder / "block.safetensors"
+    (path,) = copied.folder.glob("block-*.safetensors")
     factors = BlockFactors.load(path)
     layers = {
         name: replace(layer, output=layer.output * 4) for name, layer in factors.layers.items()
@@ -542,19 +542,19 @@ def test_other_content_of_the_file_makes_other_maps(copied: Trained, compose: Co
     assert pipeline.run(compose(*given)).folder == result.folder
     assert work == {"pass": 2}
     replace(factors, source="0" * 16 + factors.source[16:]).save(path)
-    check_line(refused(compose, *given), ["computed from 0000000000000000", "block.safetensors"])
+    check_line(refused(compose, *given), ["computed from 0000000000000000", "block file"])
     path.write_bytes(path.read_bytes()[:-9])
-    check_line(refused(compose, *given), ["block.safetensors", "delete it"])
+    check_line(refused(compose, *given), ["block-", "delete it"])
     pipeline.run(compose(given[1]))  # the head's maps need no such file
 
 
 def test_a_broken_file_is_found_before_training(compose: Compose, monkeypatch):
     cfg = compose(LAST)
-    folder = pipeline.build(cfg).folder
-    folder.mkdir(parents=True)
-    (folder / "block.safetensors").write_bytes(b"nothing")
+    path = pipeline.prepare(cfg)[3].block_path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"nothing")
     monkeypatch.setattr(pipeline, "fit", lambda *args: pytest.fail("training was started"))
-    check_line(refused(compose, LAST), ["block.safetensors", "delete it"])
+    check_line(refused(compose, LAST), ["block-", "delete it"])
 
 
 def test_the_callback_alone_has_both_posteriors():

@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_at_every_write(whole, tmp_path, monkeypatch):
 # Where they are below the run, and what is said of those that are not simply made again.
 FILES = {
     "checkpoints/last.ckpt": "(truncated or corrupt|is no checkpoint).*(delete|instead)",
-    "curvature.safetensors": "(cannot be read|is damaged).*delete it",
+    "curvature-*.safetensors": "(cannot be read|is damaged).*delete it",
     "snapshots/epoch-00002.safetensors": None,
     "fit.json": None,
     "images-*.npz": None,

@@ -265,12 +265,33 @@ def test_an_interrupted_study_continues_as_it_would_have(jobs, tmp_path, monkeyp
     stopped.run(rest)
     assert trials(stopped) == trials(whole) and len(trials(whole)) == 8
     assert [number for number, _ in rest.seen] == list(range(4, 8))
-    again = Cells()
-    stopped.run(again)
-    assert again.seen == []
     longer = search(tmp_path / "stopped", monkeypatch, n_trials=9)
-    longer.run(again)
-    assert [number for number, _ in again.seen] == [8]
+    more = Cells()
+    longer.run(more)
+    assert [number for number, _ in more.seen] == [8]
+
+
+def test_failed_trials_are_tried_again_when_a_finished_search_is_started_again(
+    tmp_path, monkeypatch
+):
+    one = search(tmp_path, monkeypatch)
+    one.run(Cells())
+    failed = [cell for _, state, _, cell in trials(one) if state == "FAIL"]
+    assert failed and len(trials(one)) == 8
+    again = Cells()
+    one.run(again)  # they fail again
+    cells = [dict(word.split("=") for word in cell) for _, cell in again.seen]
+    assert [(float(c["a"]), c["b"]) for c in cells] == [(f["a"], f["b"]) for f in failed]
+    stopped = Cells(stop_at=len(trials(one)) + 1)
+    with pytest.raises(KeyboardInterrupt):
+        one.run(stopped)
+    for _ in range(2):  # the rest of that start, and what had failed in it
+        one.run(lambda cells, first: [1.0] * len(cells))  # what made them fail is mended
+    mended = [cell for _, state, value, cell in trials(one) if value == 1.0]
+    assert sorted(map(str, mended)) == sorted(map(str, failed))
+    done = Cells()
+    one.run(done)
+    assert done.seen == []
 
 
 def test_failed_cells_are_never_the_best(tmp_path, monkeypatch):

@@ -119,12 +119,22 @@ def test_a_finished_run_is_made_and_every_lost_artefact_is_to_be_made(copied, co
     assert {s for s, made in states(planner.look([], cfg)).items() if not made} == {
         "images", "scores",
     }  # fmt: skip
-    (copied.folder / "curvature.safetensors").unlink()
+    (copied.curvature).unlink()
     found = states(planner.look([], cfg))
     assert found["training"] and not any(found[s] for s in ("curvature", "maps", "report"))
     shutil.rmtree(copied.folder)
     shutil.rmtree(copied.output_dir / "cache")
     assert not any(states(planner.look([], cfg)).values())
+
+
+def test_a_finished_run_with_a_wider_posterior_is_made(copied, compose):
+    cfg = compose("laplace.subset=last_block", "metrics.num_images=0")
+    found = states(planner.look([], cfg))
+    assert found["training"] and not any(found[s] for s in ("curvature", "maps", "report"))
+    pipeline.run(cfg)
+    assert all(states(planner.look([], cfg)).values())
+    next(copied.folder.glob("block-*")).unlink()
+    assert not states(planner.look([], cfg))["curvature"]
 
 
 def test_other_settings_of_a_finished_run_share_what_they_can(copied, compose):

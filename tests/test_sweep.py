@@ -28,7 +28,7 @@ def table_of(output_dir: Path) -> list[dict[str, str]]:
 def swept(trained, tmp_path_factory):
     """A sweep with one bad cell, over a training that is there already."""
     copy = trained.copy_to(tmp_path_factory.mktemp("sweep"))
-    before = (copy.folder / "curvature.safetensors").stat().st_mtime_ns
+    before = (copy.curvature).stat().st_mtime_ns
     done = run_sweep(copy.output_dir, f"{KEY}=1,10,-1")
     return copy, done, before
 
@@ -46,7 +46,7 @@ def test_a_bad_cell_leaves_the_others_and_a_non_zero_exit(swept):
 
 def test_no_second_training_and_no_second_pass(swept):
     copy, _, before = swept
-    assert (copy.folder / "curvature.safetensors").stat().st_mtime_ns == before
+    assert (copy.curvature).stat().st_mtime_ns == before
     assert len(list(copy.output_dir.glob("digits-flow-*"))) == 1
     assert len(list(copy.folder.glob("images-*.npz"))) == 1  # the prior does not move the images
 

@@ -63,7 +63,7 @@ def test_curves_on_the_board(trained: Trained):
 
 def test_the_curvature_is_that_of_the_averaged_weights(trained: Trained):
     record = json.loads((trained.folder / "fit.json").read_text())
-    curvature = Curvature.load(trained.folder / "curvature.safetensors")
+    curvature = Curvature.load(trained.curvature)
     assert curvature.source.startswith(record["weights"])
     head = read_checkpoint(trained.checkpoint)["state_dict"]["net.head.weight"]
     assert torch.equal(curvature.mean[:, :-1], head.flatten(1).double())
@@ -114,7 +114,7 @@ def test_it_learns_one_batch_by_heart(compose: Compose):
 def test_variations_run(overrides, compose: Compose):
     this, weights = fit(compose(*overrides))
     assert weights == weights_key(this.model)
-    assert (this.folder / "curvature.safetensors").is_file()
+    assert list(this.folder.glob("curvature-*.safetensors"))
     assert bool(list(this.folder.rglob("metrics.csv"))) == (overrides[0] == "logger=csv")
     events = list(this.folder.rglob("events.*"))
     assert bool(events) == ("logger" not in overrides[0])

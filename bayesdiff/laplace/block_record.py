@@ -83,7 +83,7 @@ class BlockFactors:
         if mine[: len(asked)] != asked:
             raise UserError(
                 f"the factors of the last block were computed from {self.source}, not from"
-                f" {source}; delete block.safetensors to compute them again, or give another"
+                f" {source}; delete the block file to compute them again, or give another"
                 " run_dir"
             )
 

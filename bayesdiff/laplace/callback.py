@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from bayesdiff.artefacts import key_of, weights_key
 from bayesdiff.checks import UserError
 from bayesdiff.distributed import barrier, rank
-from bayesdiff.laplace.block import check_block, check_subset, factors_of
+from bayesdiff.laplace.block import check_block, check_subset, factors_of, stored_factors
 from bayesdiff.laplace.block_posterior import BlockPosterior
 from bayesdiff.laplace.block_record import BlockFactors
 from bayesdiff.laplace.curvature import check_pass, fit_curvature
@@ -44,7 +44,7 @@ class LastLayerLaplace(Callback):
         n_eff: images the likelihood counts; None for those of the pass.
         rank: of ``structure="subspace"``.
         subset: ``head``, or ``last_block`` for a posterior of the network's last block beside it,
-            in ``block``; its factors are kept next to the curvature, as ``block.safetensors``.
+            in ``block``; its factors are kept next to the curvature, as ``block-....safetensors``.
             Whatever is fitted, such as the evidence, is fitted to the head.
         probes: of ``fit_block``.
         curvature: options of ``fit_curvature``.
@@ -108,9 +108,25 @@ class LastLayerLaplace(Callback):
             check_block(model.net, count)
 
     @property
+    def file_name(self) -> str:
+        """Of the curvature, by the options of its pass: others lie beside it."""
+        return f"curvature-{key_of(self._pass)[:8]}.safetensors"
+
+    @property
     def block_path(self) -> Path | None:
         """Where the factors of the last block are kept."""
-        return None if self.path is None else self.path.with_name("block.safetensors")
+        name = f"block-{key_of(self._block_pass)[:8]}.safetensors"
+        return None if self.path is None else self.path.with_name(name)
+
+    @property
+    def _pass(self) -> dict[str, Any]:
+        # Sums that are not kept apart are the same: one bin is no option of the pass.
+        return {k: v for k, v in self.pass_options.items() if (k, v) != ("time_bins", 1)}
+
+    @property
+    def _block_pass(self) -> dict[str, Any]:
+        options = {k: v for k, v in self.pass_options.items() if k != "time_bins"}
+        return options | {"probes": self.probes}
 
     def check_files(self) -> None:
         """Refuse kept files that cannot be read, before there is any work they could waste."""
@@ -135,6 +151,16 @@ class LastLayerLaplace(Callback):
         with nullcontext() if self.path is None else together(self.path):
             return self._fit(model, data)
 
+    def kept(self, model: Any, data: Any) -> HeadPosterior | None:
+        """The posterior where all it needs is kept; None where ``fit`` would pass over data."""
+        weights = weights_key(model)
+        if self._stored(self.source(weights, data)) is None:
+            return None
+        source = f"{weights}-{data.fingerprint}-{key_of(self._block_pass)}"
+        if self.subset == "last_block" and stored_factors(self.block_path, source) is None:
+            return None
+        return self._fit(model, data)
+
     def _fit(self, model: Any, data: Any) -> HeadPosterior:
         weights = weights_key(model)
         made_from, source = f"{weights}-{data.fingerprint}", self.source(weights, data)
@@ -149,8 +175,7 @@ class LastLayerLaplace(Callback):
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
         _remark(self.posterior)
         if self.subset == "last_block":
-            options = {k: v for k, v in self.pass_options.items() if k != "time_bins"}
-            options["probes"] = self.probes
+            options = self._block_pass
             source = f"{made_from}-{key_of(options)}"
             factors = factors_of(model, data, self.block_path, source, **options)
             self.block = BlockPosterior.beside(self.posterior, factors)
@@ -158,9 +183,7 @@ class LastLayerLaplace(Callback):
 
     def source(self, weights: str, data: Any) -> str:
         """What the curvature of these weights and data comes from."""
-        # Sums that are not kept apart are the same: one bin is no option of the pass.
-        options = {k: v for k, v in self.pass_options.items() if (k, v) != ("time_bins", 1)}
-        return f"{weights}-{data.fingerprint}-{key_of(options)}"
+        return f"{weights}-{data.fingerprint}-{key_of(self._pass)}"
 
     def block_statistics(self) -> dict[str, float]:
         """How much the data say of the last block, as flat scalars; none without one."""

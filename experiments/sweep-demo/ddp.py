@@ -43,7 +43,7 @@ def largest(one: np.ndarray, other: np.ndarray) -> float:
 
 def compared(one: Path, other: Path) -> dict[str, Any]:
     """What differs between two run folders."""
-    first, second = (Curvature.load(at / "curvature.safetensors") for at in (one, other))
+    first, second = (Curvature.load(next(at.glob("curvature-*"))) for at in (one, other))
     (images, again), (samples, maps), (cell, there) = (
         tuple(next(at.glob(name)) for at in (one, other))
         for name in ("images-*.npz", "samples-*.npz", "*/metrics.json")

@@ -46,7 +46,7 @@ SMOKE = [
 ]
 # The stage that ends with a file of this name.
 STAGES = {
-    "curvature.safetensors": "curvature",
+    "curvature-*.safetensors": "curvature",
     "fit.json": "training",
     "images-*.npz": "images",
     "refiner-*.safetensors": "refiner",
