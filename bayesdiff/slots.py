@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -18,40 +19,53 @@ log = logging.getLogger(__name__)
 # Cells at once on this machine; 0 where the launcher itself hands out devices.
 SLOTS = "BAYESDIFF_SLOTS"
 _POLL = 0.5
-# This process's GPU and of how many: it cannot change it once it has used it.
-_bound: tuple[int, int] | None = None
+# This process's GPU and all of them: it cannot change it once it has used it.
+_bound: tuple[str, Sequence[str]] | None = None
 
 
 @contextmanager
 def device_slot(folder: Path, accelerator: str) -> Generator[None, None, None]:
-    """Wait for a free slot of this machine and keep it for one cell, or until this process ends.
+    """Wait for a free slot and keep it for one cell, or until this process ends.
 
-    A slot is a GPU, or as many cores as a process has threads (``OMP_NUM_THREADS``, else all);
+    A slot is a GPU of this machine, whichever of the user's sweeps asks for it; without GPUs, as
+    many cores as a process has threads (``OMP_NUM_THREADS``, else all), for each sweep apart.
     ``BAYESDIFF_SLOTS`` is another number of them. This process then sees the GPU of its slot
     alone: slot k has device k mod n.
 
     Args:
-        folder: of the sweep, whose processes share the slots.
+        folder: of the sweep, whose processes share its cores.
         accelerator: Lightning's, ``cpu`` uses no GPU.
     """
     global _bound
-    bound = None if accelerator == "cpu" else _bound
-    gpus = [] if accelerator == "cpu" or bound else visible_gpus()
-    count = bound[1] if bound else len(gpus)
-    slots = number_of_slots(count)
+    own, gpus = _bound if _bound and accelerator != "cpu" else (None, ())
+    if own is None and accelerator != "cpu":
+        gpus = visible_gpus()
+    slots = number_of_slots(len(gpus))
     if not slots:
         yield
         return
-    mine = [k for k in range(slots) if bound is None or k % count == bound[0]]
-    lock, number = _wait(folder, mine)
-    if gpus:
-        _bound = (number % count, count)
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % count]
-        log.info("slot %d: GPU %s", number, gpus[number % count])
+    names = [gpus[k % len(gpus)] if gpus else "cpu" for k in range(slots)]
+    host, where = platform.node(), machine_folder() if gpus else folder
+    places = {
+        where / f"slot-{host}-{name.replace('/', '-')}-{k}": name
+        for k, name in enumerate(names)
+        if own in (None, name)
+    }
+    lock, path = _wait(list(places))
+    if gpus and own is None:
+        _bound = (places[path], gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = places[path]
+        log.info("%s: GPU %s", path.name, places[path])
     try:
         yield
     finally:
         lock.release()
+
+
+def machine_folder() -> Path:
+    """Where all sweeps of this user on this machine meet."""
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    return Path(tempfile.gettempdir()) / f"bayesdiff-{user}"
 
 
 def number_of_slots(gpus: int) -> int:
@@ -92,15 +106,15 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _wait(folder: Path, numbers: Sequence[int]) -> tuple[FileLock, int]:
-    """A free slot of these, as soon as there is one, and its number."""
-    host, told = platform.node(), False
-    locks = {number: lock_of(folder / f"slot-{host}-{number}") for number in numbers}
+def _wait(paths: Sequence[Path]) -> tuple[FileLock, Path]:
+    """The lock of the first slot that is free, as soon as there is one, and which it is."""
+    told = False
+    locks = {path: lock_of(path) for path in paths}
     while True:
-        for number, lock in locks.items():
+        for path, lock in locks.items():
             if taken(lock, 0):
-                return lock, number
+                return lock, path
         if not told:
-            log.info("waiting for one of %d slots on %s", len(locks), host)
+            log.info("waiting for one of %d slots on %s", len(locks), platform.node())
             told = True
         time.sleep(_POLL)

@@ -11,8 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -79,7 +81,7 @@ class SweepReport(Callback):
             check_writable(Path(config.output_dir))
         except UserError as error:  # Hydra would warn of it and go on
             sys.exit(f"error: {error}")
-        overrides = [str(o) for o in config.hydra.overrides.task]
+        overrides = [expanded(str(o)) for o in config.hydra.overrides.task]
         overrides += [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         folder = Path(config.output_dir) / "sweeps" / key_of(sorted(overrides))[:8]
         os.environ[_FOLDER] = str(folder)  # workers have it from here
@@ -103,6 +105,16 @@ class SweepReport(Callback):
             sys.exit(
                 f"error: {len(failed)} of {len(rows)} cells failed, the rest is kept: {lines}"
             )
+
+
+def expanded(word: str) -> str:
+    """An override with what its glob matches now: with another choice it is another sweep."""
+    here = GlobalHydra.instance()
+    loader = here.config_loader() if here.is_initialized() else None
+    (override,) = OverridesParser.create(config_loader=loader).parse_overrides([word])
+    if loader is None or not isinstance(override.value(), Glob):
+        return word
+    return f"{override.get_key_element()}={','.join(override.sweep_string_iterator())}"
 
 
 def slot_of(cfg: DictConfig, folder: str | None) -> AbstractContextManager[None]:
@@ -185,7 +197,7 @@ def _is_list(value: Any) -> bool:
 
 def _one_device(config: DictConfig, devices: Any) -> str:
     """The refusal of several devices per cell, with the two commands that do it."""
-    words = [str(o) for o in config.hydra.overrides.task]
+    words = [expanded(str(o)) for o in config.hydra.overrides.task]
     given = OverridesParser.create().parse_overrides(words)
     first = [
         f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CONFIGS, ROOT, smallest
+from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -184,18 +185,23 @@ def test_slots_that_are_no_number_are_one_line(monkeypatch):
 
 
 @pytest.fixture
-def two_gpus(monkeypatch):
+def two_gpus(monkeypatch, tmp_path):
     """A machine with two GPUs, of which this process has none yet."""
     monkeypatch.setattr(slots, "_bound", None)
     monkeypatch.setattr(slots, "_POLL", 0.01)
+    monkeypatch.setattr(slots.tempfile, "gettempdir", lambda: str(tmp_path / "machine"))
     monkeypatch.setattr(slots, "visible_gpus", lambda: ["4", "7"])
     monkeypatch.delenv(slots.SLOTS, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
 
 
+def gpu_slot(gpu: str, number: int) -> FileLock:
+    """Of this machine, whichever sweep asks."""
+    return lock_of(slots.machine_folder() / f"slot-{slots.platform.node()}-{gpu}-{number}")
+
+
 def test_a_process_gets_the_gpu_of_a_free_slot_and_keeps_it(two_gpus, tmp_path, monkeypatch):
-    host = slots.platform.node()
-    other = lock_of(tmp_path / f"slot-{host}-0")
+    other = gpu_slot("4", 0)  # of another sweep
     assert taken(other, 0)
     with slots.device_slot(tmp_path, "auto"):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
@@ -203,13 +209,13 @@ def test_a_process_gets_the_gpu_of_a_free_slot_and_keeps_it(two_gpus, tmp_path, 
     monkeypatch.setenv(slots.SLOTS, "4")
     with slots.device_slot(tmp_path, "auto"):  # slot 0 is free, but CUDA cannot change devices
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
-        held = [n for n in range(4) if not taken(lock_of(tmp_path / f"slot-{host}-{n}"), 0)]
+        held = [n for n in range(4) if not taken(gpu_slot("47"[n % 2], n), 0)]
         assert held == [1]
 
 
 def test_more_workers_than_gpus_share_them(two_gpus, tmp_path, monkeypatch):
     monkeypatch.setenv(slots.SLOTS, "3")
-    others = [lock_of(tmp_path / f"slot-{slots.platform.node()}-{n}") for n in (0, 1)]
+    others = [gpu_slot("4", 0), gpu_slot("7", 1)]
     assert all(taken(lock, 0) for lock in others)
     with slots.device_slot(tmp_path, "auto"):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"  # slot 2, of two GPUs

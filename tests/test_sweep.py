@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, smallest
+from conftest import CONFIGS, ROOT, smallest
+from hydra import initialize_config_dir
 
+from bayesdiff import sweep
 from bayesdiff.report import sweep as report_sweep
 
 KEY = "laplace.prior_precision"
@@ -87,3 +89,11 @@ def test_failed_rows_have_a_place_in_the_table():
         "a": "x", "status": "failed", "seconds": 1.0, "folder": "", "error": "why",
     }  # fmt: skip
     assert json.dumps(flat)
+
+
+def test_a_glob_stands_for_what_it_matches():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert sweep.expanded("path=glob(vp_*,exclude=*linear)") == "path=vp_cosine"
+        assert sweep.expanded("path=glob(vp_*)") == "path=vp_cosine,vp_linear,vp_scaled_linear"
+        for word in ("solver=euler,heun", "+a=interval(0,1)", "~callbacks.samples", "b='x y'"):
+            assert sweep.expanded(word) == word
