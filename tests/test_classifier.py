@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 from types import SimpleNamespace
@@ -97,7 +98,8 @@ def test_cache_gives_the_same_network_without_training(tmp_path, monkeypatch):
     (file,) = tmp_path.glob("[!.]*")
     assert file == cache_path(tmp_path, "abc", 0, 2) and file.match("classifier-*.safetensors")
     with safe_open(file, framework="pt") as stored:
-        assert float(stored.metadata()["test_accuracy"]) == trained.test_accuracy
+        facts = json.loads(stored.metadata()["record"])
+    assert facts["test_accuracy"] == trained.test_accuracy and facts["fingerprint"] == "abc"
 
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
@@ -111,7 +113,9 @@ def test_cache_gives_the_same_network_without_training(tmp_path, monkeypatch):
             load_or_train(tmp_path, changed, 0 if changed is not data else 1, epochs=2)
 
 
-@pytest.mark.parametrize("damage", ["text", "truncated", "other network", "no metadata"])
+@pytest.mark.parametrize(
+    "damage", ["text", "truncated", "one byte", "other network", "no metadata"]
+)
 def test_damaged_cache_file_is_trained_again_with_a_warning(tmp_path, caplog, damage):
     from safetensors.torch import save_file
 
@@ -122,6 +126,10 @@ def test_damaged_cache_file_is_trained_again_with_a_warning(tmp_path, caplog, da
         file.write_text("not tensors")
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "one byte":
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
     elif damage == "no metadata":
         save_file(Classifier(1, 2).state_dict(), file)
     else:

@@ -33,6 +33,7 @@ from torch import nn
 from bayesdiff import pipeline
 from bayesdiff.artefacts import read_checkpoint
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.checked_file import save_checked
 from bayesdiff.laplace.gram import head_matrix
 from bayesdiff.solvers import DDIM, Euler, SampleNoise
 from bayesdiff.uncertainty import (
@@ -534,10 +535,13 @@ def test_damaged_snapshots_and_those_of_another_network_are_refused(kept, compos
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     given = (*kept, "uncertainty=swag")
-    check_line(refused(compose, *given), [path.name, "truncated or corrupt", "delete it"])
-    from safetensors.torch import save_file
-
-    save_file(read_snapshot(snapshots_of(path.parents[1])[0]) | {"odd": torch.ones(1)}, path)
+    check_line(refused(compose, *given), [path.name, "cannot be read as a snapshot", "delete it"])
+    content = bytearray(whole)
+    content[-5] ^= 1
+    path.write_bytes(content)
+    check_line(refused(compose, *given), [path.name, "damaged", "delete it"])
+    other = read_snapshot(snapshots_of(path.parents[1])[0]) | {"odd": torch.ones(1)}
+    save_checked(path, "bayesdiff-snapshot-1", other, {})
     check_line(refused(compose, *given), [path.name, "another network", "odd"])
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesdiff.checks import UserError
 from bayesdiff.device import autocast_dtype
-from bayesdiff.disk import write_atomic
+from bayesdiff.laplace.checked_file import load_checked, save_checked
 from bayesdiff.locks import alone
 from bayesdiff.progress import track
 
@@ -23,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # Part of the cache key: raise it when the network or its training changes.
 ARCHITECTURE = 1
+_KIND = "bayesdiff-classifier-1"
 FEATURES = 128
 BATCH_SIZE = 256
 
@@ -165,22 +164,25 @@ def cache_path(cache_dir: Path | str, fingerprint: str, seed: int, epochs: int) 
 
 
 def save_classifier(network: Classifier, path: Path, **notes: str) -> None:
-    """Write weights and shape in one step, so that a reader never meets half a file."""
+    """Write weights, shape and a checksum in one step: a reader never meets half a file."""
     shape = {name: getattr(network, name) for name in ("channels", "num_classes", "stride")}
-    metadata = {"shape": json.dumps(shape), "test_accuracy": repr(network.test_accuracy), **notes}
-    tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-    write_atomic(path, lambda file: save_file(tensors, file, metadata=metadata))
+    facts = {"shape": shape, "test_accuracy": network.test_accuracy, **notes}
+    save_checked(path, _KIND, network.state_dict(), facts)
 
 
 def load_classifier(path: Path | str) -> Classifier:
-    """Read a classifier file onto the CPU, in eval mode; never runs code from it."""
-    with safe_open(path, framework="pt") as stored:
-        metadata = stored.metadata()
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    accuracy = float(metadata["test_accuracy"])
-    network = Classifier(**json.loads(metadata["shape"]), test_accuracy=accuracy)
-    network.load_state_dict(tensors)
-    return network.to(memory_format=torch.channels_last).eval()
+    """Read a classifier file onto the CPU, in eval mode; never runs code from it.
+
+    Raises:
+        UserError: if it is missing, damaged, or something else.
+    """  # noqa: DOC502 - raised one level down
+
+    def build(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Classifier:
+        network = Classifier(**facts["shape"], test_accuracy=facts["test_accuracy"])
+        network.load_state_dict(tensors)
+        return network.to(memory_format=torch.channels_last).eval()
+
+    return load_checked(path, [_KIND], "a classifier", "delete it to train it again", build)
 
 
 def _read_cache(path: Path) -> Classifier | None:
@@ -188,8 +190,8 @@ def _read_cache(path: Path) -> Classifier | None:
         return None
     try:
         return load_classifier(path)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        log.warning("%s is not readable (%s); training it again", path, error)
+    except UserError as error:
+        log.warning("%s; training it again", error)
         return None
 
 

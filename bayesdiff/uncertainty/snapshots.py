@@ -6,13 +6,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bayesdiff.artefacts import write_atomic
-from bayesdiff.checks import UserError, at_least
+from bayesdiff.checks import at_least
+from bayesdiff.laplace.checked_file import load_checked, save_checked
 
+_KIND = "bayesdiff-snapshot-1"
 _NAME = re.compile(r"epoch-(\d+)\.safetensors")
 
 
@@ -50,9 +49,8 @@ class Snapshots(Callback):
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         path = folder / "snapshots" / f"epoch-{epochs:05d}.safetensors"
-        write_atomic(path, lambda file: save_file(state, file))
+        save_checked(path, _KIND, model.state_dict(), {"epochs": epochs})
         for old in snapshots_of(folder)[: -self.keep]:
             old.unlink()
 
@@ -68,13 +66,10 @@ def read_snapshot(path: Path) -> dict[str, Tensor]:
 
     Raises:
         UserError: if it is damaged.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"snapshot {path} is truncated or corrupt ({error}); delete it to do without"
-        ) from error
+    """  # noqa: DOC502 - raised one level down
+    return load_checked(
+        path, [_KIND], "a snapshot", "delete it to do without", lambda _, tensors, __: tensors
+    )
 
 
 def planned_snapshots(callbacks: Any, max_epochs: int | None) -> int:
