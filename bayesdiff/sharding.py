@@ -99,8 +99,8 @@ class ShardedModel(GenerativeModel):
         state = get_model_state_dict(self, options=_WHOLE)
         (model,) = self.original
         if rank() == 0:
-            model.load_state_dict(state)
-        return model.to(self.device)
+            model.to(self.device).load_state_dict(state)
+        return model
 
     def configure_gradient_clipping(
         self,
