@@ -102,17 +102,6 @@ class ShardedModel(GenerativeModel):
             model.to(self.device).load_state_dict(state)
         return model
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the norm over the parts on all processes."""
-        if gradient_clip_val:
-            norm: Any = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-            self.log("train/grad_norm", norm.full_tensor())
-
 
 class ShardedAveraging(EMAWeightAveraging):
     """Lightning's moving average for a ``ShardedModel``, split in the same way."""

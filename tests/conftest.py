@@ -83,6 +83,15 @@ def train_py(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def scalars(folder: Path) -> dict[str, list[float]]:
+    """Curves in a TensorBoard folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
 def compose_list(overrides: list[str], name: str = "train", **options: bool) -> DictConfig:
     """The configuration that train.py, or sweep.py, would get from these arguments."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

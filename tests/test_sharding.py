@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import compose_list, smallest, train_py
+from conftest import compose_list, scalars, smallest, train_py
 from torch.distributed.tensor import DTensor
 
 from bayesdiff import pipeline
@@ -16,13 +16,15 @@ from bayesdiff.report import board
 from bayesdiff.uncertainty.snapshots import read_snapshot, snapshots_of
 
 TWO = ("trainer=fsdp", "trainer.devices=2")
+CLIPPED_AT = 0.01
 OPTIONS = (
     "trainer.max_epochs=2",
     "callbacks.ema.decay=0.9",
     "model.warmup_steps=2",
     "metrics.num_images=0",
     "+model.optimizer.eps=1",  # or Adam makes whole steps of the rounding of zero gradients
-    "model.optimizer.lr=0.1",
+    "model.optimizer.lr=1",
+    f"trainer.gradient_clip_val={CLIPPED_AT}",
     "+callbacks.kept._target_=test_sharding.Kept",
     "+callbacks.snapshots._target_=bayesdiff.uncertainty.Snapshots",
     "+callbacks.snapshots.keep=2",
@@ -89,6 +91,12 @@ def test_the_same_weights_as_in_one_process(runs):
     start = pipeline.build(compose_list(smallest(one.parent, *OPTIONS))).model.state_dict()
     end = read_checkpoint(two / "checkpoints" / "last.ckpt")["state_dict"]
     assert max((end[name] - value).abs().max() for name, value in start.items()) > 5e-4
+
+
+def test_gradients_are_clipped_by_the_norm_over_all_parts(runs):
+    one, two = (scalars(run / "tensorboard")["train/grad_norm"] for run in runs)
+    assert len(one) == 4 and min(one) > CLIPPED_AT
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_each_process_holds_half(runs):

@@ -5,7 +5,7 @@ import json
 import lightning as L
 import pytest
 import torch
-from conftest import Compose, Trained
+from conftest import Compose, Trained, scalars
 from lightning.pytorch.callbacks import Callback
 
 from bayesdiff import pipeline, training
@@ -20,14 +20,6 @@ from bayesdiff.laplace.record import Curvature
 def fit(cfg) -> tuple[pipeline.Run, str]:
     this, _, _, laplace = pipeline.prepare(cfg)
     return this, training.fit(this, laplace)
-
-
-def scalars(folder) -> dict[str, list[float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 @pytest.mark.parametrize("every", ["2", "5", "null"])

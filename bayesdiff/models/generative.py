@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -136,7 +136,9 @@ class GenerativeModel(L.LightningModule):
     ) -> None:
         """Clip the norm; Lightning's own way refuses fused optimisers, needlessly without fp16."""
         if gradient_clip_val:
-            norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            norm: Any = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            if hasattr(norm, "full_tensor"):  # of weights that are split over processes
+                norm = norm.full_tensor()
             self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
