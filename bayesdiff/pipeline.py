@@ -29,7 +29,7 @@ from bayesdiff.repair import check_repair, repair_images
 from bayesdiff.report import table
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
-from bayesdiff.stages import check_metrics, make_images, make_maps, make_validation, score
+from bayesdiff.stages import check_metrics, make_images, make_maps, make_scores, make_validation
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
@@ -82,11 +82,16 @@ def run(cfg: DictConfig) -> Result:
             checked = make_validation(
                 this, solver, estimator, posterior, samples, path, at.checked
             )
+    scores: dict[str, float] = {}
+    if images is not None:
+        path = scores_path(this, at.images)
+        with together(path):
+            scores = make_scores(this, images, path, scores_key(this, at.images))
     told = settings(cfg, this, posterior, solver.name, estimator.name)
     result = Result(folder, at.samples_path, {}, told)
     if rank() == 0:
         with alone(folder / "metrics.json"):
-            metrics = scores_of(this, images, samples, folder, at.cell, at.images)
+            metrics = scores | statistics_of(samples)
             if checked is not None:
                 metrics |= checked.metrics(cfg.seed)
             metrics |= laplace.statistics() | laplace.block_statistics()
@@ -223,27 +228,13 @@ def _named(cfg: DictConfig, name: str) -> dict[str, Any]:
     return {"name": name, **{k: v for k, v in plain(cfg).items() if k != "_target_"}}
 
 
-def scores_of(
-    this: Run, images: Any, samples: Samples, folder: Path, cell_key: str, images_key: str
-) -> dict[str, float]:
-    """Image scores (shared by all cells of the same images) and statistics of the maps."""
+def statistics_of(samples: Samples) -> dict[str, float]:
+    """What the maps come to, as flat scalars."""
     from bayesdiff.metrics.uncertainty import variance_statistics
 
-    stored = read_json(folder / "metrics.json") or {}
-    if stored.get("key") == cell_key and isinstance(stored.get("metrics"), dict):
-        return stored["metrics"]
-    metrics: dict[str, float] = {}
-    if images is not None:
-        path, key = scores_path(this, images_key), scores_key(this, images_key)
-        with alone(path):
-            shared = read_json(path) or {}
-            if shared.get("key") != key or not isinstance(shared.get("metrics"), dict):
-                shared = {"key": key, "metrics": score(this, images)}
-                write_json(path, shared)
-        metrics |= shared["metrics"]
-    metrics["nfe"] = samples.nfe
     samples = samples.in_model_range()  # a number means the same whatever is shown
     statistics = variance_statistics(samples.variance, samples.labels)
+    metrics: dict[str, float] = {"nfe": samples.nfe}
     if samples.sampler_noise is not None:
         metrics["sampler_noise/mean"] = variance_statistics(samples.sampler_noise)["mean"]
     return metrics | {f"summed_variance/{name}": value for name, value in statistics.items()}

@@ -1,7 +1,6 @@
 """The stages after training: images, uncertainty maps, scores; each is made once per key."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from bayesdiff.artefacts import read_arrays, read_json, write_arrays, write_json
 from bayesdiff.build import Run, is_main_process
 from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.data.module import to_uint8
-from bayesdiff.distributed import barrier, gather_rows, rank, world_size
+from bayesdiff.distributed import barrier, rank, world_size
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.validation import (
     COLUMNS,
@@ -24,6 +23,7 @@ from bayesdiff.metrics.validation import (
     validate,
 )
 from bayesdiff.progress import track
+from bayesdiff.rows import Batch, Rows, shared_rows
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.uncertainty import Estimator, Samples, Starts, starts_of
 from bayesdiff.uncertainty.memory import images_at_once
@@ -34,8 +34,6 @@ if TYPE_CHECKING:  # these import torch-fidelity, which costs seconds
     from bayesdiff.metrics.scores import Reference
 
 log = logging.getLogger(__name__)
-
-Rows = dict[str, Tensor]
 
 # Names that metrics.features takes.
 ENCODERS = ("classifier", "inception", "clip", "dinov2")
@@ -53,7 +51,7 @@ def made_rows(
     key: str,
     numbers: range,
     size: int,
-    batch: Callable[[list[int]], Rows],
+    batch: Batch,
     what: str,
 ) -> Rows:
     """Rows of samples, made once; their batches are shared by all processes.
@@ -71,16 +69,7 @@ def made_rows(
     if stored is not None:
         log.info("%s: %d made before", what, len(numbers))
         return stored
-    batches = torch.arange(numbers.start, numbers.stop).split(size)
-    mine = list(batches[rank() :: world_size()])
-    parts = [batch(each.tolist()) for each in track(mine, what)]
-    if not parts:  # there are more processes than batches; the shapes must be known all the same
-        parts = [{name: value[:0] for name, value in batch([numbers.start]).items()}]
-    place = torch.cat(mine) - numbers.start if mine else torch.zeros(0, dtype=torch.long)
-    rows = {
-        name: gather_rows(torch.cat([part[name] for part in parts]), place, len(numbers))
-        for name in parts[0]
-    }
+    rows = shared_rows(numbers, size, batch, what)
     if rank() == 0:
         write_arrays(path, key, rows)
     return rows
@@ -209,22 +198,40 @@ def check_metrics(cfg: DictConfig, run: Run) -> None:
         )
 
 
+def make_scores(run: Run, images: Tensor, path: Path, key: str) -> dict[str, float]:
+    """FID and its kin of the images, made once for all cells that share them."""
+    stored = read_json(path) or {}
+    barrier()  # nobody writes before everybody has looked
+    if stored.get("key") == key and isinstance(stored.get("metrics"), dict):
+        return stored["metrics"]
+    metrics = score(run, images)
+    if rank() == 0:
+        write_json(path, {"key": key, "metrics": metrics})
+    return metrics
+
+
 def score(run: Run, images: Tensor) -> dict[str, float]:
-    """FID, IS, KID, precision, recall and CMMD of the images, and of real test images."""
+    """FID, IS, KID, precision, recall and CMMD of the images, and of real test images.
+
+    All processes extract features; the first one has the scores, the others nothing.
+    """
     from bayesdiff.metrics.cmmd import cmmd
     from bayesdiff.metrics.features import extract
     from bayesdiff.metrics.scores import scores
 
     cfg, data = run.cfg.metrics, run.data.data
-    extractor, reference = judge(run)
+    extractor, reference = judge(run, shared=True)
     name, seed = cfg.features, cfg.seed
     known = torch.from_numpy(reference.subset)
-    own = extract(extractor, images, cfg.batch_size)
-    values = scores(own, reference, seed=seed, extractor=name)
-    values |= cmmd(own.features, known, encoder=name)
+    own = extract(extractor, images, cfg.batch_size, shared=True)
     # Test images often come sorted by class.
     mixed = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(seed))
-    real = extract(extractor, data.test_images[mixed[: len(images)]], cfg.batch_size)
+    some = data.test_images[mixed[: len(images)]]
+    real = extract(extractor, some, cfg.batch_size, shared=True)
+    if rank():
+        return {}
+    values = scores(own, reference, seed=seed, extractor=name)
+    values |= cmmd(own.features, known, encoder=name)
     if len(real) > 1:
         of_real = scores(real, reference, seed=seed, extractor=name)
         of_real |= cmmd(real.features, known, encoder=name)
@@ -235,12 +242,15 @@ def score(run: Run, images: Tensor) -> dict[str, float]:
     return values
 
 
-def judge(run: Run, seed: int | None = None) -> tuple["FeatureExtractorBase", "Reference"]:
+def judge(
+    run: Run, seed: int | None = None, shared: bool = False
+) -> tuple["FeatureExtractorBase", "Reference"]:
     """The extractor that ``metrics`` names with the statistics of the training images under it.
 
     Args:
         run: gives both.
         seed: of a classifier; None is that of the run's scores.
+        shared: whether all processes call it and share the work.
     """
     from bayesdiff.metrics.features import build_extractor, extract, weights_hash
     from bayesdiff.metrics.scores import reference_statistics
@@ -256,9 +266,10 @@ def judge(run: Run, seed: int | None = None) -> tuple["FeatureExtractorBase", "R
         device=run.device,
     )
     reference = reference_statistics(
-        lambda: extract(extractor, data.images, cfg.batch_size),
+        lambda: extract(extractor, data.images, cfg.batch_size, shared=shared),
         key=f"{data.fingerprint}-{weights_hash(extractor)}",
         cache_dir=cache,
         seed=cfg.seed,
+        shared=shared,
     )
     return extractor, reference

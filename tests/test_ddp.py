@@ -67,6 +67,8 @@ def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
     fixed.append("uncertainty.validate_members=2")
     classifiers_for(trained, tmp_path)
     one = pipeline.run(compose_list(smallest(tmp_path, *fixed, f"run_dir={tmp_path}/one")))
+    for path in (tmp_path / "cache").glob("reference-*"):
+        path.unlink()  # its features too are shared out
     done = train_py(tmp_path, *smallest(tmp_path, *fixed, *TWO, f"run_dir={tmp_path}/two"))
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"\bnfe\b", done.stdout)) == 1
@@ -94,6 +96,9 @@ def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
     first_rows, second_rows = (record["images"] for record in compared)
     for name in ("estimate", "reference", "z2"):
         np.testing.assert_allclose(second_rows[name], first_rows[name], rtol=1e-4)
+    scored = [read_json(path) for n in ("one", "two") for path in (tmp_path / n).glob("scores-*")]
+    assert scored[1]["metrics"] == pytest.approx(scored[0]["metrics"], rel=1e-9, nan_ok=True)
+    assert len(list((tmp_path / "cache").glob("reference-*"))) == 1
     names = [name for name in files(two) if "figures/" not in name and ".report" not in name]
     assert names == files(tmp_path / "one")
 

@@ -49,7 +49,7 @@ counted(callback, "fit_curvature", "curvature")
 counted(stages, "write_arrays", lambda path, *_: path.name.split("-")[0])
 counted(classifier, "train_classifier", "classifier")
 counted(scores, "_reference", "reference")
-counted(pipeline, "score", "score")
+counted(stages, "score", "score")
 counted(board, "write", "pictures")
 classifier._epochs = QUICK_CLASSIFIER[1]
 pipeline.run(compose_list(sys.argv[2:]))

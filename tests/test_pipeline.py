@@ -38,7 +38,7 @@ def work(monkeypatch) -> Counter:
         ("pass", callback, "fit_curvature"),
         ("integrate", stages, "integrate"),
         ("maps", Ensemble, "__call__"),
-        ("score", pipeline, "score"),
+        ("score", stages, "score"),
     ):
         monkeypatch.setattr(owner, attribute, count(name, getattr(owner, attribute)))
     # Drawing takes seconds; the session's finished run has drawn everything once.

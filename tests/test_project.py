@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bayesdiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    "checks disk cli artefacts device distributed locks slots progress data paths "
+    "checks disk cli artefacts device distributed locks slots progress rows data paths "
     "networks models sharding laplace solvers uncertainty metrics report build training stages "
     "study address ablation pools doubts filtering repair pipeline probe estimate planner "
     "dry_run search sweep"

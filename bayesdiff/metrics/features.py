@@ -31,7 +31,7 @@ from bayesdiff.metrics.encoders import (
     in_colour,
     plain_weights,
 )
-from bayesdiff.progress import track
+from bayesdiff.rows import Rows, own_rows, shared_rows
 
 # Names that metrics.features takes.
 ENCODERS = ("classifier", "inception", "clip", "dinov2")
@@ -239,6 +239,7 @@ def extract(
     extractor: FeatureExtractorBase,
     images: Tensor,
     batch_size: int = 256,
+    shared: bool = False,
 ) -> Features:
     """Features and logits of a set of images, in float32, the same for every batch size.
 
@@ -246,6 +247,7 @@ def extract(
         extractor: from `build_extractor`.
         images: uint8 (N, C, H, W), on any device.
         batch_size: images per call; changes the speed and the memory only.
+        shared: whether all processes call it, and each takes some of the batches.
 
     Returns:
         Features on the CPU, in the order of the images.
@@ -259,12 +261,14 @@ def extract(
             f"{tuple(images.shape)}"
         )
     device = next(extractor.parameters()).device
-    parts = []
+
+    def batch(numbers: list[int]) -> Rows:
+        parts = extractor(images[numbers].to(device))
+        return dict(zip(("features", "logits"), (p.float().cpu() for p in parts), strict=True))
+
+    make = shared_rows if shared else own_rows
     with torch.no_grad():
-        for batch in track(images.split(batch_size), "extracting features"):
-            parts.append([part.float().cpu() for part in extractor(batch.to(device))])
-    features, logits = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Features(features, logits)
+        return Features(**make(range(len(images)), batch_size, batch, "extracting features"))
 
 
 def weights_hash(extractor: FeatureExtractorBase) -> str:

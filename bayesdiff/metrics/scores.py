@@ -18,7 +18,8 @@ from torch import Tensor
 from bayesdiff.artefacts import BROKEN_NPZ
 from bayesdiff.checks import at_least
 from bayesdiff.disk import write_atomic
-from bayesdiff.locks import alone
+from bayesdiff.distributed import rank
+from bayesdiff.locks import alone, together
 
 if TYPE_CHECKING:  # bayesdiff.metrics.features imports torch-fidelity, which costs seconds
     from bayesdiff.metrics.features import Features
@@ -86,6 +87,7 @@ def reference_statistics(
     cache_dir: Path | str | None,
     seed: int,
     subset: int = SUBSET,
+    shared: bool = False,
 ) -> Reference:
     """Statistics of the real images, computed once per content key.
 
@@ -95,6 +97,7 @@ def reference_statistics(
         cache_dir: folder of the ``reference-<hash>.npz`` files; None caches nothing.
         seed: chooses the random part for KID and PRC.
         subset: images in that part, at most.
+        shared: whether all processes call it, and ``compute`` needs them all.
 
     Returns:
         The statistics, in float64.
@@ -103,14 +106,15 @@ def reference_statistics(
         return _reference(compute(), seed, subset)
     digest = hashlib.sha256(json.dumps([1, key, seed, subset]).encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"reference-{digest}.npz"
-    with alone(path):
+    with together(path) if shared else alone(path):
         if path.exists():
             try:
                 return _read(path)
             except BROKEN_NPZ as error:
                 log.warning("%s is not readable (%s); computing it again", path, error)
         reference = _reference(compute(), seed, subset)
-        _write(path, reference)
+        if not shared or rank() == 0:
+            _write(path, reference)
     return reference
 
 
