@@ -26,6 +26,10 @@ _TRAINER_KEYS = (
 )  # fmt: skip
 
 
+# Weights in half precision would lose the steps, and scaled gradients the bound on their norm.
+_PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true", "32", "64", "bf16", 32, 64)
+
+
 @dataclass(frozen=True)
 class Run:
     """One configured run: what it works with and where its artefacts are.
@@ -155,6 +159,11 @@ def check_values(cfg: DictConfig) -> None:
             share(name, value)
     limit = "max_epochs" if cfg.trainer.get("max_steps", -1) in (-1, None) else "max_steps"
     at_least(f"trainer.{limit}", cfg.trainer[limit])
+    if cfg.trainer.precision not in _PRECISIONS:
+        raise UserError(
+            f"trainer.precision={cfg.trainer.precision} is not offered; "
+            f"choose from {', '.join(str(each) for each in _PRECISIONS[:4])}"
+        )
     if (clip := cfg.trainer.get("gradient_clip_val")) is not None:
         positive("trainer.gradient_clip_val", clip, "give a number above 0, or null")
     if cfg.trainer.get("gradient_clip_algorithm") not in (None, "norm"):

@@ -5,19 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.ablation import ablate, check_ablation
 from bayesdiff.address import Address, scores_key, scores_path, settings_of
 from bayesdiff.artefacts import read_json, weights_key, write_json, write_text
-from bayesdiff.build import Run, build, check_groups, choose_device, plain
-from bayesdiff.checks import UserError, at_least, positive, seed_of
+from bayesdiff.build import Run, build, check_groups, plain
+from bayesdiff.checks import at_least, seed_of
 from bayesdiff.disk import named_disk
-from bayesdiff.distributed import barrier, rank, start
+from bayesdiff.distributed import barrier, rank
 from bayesdiff.filtering import check_filtering, filter_images
 from bayesdiff.laplace.block import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
@@ -25,6 +22,7 @@ from bayesdiff.laplace.grid import EvidenceCurve, evidence_curve
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.locks import alone, together
 from bayesdiff.metrics.validation import Validation, reference_at_once
+from bayesdiff.processes import check_devices, launch
 from bayesdiff.repair import check_repair, repair_images
 from bayesdiff.report import table
 from bayesdiff.solvers import Solver, time_grid
@@ -156,52 +154,6 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
 
 
 _POSTERIOR = ("structure", "sigma_noise", "prior_precision", "n_eff", "rank", "time_bins")
-
-_STRATEGIES = ("auto", "ddp", "bayesdiff.sharding.FullyShard")
-
-
-def check_devices(cfg: DictConfig) -> int:
-    """Number of processes this run will use on this machine.
-
-    Raises:
-        UserError: if they are not there, cannot share a batch, or could not be started.
-    """
-    device, devices = choose_device(str(cfg.trainer.accelerator)), plain(cfg.trainer.devices)
-    there = torch.cuda.device_count() if device.type == "cuda" else None
-    if devices == "auto" or devices == -1 and there:
-        devices = there or 1
-    if there is None and isinstance(devices, list):
-        raise UserError(f"trainer.devices={devices} names GPUs; give a number of processes here")
-    positive("process_timeout", cfg.process_timeout, "give seconds")
-    count = at_least("trainer.devices", len(devices) if isinstance(devices, list) else devices)
-    if there is not None and count > there:
-        raise UserError(f"trainer.devices={devices} but there are {there} GPUs here; use fewer")
-    strategy = cfg.trainer.get("strategy", "auto")
-    if count > 1 and getattr(strategy, "_target_", strategy) not in _STRATEGIES:
-        raise UserError(
-            f"trainer.strategy={strategy} cannot share the stages; use trainer=ddp or fsdp"
-        )
-    if at_least("data.batch_size", cfg.data.batch_size) % count:
-        raise UserError(
-            f"data.batch_size={cfg.data.batch_size} cannot be shared by {count} processes; "
-            "choose a multiple"
-        )
-    many = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if count > 1 and many:
-        # Lightning starts its processes by repeating the command, which is the whole sweep.
-        raise UserError(
-            f"trainer.devices={devices} does not work with -m; run python train.py trainer=ddp "
-            "first, the sweep then finds the finished training"
-        )
-    return count
-
-
-def launch(cfg: DictConfig, devices: int) -> None:
-    """Start the other processes of this machine, so that every stage is shared by all of them."""
-    if devices > 1:
-        start(str(cfg.trainer.accelerator), plain(cfg.trainer.devices), cfg.process_timeout)
-        if rank():  # one voice is enough
-            logging.getLogger("bayesdiff").setLevel(logging.WARNING)
 
 
 def settings(

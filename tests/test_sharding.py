@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from bayesdiff import pipeline
 from bayesdiff.artefacts import read_checkpoint
+from bayesdiff.checks import UserError
 from bayesdiff.report import board
 from bayesdiff.uncertainty.snapshots import read_snapshot, snapshots_of
 
@@ -114,6 +115,13 @@ def test_pictures_and_snapshots_are_of_the_whole_network(runs):
     for one, two in zip(first, second, strict=True):
         same(one, two)
     assert (runs[1] / "figures" / "training.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "WeightAveraging"])
+def test_averages_that_cannot_be_split_are_refused_before_processes_start(name, tmp_path):
+    other = f"+callbacks.swa._target_=lightning.pytorch.callbacks.{name}"
+    with pytest.raises(UserError, match="callbacks.swa cannot average.*trainer=ddp"):
+        pipeline.prepare(compose_list(smallest(tmp_path, *TWO, other)))
 
 
 @pytest.mark.parametrize("stopped", [pytest.param("one", marks=pytest.mark.slow), "two"])
