@@ -11,6 +11,7 @@ from conftest import Trained, compose_list, smallest, train_py
 
 from bayesdiff import pipeline
 from bayesdiff.artefacts import read_checkpoint, read_json
+from bayesdiff.checks import UserError
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.metrics import classifier
 from bayesdiff.report import board
@@ -160,6 +161,6 @@ def test_refused_before_processes_start(overrides, fragments, tmp_path, monkeypa
         raise AssertionError("processes were started")
 
     monkeypatch.setattr(pipeline, "launch", launched)
-    with pytest.raises(pipeline.UserError) as error:
+    with pytest.raises(UserError) as error:
         pipeline.prepare(compose_list(smallest(tmp_path, *TWO, *overrides)))
     assert all(fragment in str(error.value) for fragment in fragments), str(error.value)
