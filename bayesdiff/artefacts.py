@@ -100,18 +100,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train first, or correct ckpt_path")
+    damaged = (
+        f"checkpoint {path} is truncated or corrupt; correct ckpt_path, or delete a run's own "
+        "last.ckpt to train again"
+    )
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:  # torch reads past a wrong checksum
+                if file.testzip() is not None:
+                    raise UserError(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"checkpoint {path} holds code or is no checkpoint, it was not run; "
             "save plain tensors and values instead"
         ) from error
+    except UserError:
+        raise
     except Exception as error:  # the reader meets arbitrary bytes and may raise anything
-        raise UserError(
-            f"checkpoint {path} is truncated or corrupt; correct ckpt_path, or delete a run's own "
-            "last.ckpt to train again"
-        ) from error
+        raise UserError(damaged) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise UserError(f"{path} is not a Lightning checkpoint: it has no state_dict of tensors")

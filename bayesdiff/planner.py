@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig
 
 from bayesdiff.address import Address, images_key, images_path, scores_key, scores_path
 from bayesdiff.artefacts import (
-    BROKEN_NPZ,
     key_of,
     load_weights,
+    read_arrays,
     read_checkpoint,
     read_json,
 )
@@ -26,6 +25,7 @@ from bayesdiff.report import table
 from bayesdiff.report.sweep import flatten, swept_keys
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
+from bayesdiff.study import with_effect
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.block_ensemble import with_block
 from bayesdiff.uncertainty.refined import Refined
@@ -98,13 +98,15 @@ def _works(
         works += _of_images(run, solver, known)
     if posterior is None:
         told = [known, source, plain(run.cfg.laplace), plain(run.cfg.solver), run.cfg.seed]
-        key = key_of(*told, plain(run.cfg.uncertainty), plain(run.cfg.metrics))
-        refiner = key_of(*told, {**plain(run.cfg.uncertainty), "num_images": 0})
+        key = key_of(*told, with_effect(run.cfg.uncertainty))
+        refiner = key_of(*told, {**with_effect(run.cfg.uncertainty), "num_images": 0})
+        check = key_of(key, estimator.validate_images, estimator.validate_members)
+        report = key_of(key, plain(run.cfg.metrics), estimator.validate and check)
         made = dict.fromkeys(("refiner", "maps", "validation", "report"), False)
     else:
         estimator = with_block(estimator, laplace.block)
         at = Address.of(run, solver, estimator, posterior, known)
-        key = refiner = at.maps
+        key, refiner, check, report = at.maps, at.maps, str(at.checked), at.cell
         made = {
             "maps": has_key(at.samples_path, at.maps),
             "validation": has_key(at.checked_path, at.checked),
@@ -117,8 +119,8 @@ def _works(
         works.append(Work("refiner", refiner, made["refiner"] or made["maps"]))
     works.append(Work("maps", key, made["maps"]))
     if estimator.validate:
-        works.append(Work("validation", key, made["validation"]))
-    return [*works, Work("report", key_of(key, plain(run.cfg.metrics)), made["report"])]
+        works.append(Work("validation", check, made["validation"]))
+    return [*works, Work("report", report, made["report"])]
 
 
 def _of_images(run: Run, solver: Solver, weights: str) -> list[Work]:
@@ -128,12 +130,12 @@ def _of_images(run: Run, solver: Solver, weights: str) -> list[Work]:
     scored = scores_key(run, key)
     done = has_key(scores_path(run, key), scored)
     if run.cfg.metrics.features == "classifier":
-        from bayesdiff.metrics.classifier import _epochs, cache_path
+        from bayesdiff.metrics.classifier import _epochs, _read_cache, cache_path
 
         data, cache = run.data.data, Path(run.cfg.output_dir) / "cache"
         epochs = _epochs(len(data.images))
         path = cache_path(cache, data.fingerprint, run.cfg.metrics.seed, epochs)
-        works.append(Work("classifier", str(path), done or path.is_file()))
+        works.append(Work("classifier", str(path), done or _read_cache(path) is not None))
     return [*works, Work("scores", scored, done)]
 
 
@@ -155,14 +157,10 @@ def trained(run: Run) -> tuple[Work, str | None]:
 
 
 def has_key(path: Path, key: str | None) -> bool:
-    """Whether a file of ours is there and made from ``key``."""
+    """Whether a file of ours is there, whole, and made from ``key``."""
     if path.suffix == ".json":
         return key is not None and (read_json(path) or {}).get("key") == key
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return str(file["key"]) == key
-    except BROKEN_NPZ:
-        return False
+    return key is not None and read_arrays(path, key) is not None
 
 
 def show(

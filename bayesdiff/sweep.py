@@ -75,13 +75,13 @@ class SweepReport(Callback):
         Rows stay: every cell writes its own anew, and another process may be at the same sweep.
         """
         try:
+            overrides = [expanded(str(o)) for o in config.hydra.overrides.task]
             check_engines(config)
             if config.dry_run:
                 return dry_run.begin(config)
             check_writable(Path(config.output_dir))
         except UserError as error:  # Hydra would warn of it and go on
             sys.exit(f"error: {error}")
-        overrides = [expanded(str(o)) for o in config.hydra.overrides.task]
         overrides += [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         folder = Path(config.output_dir) / "sweeps" / key_of(sorted(overrides))[:8]
         os.environ[_FOLDER] = str(folder)  # workers have it from here
@@ -108,13 +108,20 @@ class SweepReport(Callback):
 
 
 def expanded(word: str) -> str:
-    """An override with what its glob matches now: with another choice it is another sweep."""
+    """An override with what its glob matches now: with another choice it is another sweep.
+
+    Raises:
+        UserError: if that is nothing.
+    """
     here = GlobalHydra.instance()
     loader = here.config_loader() if here.is_initialized() else None
     (override,) = OverridesParser.create(config_loader=loader).parse_overrides([word])
     if loader is None or not isinstance(override.value(), Glob):
         return word
-    return f"{override.get_key_element()}={','.join(override.sweep_string_iterator())}"
+    matches = list(override.sweep_string_iterator())
+    if not matches:
+        raise UserError(f"{word} matches nothing; --help lists what each group has")
+    return f"{override.get_key_element()}={','.join(matches)}"
 
 
 def slot_of(cfg: DictConfig, folder: str | None) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 import time
 import warnings
 from functools import partial
@@ -206,7 +207,7 @@ def callbacks_of(run: Run, sharded: bool) -> list[Callback]:
         )
     # Averaging first: every other callback then sees the averaged weights where Lightning does.
     callbacks.sort(key=lambda callback: not isinstance(callback, EMAWeightAveraging))
-    return [*callbacks, Provenance(run)]
+    return [*callbacks, Provenance(run), EndsWhenTold()]
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -226,6 +227,19 @@ class WholeCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, opened)
 
         write_atomic(Path(path), write)
+
+
+class EndsWhenTold(Callback):
+    """Makes SIGTERM end several processes as Ctrl-C does.
+
+    Lightning's own answer talks to the other processes from inside the signal, where they may
+    already be talking of something else: then all of them wait for ever.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the place of Lightning's handler, which it removes after the training."""
+        if trainer.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class Provenance(Callback):

@@ -279,6 +279,8 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("model.num_classes=ten", ["model.num_classes", "'ten'"]),
     ("trainer.max_epochs=abc", ["trainer.max_epochs", "'abc'"]),
     ("trainer.precision=half", ["trainer.precision=half", "32-true"]),
+    ("dry_run=no", ["dry_run", "true or false", "'no'"]),
+    ("trainer.precision=64-true", ["trainer.precision=64-true", "bf16-mixed"]),
     ("trainer.precision=bf16-true", ["trainer.precision=bf16-true", "bf16-mixed"]),
     ("trainer.precision=16-mixed", ["trainer.precision=16-mixed", "bf16-mixed"]),
     ("trainer.gradient_clip_val=abc", ["gradient_clip_val", "abc"]),
@@ -531,6 +533,18 @@ def test_a_swapped_checkpoint_in_the_run_folder(copied: Trained, compose: Compos
     checkpoint["state_dict"]["net.head.weight"] += 1
     torch.save(checkpoint, copied.checkpoint)
     check_line(refused(compose), ["last.ckpt", "fit.json", "delete", "fit=false"])
+
+
+def test_zeroed_weights_of_an_interrupted_training_are_found(copied: Trained, compose: Compose):
+    """torch alone reads past them."""
+    (copied.folder / "fit.json").unlink()
+    content = bytearray(copied.checkpoint.read_bytes())
+    with zipfile.ZipFile(copied.checkpoint) as file:
+        largest = max(file.infolist(), key=lambda entry: entry.file_size)
+    start = largest.header_offset + 200
+    content[start : start + 100] = bytes(100)
+    copied.checkpoint.write_bytes(content)
+    check_line(refused(compose), ["last.ckpt", "truncated or corrupt", "delete"])
 
 
 def truncated_curvature(run: Trained) -> None:

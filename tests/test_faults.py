@@ -274,11 +274,11 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     assert len(left) == 2 and alive.name in left and any("a-b" in name for name in left)
 
 
-def start(output_dir: Path, *overrides: str) -> tuple[subprocess.Popen, int]:
+def start(output_dir: Path, *overrides: str, trainer: str = "ddp") -> tuple[subprocess.Popen, int]:
     """A training of two processes that would go on for hours, and the second one's number."""
     chosen = [o for o in smallest(output_dir) if "max_epochs" not in o]
     log = (output_dir / "log").open("w")
-    command = [sys.executable, "train.py", *chosen, "trainer=ddp", "trainer.devices=2"]
+    command = [sys.executable, "train.py", *chosen, f"trainer={trainer}", "trainer.devices=2"]
     command += ["trainer.accelerator=cpu", "trainer.max_epochs=100000", *overrides]
     inherited = {k: v for k, v in os.environ.items() if not re.search("RANK|WORLD_|^PL_|HYDRA", k)}
     env = inherited | {"OMP_NUM_THREADS": "1"}
@@ -341,6 +341,18 @@ def test_the_others_end_too(which, tmp_path):
     told = ends(main, other, tmp_path, 60)
     assert main.returncode == (-9 if which == "first killed" else 1)
     assert "another process of this run ended, or kept this one waiting" in told
+    assert "Traceback" not in told
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_a_training_that_is_told_to_end_does(trainer, tmp_path):
+    """As SLURM, systemd and timeout do."""
+    main, other = start(tmp_path, trainer=trainer)
+    main.terminate()
+    told = ends(main, other, tmp_path, 60)
+    assert main.returncode not in (0, None) and "the same command continues" in told
     assert "Traceback" not in told
 
 

@@ -11,6 +11,7 @@ from conftest import CONFIGS, ROOT, smallest
 from hydra import initialize_config_dir
 
 from bayesdiff import sweep
+from bayesdiff.checks import UserError
 from bayesdiff.report import sweep as report_sweep
 
 KEY = "laplace.prior_precision"
@@ -95,5 +96,7 @@ def test_a_glob_stands_for_what_it_matches():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         assert sweep.expanded("path=glob(vp_*,exclude=*linear)") == "path=vp_cosine"
         assert sweep.expanded("path=glob(vp_*)") == "path=vp_cosine,vp_linear,vp_scaled_linear"
+        with pytest.raises(UserError, match="matches nothing"):
+            sweep.expanded("solver=glob(zz*)")
         for word in ("solver=euler,heun", "+a=interval(0,1)", "~callbacks.samples", "b='x y'"):
             assert sweep.expanded(word) == word

@@ -191,7 +191,7 @@ def _read_cache(path: Path) -> Classifier | None:
     try:
         return load_classifier(path)
     except UserError as error:
-        log.warning("%s; training it again", error)
+        log.warning("%s; done now", error)
         return None
 
 
