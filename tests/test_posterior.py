@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,21 @@ def test_limits_of_a_large_and_a_small_prior_and_of_twice_the_data():
     assert torch.allclose(same.predictive_variance(features).flatten(), norms, rtol=1e-6)
 
 
+def test_draws_follow_the_data_and_not_the_signs_of_eigenvectors():
+    """Rounding turns eigenvectors of equal eigenvalues anywhere; draws must not turn with them."""
+    head, features, curvature = example()
+    size = len(curvature.gram)
+    noise = torch.rand(size, size, generator=torch.Generator().manual_seed(1)).double()
+    level = float(curvature.gram.diagonal().mean())
+    grams = [level * (torch.eye(size).double() + k * (noise + noise.T)) for k in (0.0, 1e-13)]
+    one, two = (
+        HeadPosterior.fit(replace(curvature, gram=gram), sigma_noise=0.5) for gram in grams
+    )
+    assert not torch.allclose(one.eigenvectors.abs(), two.eigenvectors.abs(), atol=0.1)
+    first, second = (each.draw(3, torch.Generator().manual_seed(0)) for each in (one, two))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-9)
+
+
 def test_two_draws_per_image_leave_the_posterior_as_wide_as_one():
     head, features, _ = example()
     target = torch.zeros_like(head(features))
@@ -374,7 +390,6 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
 
 def test_a_curvature_with_wrong_shapes_or_values_is_refused():
     _, _, curvature = example()
-    from dataclasses import replace
 
     with pytest.raises(UserError, match="28 x 28"):
         replace(curvature, gram=curvature.gram[:5, :5])

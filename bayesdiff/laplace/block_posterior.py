@@ -43,12 +43,13 @@ class LayerPosterior:
         return cls(values, others, vectors, 1 / (values + prior))
 
     def deviations(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws around zero, ``(n, C, P)``, on the generator's device."""
+        """Draws around zero, ``(n, C, P)``, on the generator's device, by the symmetric root."""
         device = generator.device
         size = (n, *self.variances.shape)
         noise = torch.randn(size, generator=generator, device=device, dtype=torch.float64)
-        noise = noise * self.variances.sqrt().to(device)
-        return self.output.to(device) @ noise @ self.input.T.to(device)
+        output, inner = self.output.to(device), self.input.to(device)
+        noise = (output.T @ noise @ inner) * self.variances.sqrt().to(device)
+        return output @ noise @ inner.T
 
     @property
     def covariance(self) -> Tensor:

@@ -249,14 +249,20 @@ class HeadPosterior:
         return math.sqrt(float((step @ self.precision * step).mean()))
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """Weights ``(n, C_out, P)`` float64 from the posterior, on the generator's device."""
+        """Weights ``(n, C_out, P)`` float64 from the posterior, on the generator's device.
+
+        By the symmetric root of Sigma, which has no arbitrary signs: weights that differ by
+        rounding, as after a training on more devices, have draws that do.
+        """
         mean = self.curvature.mean.to(generator.device)
         noise = torch.randn(
             n, *mean.shape, generator=generator, device=generator.device, dtype=mean.dtype
         )
-        noise = noise * self._variances.sqrt().to(noise.device)
-        vectors = self.eigenvectors
-        return mean + (noise if vectors is None else noise @ vectors.T.to(noise.device))
+        scale, vectors = self._variances.sqrt().to(noise.device), self.eigenvectors
+        if vectors is None:
+            return mean + noise * scale
+        vectors = vectors.to(noise.device)
+        return mean + (noise @ vectors * scale) @ vectors.T
 
     def columns(self) -> Tensor:
         """Weight directions ``(C_out P, C_out, P)`` float64 whose outer products sum to Sigma."""
