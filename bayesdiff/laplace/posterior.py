@@ -154,7 +154,7 @@ class HeadPosterior:
 
     @property
     def eigenvalue_range(self) -> tuple[float, float]:
-        """Smallest and largest eigenvalue of the likelihood's precision, to compare with tau."""
+        """Extreme eigenvalues of the likelihood's precision, to compare with tau."""
         return float(self.eigenvalues.min()), float(self.eigenvalues.max())
 
     @property
@@ -210,8 +210,7 @@ class HeadPosterior:
         """Log marginal likelihood in closed form, all constants included.
 
         Prior mean 0; the likelihood counts ``n_eff / num_images`` times (Bishop, eq. 3.86).
-        Equals laplace-torch's ``log_marginal_likelihood``. An approximation where the structure
-        is one.
+        Equals laplace-torch's ``log_marginal_likelihood``; approximate where the structure is.
 
         Raises:
             UserError: for a structure that does not see the data.
@@ -251,18 +250,14 @@ class HeadPosterior:
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Weights ``(n, C_out, P)`` float64 from the posterior, on the generator's device.
 
-        By the symmetric root of Sigma, which has no arbitrary signs: weights that differ by
-        rounding, as after a training on more devices, have draws that do.
+        By the symmetric root of Sigma: there are no signs in it that rounding could turn.
         """
-        mean = self.curvature.mean.to(generator.device)
-        noise = torch.randn(
-            n, *mean.shape, generator=generator, device=generator.device, dtype=mean.dtype
-        )
-        scale, vectors = self._variances.sqrt().to(noise.device), self.eigenvectors
+        device, vectors = generator.device, self.eigenvectors
+        mean, scale = self.curvature.mean.to(device), self._variances.sqrt().to(device)
+        noise = mean.new_empty(n, *mean.shape).normal_(generator=generator)
         if vectors is None:
             return mean + noise * scale
-        vectors = vectors.to(noise.device)
-        return mean + (noise @ vectors * scale) @ vectors.T
+        return mean + (noise @ vectors.to(device) * scale) @ vectors.to(device).T
 
     def columns(self) -> Tensor:
         """Weight directions ``(C_out P, C_out, P)`` float64 whose outer products sum to Sigma."""
@@ -287,8 +282,7 @@ class HeadPosterior:
             ``(B, 1, h, w)``, or ``(B, ..., 1)``, the same for all channels; C_out in the place of
             the 1 if channels differ. Float32 for features of lower precision.
         """
-        geometry = self.curvature.geometry
-        geometry.check(features)
+        (geometry := self.curvature.geometry).check(features)
         if features.dtype != torch.float64:
             features = features.float()
         key = (features.dtype, features.device)
