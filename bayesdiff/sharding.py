@@ -140,5 +140,5 @@ class ShardedAveraging(EMAWeightAveraging):
         """Take the averages, which the strategy has put into the model, then the weights."""
         average: Any = self._average_model
         set_model_state_dict(average.module, get_model_state_dict(pl_module))
-        average.load_state_dict(checkpoint["averaging_state"], strict=False)
+        average.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
         set_model_state_dict(pl_module, checkpoint["current_model_state"], options=_FULL)
