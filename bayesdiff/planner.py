@@ -29,7 +29,7 @@ from bayesdiff.study import with_effect
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.block_ensemble import with_block
 from bayesdiff.uncertainty.refined import Refined
-from bayesdiff.uncertainty.refiner_file import path_of
+from bayesdiff.uncertainty.refiner_file import load, path_of
 
 STAGES = ("training", "curvature", "images", "classifier", "scores", "refiner", "maps",
           "validation", "report")  # fmt: skip
@@ -113,8 +113,8 @@ def _works(
             "report": has_key(at.folder / "metrics.json", at.cell),
         }
         if isinstance(estimator, Refined):
-            path = path_of(run.folder, estimator.key(starts(run, solver)([0]), posterior))
-            refiner, made["refiner"] = str(path), path.is_file()
+            refiner = estimator.key(starts(run, solver)([0]), posterior)
+            made["refiner"] = load(path_of(run.folder, refiner), refiner) is not None
     if isinstance(estimator, Refined):
         works.append(Work("refiner", refiner, made["refiner"] or made["maps"]))
     works.append(Work("maps", key, made["maps"]))

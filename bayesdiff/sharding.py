@@ -100,7 +100,7 @@ class ShardedModel(GenerativeModel):
         (model,) = self.original
         if rank() == 0:
             model.to(self.device).load_state_dict(state)
-        return model
+        return model.train(self.training)
 
 
 class ShardedAveraging(EMAWeightAveraging):

@@ -305,7 +305,9 @@ def ends(main: subprocess.Popen, other: int, output_dir: Path, seconds: float) -
     return (output_dir / "log").read_text()
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc here")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="finds processes in /proc, which only Linux has"
+)
 
 
 @needs_proc

@@ -42,6 +42,10 @@ class Kept(L.Callback):
             folder = Path(trainer.default_root_dir)
             shutil.copy(folder / "checkpoints" / "last.ckpt", folder / "first.ckpt")
 
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Pictures are drawn now, without dropout."""
+        assert not pl_module.whole().training
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Weights, averages and optimiser: here, and in all."""
         (optimizer,) = trainer.optimizers
