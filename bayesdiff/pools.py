@@ -66,9 +66,7 @@ class ImagePool:
         key = self._key(block, estimator.name, _settings(ready), *estimator.sources(self.run))
         path = self._path(estimator.name, block, key)
         log.info("pool: seed %d, images %d to %d", self.seed, block[0], block[-1])
-        return make_maps(
-            self.run, self.solver, ready, self.posterior, path, key, self.seed, block.start
-        )
+        return make_maps(self.run, self.solver, ready, self.posterior, path, key, self.seed, block)
 
     def members(self, count: int) -> Tensor:
         """Images of posterior trajectories from the pool's noise, uint8 ``(N, M, C, H, W)``."""

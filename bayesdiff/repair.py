@@ -10,35 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bayesdiff.artefacts import write_text
 from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError
 from bayesdiff.distributed import barrier, rank
-from bayesdiff.doubts import doubts_of_images
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.metrics.pool import pool
-from bayesdiff.metrics.redraws import (
-    Redraws,
-    Row,
-    draws_row,
-    images_row,
-    over,
-    pick_row,
-    probability,
-)
 from bayesdiff.pools import ImagePool
+from bayesdiff.repair_results import results_of
 from bayesdiff.report import board, table
 from bayesdiff.report import repair as pictures
 from bayesdiff.solvers import Solver, time_grid
-from bayesdiff.stages import Rows, judge, made_rows, starts
+from bayesdiff.stages import Rows, made_rows, make_maps, starts
 from bayesdiff.study import Study, check_judge, configured, with_effect
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
 from bayesdiff.uncertainty.members import Members
 from bayesdiff.uncertainty.memory import images_at_once
-from bayesdiff.uncertainty.redraw import AMONG, SCORES, Repair, redraw
+from bayesdiff.uncertainty.redraw import Repair, redraw
 from bayesdiff.uncertainty.resample import Origin, weight_draws
 
 log = logging.getLogger(__name__)
@@ -61,7 +50,14 @@ def check_repair(run: Run, solver: Solver, own: Estimator) -> None:
         )
     shape = run.data.data.images.shape[1:]
     wanted.check_size(*shape[1:])
-    _check_times(wanted, run, solver, own)
+    if wanted.rewinding:
+        _check_times(wanted, run, solver, own)
+    if wanted.reads_maps and wanted.rewinding and not own.restarts:
+        raise UserError(
+            f"repair.score={wanted.score} needs maps from the middle of trajectories on, which "
+            f"uncertainty={own.name} with what it fits to whole ones has not; use "
+            "uncertainty=ensemble, or repair.ways=[fresh]"
+        )
     images_at_once(_batches(wanted, own), solver, run.model, shape, "lower repair.draws")
 
 
@@ -106,22 +102,42 @@ def repair_images(
     if wanted is None:
         return None
     of_maps, of_scores = with_effect(run.cfg.uncertainty), plain(run.cfg.metrics)
-    study = Study.of(run, "repair", solver.name, made_from, of_maps, own.sources(run), of_scores)
+    parts = [made_from, of_maps, own.sources(run), of_scores]
+    if isinstance(wanted.region, Mapping):  # may come from a file
+        parts.append(sorted(wanted.region.items()))
+    study = Study.of(run, "repair", solver.name, *parts)
     if study.is_made:
         return study.folder
-    timed = replace(own, times=sorted(wanted.from_time), validate=False)
-    made = ImagePool(
-        run, solver, posterior, wanted.num_images, run.cfg.seed, run.folder / "pools", made_from
-    )
-    samples = made.maps(timed).in_model_range()
+    samples = _samples(run, solver, own, posterior, wanted, made_from, study)
     drawn = _redrawn(run, solver, own, posterior, wanted, samples, study)
     if rank() == 0:
-        results = _results(run, wanted, samples, drawn)
+        nfe = Origin.of(starts(run, solver)([0])).evaluations(-1)[1]
+        results = results_of(run, wanted, samples, drawn, nfe)
         _report(study.folder, wanted, results, drawn)
         study.close(results)
     barrier()
-    log.info("repair: %d images in %s", wanted.num_images, study.folder)
+    log.info("repair: %d images in %s", wanted.count, study.folder)
     return study.folder
+
+
+def _samples(
+    run: Run,
+    solver: Solver,
+    own: Estimator,
+    posterior: HeadPosterior,
+    wanted: Repair,
+    made_from: str,
+    study: Study,
+) -> Samples:
+    """The images with their maps, and their variances at the times."""
+    timed = replace(own, times=wanted.times, validate=False)
+    if wanted.numbers is None:
+        folder, seed = run.folder / "pools", run.cfg.seed
+        pool = ImagePool(run, solver, posterior, wanted.num_images, seed, folder, made_from)
+        return pool.maps(timed).in_model_range()
+    path, key = study.folder / "maps.npz", study.key
+    made = make_maps(run, solver, timed, posterior, path, key, numbers=wanted.numbers)
+    return made.in_model_range()
 
 
 def _batches(wanted: Repair, own: Estimator) -> Ensemble:
@@ -146,106 +162,20 @@ def _redrawn(
     """``draws.npz``: images and alternatives."""
     start_of = starts(run, solver)
     weights = weight_draws(posterior, wanted.draws, wanted.seed)
+    numbers = wanted.numbers or range(wanted.count)
+    ready = own.fit(start_of, posterior, run.folder) if wanted.reads_maps else own
+    ready = replace(ready, times=())
 
-    def batch(numbers: list[int]) -> Rows:
-        return redraw(Origin.of(start_of(numbers)), weights, wanted, samples, numbers)
+    def batch(places: list[int]) -> Rows:
+        origin = Origin.of(start_of([numbers[place] for place in places]))
+        return redraw(origin, weights, wanted, samples, places, lambda s: ready(s, posterior))
 
-    size = images_at_once(_batches(wanted, own), solver, run.model, samples.images.shape[1:])
-    path, images = study.folder / "draws.npz", range(wanted.num_images)
-    return made_rows(path, study.key, images, size, batch, "repair")
-
-
-def _results(
-    run: Run, wanted: Repair, samples: Samples, drawn: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Numbers of the images, of the alternatives and of the best ones, by time and way."""
-    assert samples.requested_times is not None
-    images, draws, labels = drawn["images"], drawn["draws"], samples.labels
-    assert labels is not None  # checked before any work
-    rows: list[Row] = []
-    picks: list[Row] = []
-    first: Redraws | None = None
-    for number, time in enumerate(samples.requested_times.tolist()):
-        found = {
-            way: _judged(run, images, draws[:, number, place], labels)
-            for place, way in enumerate(wanted.ways)
-        }
-        for way, redraws in found.items():
-            log.info("repair: from %.3g, %s", time, way)
-            first = first or redraws
-            name = {"time": round(time, 6), "way": way}
-            more = _rows(wanted, redraws, found.get("isotropic"), drawn["power"][:, number])
-            before, after = drawn["evaluations"][0, number].tolist()
-            cost = {"nfe": after + before * (way == "coherent")}
-            rows.append(name | cost | more[0])
-            picks += [name | row for row in more[1:]]
-    assert first is not None  # a Repair has a time and a way
-    return {
-        "conditions": _conditions(wanted, samples, drawn),
-        "original": images_row(first),
-        "draws": rows,
-        "picks": picks,
-    }
-
-
-def _rows(wanted: Repair, redraws: Redraws, control: Redraws | None, power: Tensor) -> list[Row]:
-    """The row of the alternatives, then one for every score and candidates to choose from."""
-    chance = {"seed": wanted.seed, "draws": wanted.bootstrap}
-    control = None if control is redraws else control
-    row = draws_row(redraws, power, **chance)
-    if control is not None:
-        own, other = (each.quality[:, 1:].mean(1) for each in (redraws, control))
-        row |= over(own, other, **chance)
-    rows = [row]
-    for score in SCORES:
-        for among, first in AMONG.items():
-            row = pick_row(redraws, score, first, **chance)
-            if control is not None:
-                row |= over(redraws.best(score, first), control.best(score, first), **chance)
-            rows.append({"score": score, "among": among, **row})
-    return rows
-
-
-def _judged(run: Run, images: Tensor, draws: Tensor, labels: Tensor) -> Redraws:
-    """What the run's classifier says of images and alternatives, and another one's doubts.
-
-    Args:
-        run: gives the data and the classifiers.
-        images: uint8 ``(N, C, H, W)``.
-        draws: uint8 ``(N, n, C, H, W)``.
-        labels: ``(N,)``.
-    """
-    from bayesdiff.metrics.features import extract
-
-    size, shape = run.cfg.metrics.batch_size, (len(images), 1 + draws.shape[1])
-    stacked = torch.cat([images[:, None], draws], 1)
-    flat, asked = stacked.flatten(0, 1), labels.repeat_interleave(shape[1])
-    extractor, reference = judge(run)
-    read = extract(extractor, flat, size)
-    quality, right = probability(read.logits, asked)
-    scorer, _ = judge(run, run.cfg.metrics.seed + 1)
-    logits, seen = extract(scorer, flat, size).logits, flat.float() / 127.5 - 1
-    doubts = doubts_of_images(seen, logits, asked)
-    return Redraws(
-        quality=quality.view(shape),
-        right=right.view(shape),
-        features=read.features.view(*shape, -1),
-        pixels=seen.view(*shape, -1),
-        judged=pool(read.features, reference),
-        doubts={name: value.view(shape) for name, value in doubts.items()},
-    )
-
-
-def _conditions(wanted: Repair, samples: Samples, drawn: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {
-        "num_images": wanted.num_images,
-        "draws": wanted.draws,
-        "region": wanted.region if wanted.box is None else list(wanted.box),
-        "region_share": float(drawn["region"].double().mean()),
-        "score": wanted.score,
-        "estimator": samples.estimator,
-        "seed": wanted.seed,
-    }
+    shape = samples.images.shape[1:]
+    size = images_at_once(_batches(wanted, own), solver, run.model, shape)
+    if wanted.reads_maps:
+        size = min(size, images_at_once(ready, solver, run.model, shape))
+    path = study.folder / "draws.npz"
+    return made_rows(path, study.key, range(wanted.count), size, batch, "repair")
 
 
 def _report(
@@ -254,7 +184,7 @@ def _report(
     """Tables, figures and TensorBoard."""
     picks = [row for row in results["picks"] if row["score"] == wanted.score]
     original = results["original"]
-    title = f"The images themselves, {original['wrong']} of {wanted.num_images} judged wrong"
+    title = f"The images themselves, {original['wrong']} of {wanted.count} judged wrong"
     shown = [
         (title, [original], list(original)),
         ("The alternatives, which is best-of-n by chance", results["draws"], pictures.OF_DRAWS),
@@ -270,5 +200,5 @@ def _report(
         for row in picks
         for name in ("gain", "success", "harm")
     }
-    made = pictures.every(results, drawn, wanted.ways, wanted.score)
+    made = pictures.every(results, drawn, wanted.rewinding, wanted.score)
     board.write_study(folder / "tensorboard", scalars, {}, made)

@@ -1,6 +1,7 @@
 """The stages after training: images, uncertainty maps, scores; each is made once per key."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,9 +98,20 @@ def make_maps(
     path: Path,
     key: str,
     seed: int | None = None,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> Samples:
-    """Images ``first`` on of a seed, None being the run's own, each with its uncertainty map."""
+    """Images with their uncertainty maps, made once.
+
+    Args:
+        run: with its trained model.
+        solver: of the samples.
+        estimator: of the maps.
+        posterior: of the head.
+        path: npz that keeps them.
+        key: of all that they come from.
+        seed: of their noise; None is the run's own.
+        numbers: of the samples; None for 0, 1, ... as many as the estimator is asked for.
+    """
     stored = read_arrays(path, key)
     barrier()
     if stored is not None:
@@ -109,7 +121,8 @@ def make_maps(
     ready = estimator.fit(starts(run, solver), posterior, run.folder)
     start_of = starts(run, solver, seed)
     size = images_at_once(ready, solver, run.model, run.data.data.images.shape[1:])
-    batches = list(torch.arange(first, first + ready.num_images).split(size))
+    chosen = torch.arange(ready.num_images) if numbers is None else torch.tensor(list(numbers))
+    batches = list(chosen.split(size))
     mine = {}
     for number in track(range(rank(), len(batches), world_size()), "uncertainty"):
         mine[number] = ready(start_of(batches[number].tolist()), posterior)

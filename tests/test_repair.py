@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Compose, Trained
 
-from bayesdiff import pipeline, repair
+from bayesdiff import pipeline, repair, repair_results
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import to_uint8
 from bayesdiff.metrics import redraws as figures_of
@@ -17,7 +17,7 @@ from bayesdiff.metrics.pool import Pool
 from bayesdiff.metrics.redraws import Redraws, draws_row, images_row, over, pick_row
 from bayesdiff.report import board
 from bayesdiff.report import repair as pictures
-from bayesdiff.uncertainty.redraw import SCORES, Repair
+from bayesdiff.uncertainty.redraw import OF_MAPS, SCORES, Repair
 from bayesdiff.uncertainty.resample import WAYS
 
 SMALL = (
@@ -164,9 +164,9 @@ def results_of(result):
 
 def test_the_command_draws_and_judges_once(copied: Trained, compose: Compose, monkeypatch):
     monkeypatch.setattr(board, "_pictures", lambda *_: ())
-    asked, real = [], repair.judge
+    asked, real = [], repair_results.judge
     watched = lambda run, seed=None: asked.append(seed) or real(run, seed)  # noqa: E731
-    monkeypatch.setattr(repair, "judge", watched)
+    monkeypatch.setattr(repair_results, "judge", watched)
     result = pipeline.run(compose(*SMALL))
     assert set(asked) == {None, 1}  # the run's own classifier judges, another chooses
     folder, results = results_of(result)
@@ -242,6 +242,72 @@ def test_a_single_draw_and_a_held_map_work_for_diffusion_with_noise(compose: Com
     assert same.transpose(0, 3, 4, 1, 2)[held].all() and not same.all()
 
 
+def test_the_best_by_its_map_is_chosen_from_fresh_samples_and_rewound_ones(
+    copied: Trained, compose: Compose, monkeypatch
+):
+    """The numbers of the rejection by the map equal a slow loop over what is kept."""
+    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    chosen = ["repair.ways=[isotropic,fresh]", "repair.score=map.sum", "repair.from_time=[0.25]"]
+    result = pipeline.run(compose(*SMALL, *chosen))
+    folder, results = results_of(result)
+    assert {(row["time"], row["way"]) for row in results["draws"]} == {
+        (0, "fresh"),
+        (0.25, "isotropic"),
+    }
+    assert {row["nfe"] for row in results["draws"] if row["way"] == "fresh"} == {4}
+    with np.load(folder / "draws.npz", allow_pickle=False) as arrays:
+        kept = {name: arrays[name] for name in arrays.files}
+    # The image's own map counts for fresh samples, what comes after 0.25 for the others.
+    with np.load(result.samples, allow_pickle=False) as own:
+        sums = own["variance"].clip(0).astype(float).sum((1, 2, 3))
+    place = OF_MAPS.index("map.sum")
+    assert kept["fresh_scores"][:4, 0, place] == pytest.approx(sums, rel=1e-5)
+    rest = kept["scores"][:4, 0, 0, 0, place]
+    assert (rest > 0).all() and (rest < sums).all()
+    judge, _ = repair_results.judge(pipeline.prepare(compose(*SMALL))[0])
+    both = np.concatenate([kept["images"][:, None], kept["fresh"]], 1)
+    from bayesdiff.metrics.features import extract
+
+    logits = extract(judge, torch.from_numpy(both).flatten(0, 1), 256).logits
+    p = logits.double().softmax(1).view(6, 3, -1).numpy()
+    gain = 0.0
+    for i in range(6):
+        best = int(np.argmin(kept["fresh_scores"][i, :, place]))
+        gain += (p[i, best, i % 10] - p[i, 0, i % 10]) / 6
+    picks = [row for row in results["picks"] if (row["way"], row["score"]) == ("fresh", "map.sum")]
+    (row,) = [row for row in picks if row["among"] == "all"]
+    assert row["gain"] == pytest.approx(gain, abs=1e-6)
+    assert row["gain_low"] <= row["gain"] <= row["gain_high"]
+    assert {row["score"] for row in results["picks"]} == {*SCORES, *OF_MAPS}
+    assert "map.sum" in (folder / "table.md").read_text()
+    assert (folder / "figures" / "fresh.png").is_file()
+
+
+def test_each_chosen_image_has_its_own_box(
+    copied: Trained, compose: Compose, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text('{"7": [0, 0, 2, 3], "2": [4, 4, 4, 4]}')
+    ways = "repair.ways=[renoise]"
+    arrays = drawn(compose, f"repair.region={boxes}", ways)
+    assert arrays["region"].sum((1, 2, 3)).tolist() == [16, 6]
+    assert arrays["region"][0, 0, 4:, 4:].all() and arrays["region"][1, 0, :2, :3].all()
+    # The images are those of a run that takes all in order.
+    whole = drawn(compose, "repair.num_images=8", ways)
+    for row, number in enumerate((2, 7)):
+        gap = np.abs(arrays["images"][row].astype(int) - whole["images"][number].astype(int))
+        assert gap.max() <= 1
+    same = (arrays["draws"] == arrays["images"][:, None, None, None])[:, :, :, :, 0]
+    held = ~arrays["region"]
+    assert all(same[i].reshape(-1, 8, 8)[:, held[i, 0]].all() for i in range(2))
+    # Other boxes in the same file are another study.
+    boxes.write_text('{"7": [0, 0, 2, 3], "2": [4, 4, 2, 4]}')
+    assert drawn(compose, f"repair.region={boxes}", ways)["region"].sum() == 14
+    on_the_line = drawn(compose, "repair.region={7:[0,0,2,3]}", ways)
+    assert np.abs(on_the_line["draws"][0].astype(int) - arrays["draws"][1]).max() <= 1
+
+
 BAD_OPTIONS = [
     ({"draws": 0}, ["repair.draws", ">= 1", "got 0"]),
     ({"num_images": 0}, ["repair.num_images", "got 0"]),
@@ -258,7 +324,15 @@ BAD_OPTIONS = [
     ({"score": "members.dissent"}, ["repair.score 'members.dissent'", "classifier."]),
     ({"share": 0}, ["repair.share=0", "above 0"]),
     ({"share": 1.5}, ["repair.share", "1.5"]),
-    ({"region": "centre"}, ["repair.region", "[top,left,height,width]", "'centre'"]),
+    ({"region": "centre"}, ["repair.region", "[top,left,height,width]", "'centre'", "no file"]),
+    ({"region": {}}, ["repair.region", "names no image"]),
+    ({"region": {3: [0, 0, 2]}}, ["repair.region[3]", "[0, 0, 2]"]),
+    ({"region": {-3: [0, 0, 2, 2]}}, ["repair.region's image numbers", "got -3"]),
+    ({"region": {3: [0, 0, 2, 2], "3": [0, 0, 2, 2]}}, ["names an image twice"]),
+    ({"region": {3: [0, 0, 2, 2]}, "images": [3, 4]}, ["repair.region", "image 4"]),
+    ({"images": []}, ["repair.images", "list"]),
+    ({"images": [3, 3]}, ["repair.images=[3, 3]", "twice"]),
+    ({"images": [-1]}, ["repair.images", "got -1"]),
     ({"region": [1, 2, 3]}, ["repair.region", "[1, 2, 3]"]),
     ({"region": [0, 0, 0, 3]}, ["repair.region's height", "got 0"]),
     ({"region": [0, 0, 0.5, 3]}, ["repair.region's height", "0.5"]),
@@ -282,6 +356,7 @@ BAD_RUNS = [
         ["repair.from_time=0.6", "earlier"],
     ),
     (("repair.region=[6,0,4,4]",), ["repair.region=[6, 0, 4, 4]", "8 x 8"]),
+    (("repair.region={3:[6,0,4,4]}",), ["repair.region=[6, 0, 4, 4]", "8 x 8"]),
     (("metrics=inception", "metrics.num_images=0"), ["repair", "metrics=classifier"]),
     (("model.num_classes=null",), ["repair", "model.num_classes=auto"]),
     (("laplace.subset=last_block",), ["repair follows the posterior of the head"]),
@@ -298,6 +373,15 @@ def test_what_cannot_be_drawn_is_refused_before_any_work(
         pipeline.run(compose(*SMALL, *overrides))
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_maps_that_cannot_begin_in_the_middle_are_refused_but_for_fresh_samples(compose: Compose):
+    small = [word for word in SMALL if word != "uncertainty.members=2"]
+    cfg = compose(*small, "uncertainty=refined", "repair.score=map.sum")
+    with pytest.raises(UserError, match=r"repair.score=map.sum.*refined.*repair.ways=\[fresh\]"):
+        pipeline.prepare(cfg)
+    cfg.repair.ways = ["fresh"]
+    pipeline.prepare(cfg)
 
 
 def test_the_options_of_both_experiments_are_those_of_the_class(compose: Compose):

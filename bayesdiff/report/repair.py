@@ -56,15 +56,18 @@ def every(
     Args:
         results: numbers.
         drawn: images and alternatives.
-        ways: by which they were drawn.
+        ways: by which they were drawn from the middle of their trajectories.
         score: by which the best is chosen.
 
     Yields:
         Tag and figure.
     """
-    times = list(dict.fromkeys(row["time"] for row in results["draws"]))
-    for number, time in enumerate(times):
+    rows = [row for row in results["draws"] if row["way"] in ways]
+    for number, time in enumerate(dict.fromkeys(row["time"] for row in rows)):
         yield f"repair/draws_from_{time:.3g}", grid(results, drawn, ways, number, time)
+    if "fresh" in drawn:
+        one = {"images": drawn["images"], "draws": drawn["fresh"][:, None, None]}
+        yield "repair/fresh", grid(results, one, ["fresh"], 0, 0.0)
     yield "repair/quality_over_diversity", quality_over_diversity(results, score)
     yield "repair/success_and_harm", success_and_harm(results, score)
 
@@ -88,7 +91,7 @@ def grid(
     """
     images, draws = drawn["images"][:_IMAGES], drawn["draws"][:_IMAGES, number, :, :_EACH]
     size = width, height = cell_size(images, _CELL)
-    part = not bool(drawn["region"].all())
+    part = "region" in drawn and not bool(drawn["region"].all())
     blocks = [("image", images[:, None])]
     blocks += [("region", drawn["region"][:_IMAGES, None] * 255)] if part else []
     blocks += [(way.replace("_", " "), draws[:, place]) for place, way in enumerate(ways)]
@@ -196,5 +199,10 @@ def _conditions(results: Mapping[str, Any]) -> str:
     share = f"{found['region_share']:.0%} of the pixels"
     kinds = {None: "the whole image", "map": f"the {share} most uncertain on its map"}
     region = found["region"]
-    where = kinds[region] if region in (None, "map") else f"the box {region}, {share}"
+    if region is None or isinstance(region, str):
+        where = kinds[region]
+    elif isinstance(region, dict):
+        where = f"a box of its own for each image, {share}"
+    else:
+        where = f"the box {region}, {share}"
     return f"drawn anew: {where}; variance: {found['estimator']}"

@@ -90,6 +90,11 @@ class Estimator(ABC):
     def check(self, solver: Solver) -> None:
         """Refuse settings that do not fit the solver."""
 
+    @property
+    def restarts(self) -> bool:
+        """Whether maps can begin in the middle of a trajectory."""
+        return True
+
     @abstractmethod
     def copies(self, solver: Solver) -> int:
         """Network inputs per image that are held at once."""

@@ -80,6 +80,11 @@ class Linearised(Estimator):
         """Refuse a skip interval beyond the solver's steps."""
         check_skip_interval(self.skip_interval, solver)
 
+    @property
+    def restarts(self) -> bool:
+        """A rule for left-out products is fitted to whole trajectories."""
+        return self.skip_interval == 1
+
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once."""
         noise = self.noise_draws if solver.family == "diffusion" else 0

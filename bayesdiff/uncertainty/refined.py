@@ -95,6 +95,11 @@ class Refined(Estimator):
         if self.skip_interval is not None:
             check_skip_interval(self.skip_interval, solver)
 
+    @property
+    def restarts(self) -> bool:
+        """The refiner knows whole trajectories alone."""
+        return False
+
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once."""
         noise = self.noise_draws if solver.family == "diffusion" else 0

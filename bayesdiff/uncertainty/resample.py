@@ -25,6 +25,7 @@ from bayesdiff.solvers import SampleNoise, Step, integrate
 from bayesdiff.solvers.integrate import advance, evaluate
 from bayesdiff.solvers.step import coefficients
 from bayesdiff.uncertainty.ensemble import MemberField
+from bayesdiff.uncertainty.restart import Restart
 from bayesdiff.uncertainty.samples import Trajectory
 
 # Other noise than aleatoric scores and estimators take, and other weights than ensembles have:
@@ -258,6 +259,15 @@ class Origin:
                 x = x + step.noise * next(fresh)
             x = x if region is None else torch.where(region, x, own)
         return x
+
+    def restart(self, place: int, state: Tensor) -> Restart:
+        """What follows a state ``(B, C, H, W)`` after a step, with the samples' own noise."""
+        later = self.noise.copy()
+        for step in self.steps[: place + 1]:
+            if step.noise:
+                later()
+        times = [step.end for step in self.steps[place:]]
+        return Restart.of(self.start, times, state, later)
 
     def evaluations(self, place: int) -> tuple[int, int]:
         """Network evaluations per image up to and with a step, and after it."""
