@@ -8,8 +8,9 @@ from bayesdiff.artefacts import key_of
 from bayesdiff.build import Run, plain
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver
-from bayesdiff.study import with_effect
+from bayesdiff.study import scored, with_effect
 from bayesdiff.uncertainty import Estimator
+from bayesdiff.uncertainty.chosen import sample_numbers
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class Address:
         # The same weights make other images where they are told to predict something else.
         sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
         images = images_key(run, weights)
-        told, sources = with_effect(cfg.uncertainty), estimator.sources(run)
+        told, sources = maps_settings(run, estimator), estimator.sources(run)
         maps = key_of(*sampled, settings_of(posterior), told, *sources)
         asked = key_of(maps, estimator.validate_images, estimator.validate_members)
         checked = asked if estimator.validate else None
-        cell = key_of(maps, images, plain(cfg.metrics), checked)
+        cell = key_of(maps, images, scored(run), checked)
         return cls(
             folder=run.folder / f"{name}-{cell[:8]}",
             images_path=images_path(run, solver, images),
@@ -65,6 +66,13 @@ class Address:
             cell=cell,
             made_from=key_of(*sampled, settings_of(posterior)),
         )
+
+
+def maps_settings(run: Run, estimator: Estimator) -> dict[str, Any]:
+    """Options that change the run's own maps, chosen samples by their numbers."""
+    chosen = sample_numbers(estimator, run)
+    told = with_effect(run.cfg.uncertainty)
+    return told if chosen is None else told | {"numbers": chosen}
 
 
 def images_key(run: Run, weights: str) -> str:
@@ -86,7 +94,7 @@ def scores_path(run: Run, key: str) -> Path:
 
 def scores_key(run: Run, images: str) -> str:
     """What the scores of the images with this key come from."""
-    return key_of(images, plain(run.cfg.metrics), run.data.data.fingerprint)
+    return key_of(images, scored(run), run.data.data.fingerprint)
 
 
 def settings_of(posterior: HeadPosterior) -> list[Any]:

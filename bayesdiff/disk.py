@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -93,6 +94,26 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     _remove_abandoned(path.parent, prefix)
 
 
+def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` make the files of a folder beside ``path`` and move it there: all or nothing.
+
+    Args:
+        path: of the folder, which must not be there.
+        fill: called with an empty folder.
+    """
+    prefix = f".{path.name}-{_MACHINE}-"
+    with named_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{prefix}{os.getpid()}-"))
+        try:
+            fill(temporary)
+            os.chmod(temporary, 0o777 & ~_UMASK)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _remove_abandoned(path.parent, prefix)
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be written, before any work.
 
@@ -109,7 +130,7 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
     for left in folder.glob(f"{glob.escape(prefix)}*"):
         process = left.name.removeprefix(prefix).partition("-")[0]
         if process.isdigit() and not _is_running(int(process)):
-            left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:

@@ -142,7 +142,7 @@ class Estimates:
         key = id(probe), estimator.name, getattr(estimator, "derivative", ""), held
         rate = self.once(key, lambda: probe.estimator(estimator, held))
         fit = 0 if isinstance(estimator, Refined) else counts.fit
-        return (fit + counts.map * estimator.num_images) * rate
+        return (fit + counts.map * estimator.map_count) * rate
 
     def validation(self, run: Run, solver: Solver, estimator: Estimator) -> float:
         """Trajectories of the reference's members."""
@@ -152,7 +152,7 @@ class Estimates:
     def report(self, run: Run, solver: Solver, estimator: Estimator) -> float:
         """Pictures and events, drawn once for samples of this size and thrown away."""
         shape = tuple(run.data.data.images.shape[1:])
-        key = "report", shape, min(estimator.num_images, 64), solver.num_steps
+        key = "report", shape, min(estimator.map_count, 64), solver.num_steps
         return self.once(key, lambda: _pictures(run, solver, estimator))
 
     def memory(self, run: Run, solver: Solver, estimator: Estimator) -> float:
@@ -236,7 +236,7 @@ def _pictures(run: Run, solver: Solver, estimator: Estimator) -> float:
     """Seconds of a cell's report."""
     from bayesdiff.report import board
 
-    shape, size = tuple(run.data.data.images.shape[1:]), min(estimator.num_images, 64)
+    shape, size = tuple(run.data.data.images.shape[1:]), min(estimator.map_count, 64)
     steps, frames = solver.num_steps, min(9, solver.num_steps)
     values = torch.rand(size, *shape)
     samples = Samples(

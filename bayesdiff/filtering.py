@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bayesdiff.artefacts import write_text
-from bayesdiff.build import Run, plain
+from bayesdiff.build import Run
 from bayesdiff.checks import UserError, at_least, listed, seed_of, share
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, rank
@@ -32,7 +32,7 @@ from bayesdiff.report import board, table
 from bayesdiff.report import filtering as pictures
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import judge
-from bayesdiff.study import Study, check_judge, configured, with_effect
+from bayesdiff.study import Study, check_judge, configured, scored, with_effect
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.image_scores import MAP_SCORES
 from bayesdiff.uncertainty.memory import images_at_once
@@ -163,7 +163,7 @@ def filter_images(
     if wanted is None:
         return None
     sources = [each.sources(run) for each in (own, *wanted.maps.values())]
-    of_maps, of_scores = with_effect(run.cfg.uncertainty), plain(run.cfg.metrics)
+    of_maps, of_scores = with_effect(run.cfg.uncertainty), scored(run)
     study = Study.of(run, "filtering", solver.name, made_from, of_maps, sources, of_scores)
     if study.is_made:
         return study.folder

@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from bayesdiff.ablation import ablate, check_ablation
 from bayesdiff.address import Address, scores_key, scores_path, settings_of
@@ -31,6 +32,7 @@ from bayesdiff.stages import check_metrics, make_images, make_maps, make_scores,
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
+from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
 from bayesdiff.uncertainty.memory import images_at_once
 
 __all__ = ["Result", "prepare", "run", "settings_of", "show"]
@@ -72,7 +74,8 @@ def run(cfg: DictConfig) -> Result:
         with together(at.images_path):
             images = make_images(this, solver, cfg.metrics.num_images, at.images_path, at.images)
     with together(at.samples_path):
-        samples = make_maps(this, solver, estimator, posterior, at.samples_path, at.maps)
+        path, numbers = at.samples_path, sample_numbers(estimator, this)
+        samples = make_maps(this, solver, estimator, posterior, path, at.maps, numbers=numbers)
     checked = None
     if at.checked:
         path = at.checked_path
@@ -95,6 +98,7 @@ def run(cfg: DictConfig) -> Result:
             metrics |= laplace.statistics() | laplace.block_statistics()
             result = replace(result, metrics=metrics)
             report(this, result, samples, at.cell, checked, evidence_curve(posterior))
+        export(this, estimator, at, samples, images)
     barrier()
     return replace(result, studies=studies_of(this, solver, estimator, posterior, at.made_from))
 
@@ -141,6 +145,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     shape = this.data.data.images.shape[1:]
     images_at_once(estimator, solver, model, shape)
     estimator.check_run(this)
+    check_samples(estimator, this)
     if estimator.validate:
         reference_at_once(estimator, solver, model, shape)
     check_metrics(cfg.metrics, this)
@@ -227,6 +232,19 @@ def report(
             "weights": weights_key(this.model),
         }
         write_json(path, record)
+
+
+def export(
+    this: Run, estimator: Estimator, at: Address, samples: Samples, images: Tensor | None
+) -> None:
+    """Single images and maps as files, where they are asked for; each folder is made once."""
+    from bayesdiff.report.export import export_images, export_samples
+
+    if estimator.export:
+        export_samples(at.folder / "png", samples, this.classes, at.samples_path.name)
+    if this.cfg.metrics.export and images is not None:
+        classes = this.model.num_classes
+        export_images(at.images_path.with_suffix(""), images, this.classes, classes)
 
 
 def show(result: Result, logdir: str) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from bayesdiff.address import Address, images_key, images_path, scores_key, scores_path
+from bayesdiff.address import (
+    Address,
+    images_key,
+    images_path,
+    maps_settings,
+    scores_key,
+    scores_path,
+)
 from bayesdiff.artefacts import (
     key_of,
     load_weights,
@@ -25,7 +32,7 @@ from bayesdiff.report import table
 from bayesdiff.report.sweep import flatten, swept_keys
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
-from bayesdiff.study import with_effect
+from bayesdiff.study import scored, with_effect
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.block_ensemble import with_block
 from bayesdiff.uncertainty.refined import Refined
@@ -98,10 +105,10 @@ def _works(
         works += _of_images(run, solver, known)
     if posterior is None:
         told = [known, source, plain(run.cfg.laplace), plain(run.cfg.solver), run.cfg.seed]
-        key = key_of(*told, with_effect(run.cfg.uncertainty))
+        key = key_of(*told, maps_settings(run, estimator))
         refiner = key_of(*told, {**with_effect(run.cfg.uncertainty), "num_images": 0})
         check = key_of(key, estimator.validate_images, estimator.validate_members)
-        report = key_of(key, plain(run.cfg.metrics), estimator.validate and check)
+        report = key_of(key, scored(run), estimator.validate and check)
         made = dict.fromkeys(("refiner", "maps", "validation", "report"), False)
     else:
         estimator = with_block(estimator, laplace.block)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from bayesdiff.artefacts import write_text
-from bayesdiff.build import Run, plain
+from bayesdiff.build import Run
 from bayesdiff.checks import UserError
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.laplace.posterior import HeadPosterior
@@ -23,7 +23,7 @@ from bayesdiff.report import board, table
 from bayesdiff.report import repair as pictures
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.stages import Rows, made_rows, make_maps, starts
-from bayesdiff.study import Study, check_judge, configured, with_effect
+from bayesdiff.study import Study, check_judge, configured, scored, with_effect
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
 from bayesdiff.uncertainty.members import Members
 from bayesdiff.uncertainty.memory import images_at_once
@@ -101,10 +101,10 @@ def repair_images(
     wanted: Repair | None = configured(run, "repair")
     if wanted is None:
         return None
-    of_maps, of_scores = with_effect(run.cfg.uncertainty), plain(run.cfg.metrics)
-    parts = [made_from, of_maps, own.sources(run), of_scores]
+    of_maps, of_scores = with_effect(run.cfg.uncertainty), scored(run)
+    parts: list[Any] = [made_from, of_maps, own.sources(run), of_scores]
     if isinstance(wanted.region, Mapping):  # may come from a file
-        parts.append(sorted(wanted.region.items()))
+        parts.append([[number, *box] for number, box in sorted(wanted.region.items())])
     study = Study.of(run, "repair", solver.name, *parts)
     if study.is_made:
         return study.folder

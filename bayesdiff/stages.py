@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from bayesdiff.progress import track
 from bayesdiff.rows import Batch, Rows, shared_rows
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.uncertainty import Estimator, Samples, Starts, starts_of
+from bayesdiff.uncertainty.chosen import check_export
 from bayesdiff.uncertainty.memory import images_at_once
 
 if TYPE_CHECKING:  # these import torch-fidelity, which costs seconds
@@ -128,6 +129,7 @@ def make_maps(
         mine[number] = ready(start_of(batches[number].tolist()), posterior)
     samples = Samples.join([part for _, part in sorted(_share(mine).items())])
     samples = samples.in_unit_range() if ready.units == "unit" else samples
+    samples = replace(samples, numbers=chosen)
     if rank() == 0:
         write_arrays(path, key, _to_arrays(samples))
     return samples
@@ -152,8 +154,12 @@ def make_validation(
     reference = reference_of(estimator)
     size = reference_at_once(estimator, solver, run.model, run.data.data.images.shape[1:])
     maps = samples.in_model_range().variance[: estimator.validate_images]
+    numbers = range(len(maps)) if samples.numbers is None else samples.numbers.tolist()
+    start_of = starts(run, solver)
     log.info("validation: %d maps, %d members", len(maps), reference.members)
-    found = validate(maps, starts(run, solver), posterior, reference, size)
+    found = validate(
+        maps, lambda rows: start_of([numbers[row] for row in rows]), posterior, reference, size
+    )
     if rank() == 0:
         columns = {name: getattr(found, name).tolist() for name in COLUMNS}
         write_json(path, {"key": key, "metrics": found.metrics(run.cfg.seed), "images": columns})
@@ -191,6 +197,7 @@ def check_metrics(cfg: DictConfig, run: Run) -> None:
     Raises:
         UserError: for bad values, data without labels, or Inception weights that are not there.
     """
+    check_export("metrics.export", cfg.export, run)
     at_least("metrics.batch_size", cfg.batch_size)
     seed_of("metrics.seed", cfg.seed)
     if cfg.features not in ENCODERS:

@@ -53,6 +53,11 @@ def with_effect(options: Any) -> dict[str, Any]:
     return {k: v for k, v in plain(options).items() if k not in WITHOUT_EFFECT}
 
 
+def scored(run: Run) -> dict[str, Any]:
+    """Options of ``metrics`` that change a score."""
+    return {k: v for k, v in plain(run.cfg.metrics).items() if k != "export"}
+
+
 @dataclass(frozen=True)
 class Study:
     """One study's folder.

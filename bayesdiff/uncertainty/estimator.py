@@ -8,15 +8,19 @@ from typing import Any, ClassVar, Protocol, Self
 
 from omegaconf import DictConfig
 
-from bayesdiff.checks import UserError, at_least, positive, seed_of
+from bayesdiff.checks import UserError, at_least, listed, positive, seed_of
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty.samples import UNITS, Samples, Starts, Trajectory
 
-# Settings that change no map: how the work is cut up, and whether it is checked afterwards.
-WITHOUT_EFFECT = ("batch_size", "max_memory", "validate", "validate_images", "validate_members")
+# Settings that change no map: how the work is cut up, which samples it is done for, and what is
+# made of it afterwards.
+WITHOUT_EFFECT = (
+    *("batch_size", "max_memory", "validate", "validate_images", "validate_members"),
+    *("labels", "numbers", "export"),
+)
 
 
 class Training(Protocol):
@@ -44,7 +48,9 @@ class Estimator(ABC):
     """Carries the posterior of the head through a solver.
 
     Args:
-        num_images: images that get a map (read by the pipeline).
+        num_images: images that get a map (read by the pipeline, as the next two).
+        labels: classes of these images, by number or name, in turn; None for all.
+        numbers: of the samples that get a map, in place of 0, 1, ...; None for those.
         batch_size: images at once, fewer where ``max_memory`` asks for it.
         max_memory: GiB that the network's evaluations for one batch may take, see
             ``images_at_once``.
@@ -55,9 +61,12 @@ class Estimator(ABC):
         validate: whether the maps are compared with a reference ensemble.
         validate_images: how many of them.
         validate_members: members of the reference.
+        export: ``png`` for files of single images and maps, None for none.
     """
 
     num_images: int = 64
+    labels: Sequence[int | str] | None = None
+    numbers: Sequence[int] | None = None
     batch_size: int = 64
     max_memory: float = 4.0
     seed: int = 0
@@ -66,6 +75,7 @@ class Estimator(ABC):
     validate: bool = False
     validate_images: int = 16
     validate_members: int = 32
+    export: str | None = None
 
     # What a user types for it, as in uncertainty=ensemble.
     name: ClassVar[str]
@@ -79,6 +89,7 @@ class Estimator(ABC):
             raise UserError(
                 f"unknown uncertainty.units {self.units!r}; choose from {', '.join(UNITS)}"
             )
+        self._check_chosen()
         self._check_times()
         self._check_validation()
 
@@ -89,6 +100,11 @@ class Estimator(ABC):
     @abstractmethod
     def check(self, solver: Solver) -> None:
         """Refuse settings that do not fit the solver."""
+
+    @property
+    def map_count(self) -> int:
+        """Images that get a map."""
+        return self.num_images if self.numbers is None else len(self.numbers)
 
     @property
     def restarts(self) -> bool:
@@ -115,6 +131,22 @@ class Estimator(ABC):
             folder: the run folder, None for none.
         """
         return self
+
+    def _check_chosen(self) -> None:
+        """Refuse classes or numbers that are no list, or both.
+
+        Raises:
+            UserError: one line with the cure.
+        """
+        if self.labels is not None:
+            listed("uncertainty.labels", self.labels, "[3,5]")
+        if self.numbers is not None:
+            listed("uncertainty.numbers", self.numbers, "[0,17,905]")
+        if self.labels is not None and self.numbers is not None:
+            raise UserError(
+                f"uncertainty.numbers={list(self.numbers)} have their classes already; leave "
+                f"uncertainty.labels={list(self.labels)} out"
+            )
 
     def _check_times(self) -> None:
         """Refuse times where there is nothing to record.
@@ -144,8 +176,9 @@ class Estimator(ABC):
             raise UserError(f"uncertainty.validate must be true or false, got {self.validate!r}")
         at_least("uncertainty.validate_images", self.validate_images, 3)
         at_least("uncertainty.validate_members", self.validate_members, 2)
-        if self.validate and self.validate_images > self.num_images:
+        if self.validate and self.validate_images > self.map_count:
             raise UserError(
-                f"uncertainty.validate_images={self.validate_images} is more than "
-                f"uncertainty.num_images={self.num_images}; compare fewer, or map more images"
+                f"uncertainty.validate_images={self.validate_images} is more than the "
+                f"{self.map_count} maps of uncertainty.num_images or numbers; compare fewer, or "
+                "map more images"
             )

@@ -43,6 +43,9 @@ class Samples:
         states: ``(T, B, C, H, W)`` states of all images at these times.
         state_variance: their variance, of the same shape.
         units: ``model`` for images in [-1, 1], ``unit`` for [0, 1].
+        numbers: ``(B,)``, of the samples; None for 0, 1, ...
+        spatial: ``(S, B)`` variance, over channels and pixels, of the map at each of ``times``;
+            None in files of version 0.1.0.
     """
 
     images: Tensor
@@ -60,22 +63,40 @@ class Samples:
     states: Tensor | None = None
     state_variance: Tensor | None = None
     units: str = "model"
+    numbers: Tensor | None = None
+    spatial: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
         """One number per image, ``(B,)``: its variance summed over channels and pixels."""
         return self.variance.flatten(1).sum(1)
 
+    @property
+    def over_time(self) -> dict[str, Tensor]:
+        """Statistics of the maps at ``times``, each ``(S, B)``.
+
+        ``summed`` and ``mean`` over channels and pixels; ``increment``, by how much ``summed`` has
+        grown in the step that ends there, from 0 at the noise; and ``spatial``, the variance of
+        the map's own values, where it was recorded.
+        """
+        found = {
+            "summed": self.summed,
+            "mean": self.summed / self.images[0].numel(),
+            "increment": self.summed.diff(dim=0, prepend=torch.zeros_like(self.summed[:1])),
+        }
+        return found if self.spatial is None else found | {"spatial": self.spatial}
+
     @classmethod
     def join(cls, parts: list[Self]) -> Self:
         """Batches put together; frames are kept from the first one."""
         first = parts[0]
         batched = {"images": 0, "variance": 0, "labels": 0, "summed": 1, "sampler_noise": 0}
-        batched |= {"states": 1, "state_variance": 1}
+        batched |= {"states": 1, "state_variance": 1, "numbers": 0, "spatial": 1}
         values = {f.name: getattr(first, f.name) for f in fields(cls)}
         for name, dim in batched.items():
-            if values[name] is not None:
-                values[name] = torch.cat([getattr(part, name) for part in parts], dim)
+            own = [getattr(part, name) for part in parts]
+            # A part of an older version may lack what it did not know.
+            values[name] = None if any(each is None for each in own) else torch.cat(own, dim)
         return cls(**values)
 
     def in_unit_range(self) -> Self:
@@ -97,6 +118,8 @@ class Samples:
             name: convert(value) if name in images else scale * value
             for name, value in found.items()
         }
+        if self.spatial is not None:
+            changed["spatial"] = scale**2 * self.spatial
         return replace(self, units=units, **changed)
 
 
@@ -189,6 +212,7 @@ class Recorder:
         self.count = 0
         self.times: list[float] = []
         self.summed: list[Tensor] = []
+        self.spatial: list[Tensor] = []
         self.frames: list[Tensor] = []
         self.frame_variance: list[Tensor] = []
         self.frame_times: list[float] = []
@@ -211,6 +235,7 @@ class Recorder:
         """
         self.times.append(time)
         self.summed.append(variance.flatten(1).sum(1).cpu())
+        self.spatial.append(variance.flatten(1).var(1, correction=0).cpu())
         if state is not None and self.count in self.chosen:
             self.frames.append(state[: self.images].cpu())
             self.frame_variance.append(variance[: self.images].cpu())
@@ -249,6 +274,7 @@ class Recorder:
             requested_times=torch.tensor(times) if times else None,
             states=torch.stack(states) if times else None,
             state_variance=torch.stack(variances) if times else None,
+            spatial=torch.stack(self.spatial),
         )
 
 

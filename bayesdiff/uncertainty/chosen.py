@@ -1,0 +1,99 @@
+"""Which samples get a map: the first ones, those of some classes, or those with given numbers.
+
+A sample's number decides its class (all in turn) and its noise, so that number 17 is the same
+image with the same map wherever it is asked for.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bayesdiff.checks import UserError
+from bayesdiff.uncertainty.estimator import Estimator, Training
+
+_MOST = 2**32  # seeds of the noise repeat from there on
+
+
+def sample_numbers(estimator: Estimator, run: Training) -> list[int] | None:
+    """Numbers of the samples that get a map; None for 0, 1, ...
+
+    Of chosen classes, these are the samples of lowest number, the classes in the order they are
+    asked for, again and again.
+
+    Args:
+        estimator: with what is asked for.
+        run: whose samples they are.
+
+    Raises:
+        UserError: for classes that the model does not know, or numbers that no sample has.
+    """  # noqa: DOC502 - raised one level down
+    if estimator.numbers is not None:
+        return [_number(number) for number in estimator.numbers]
+    if estimator.labels is None:
+        return None
+    count = run.model.num_classes
+    if not count:
+        raise UserError(
+            f"uncertainty.labels={list(estimator.labels)} of an unconditional model, which has no "
+            "classes; use model.num_classes=auto, or uncertainty.numbers"
+        )
+    classes = [_class(label, run.data.data.classes, count) for label in estimator.labels]
+    if len(set(classes)) < len(classes):
+        raise UserError(
+            f"uncertainty.labels={list(estimator.labels)} names a class twice; give each once"
+        )
+    turns = range(estimator.num_images)
+    return [classes[k % len(classes)] + count * (k // len(classes)) for k in turns]
+
+
+def check_samples(estimator: Estimator, run: Training) -> None:
+    """Refuse samples that there are none of, and images that no PNG can show."""
+    sample_numbers(estimator, run)
+    check_export("uncertainty.export", estimator.export, run)
+
+
+def check_export(name: str, kind: Any, run: Training) -> None:
+    """Refuse another format than PNG, or images that it cannot hold.
+
+    Args:
+        name: of the option.
+        kind: its value.
+        run: whose images are to be written.
+
+    Raises:
+        UserError: one line with the cure.
+    """
+    if kind is None:
+        return
+    if kind != "png":
+        raise UserError(f"unknown {name} {kind!r}; choose png, or null for no files")
+    channels = run.data.data.channels
+    if channels not in (1, 3):
+        raise UserError(
+            f"{name}=png shows images of 1 or 3 channels, these have {channels}; use null and "
+            "read samples-*.npz"
+        )
+
+
+def _number(given: Any) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < _MOST:
+        raise UserError(
+            f"uncertainty.numbers must be whole numbers from 0 to below {_MOST}, got {given!r}"
+        )
+    return given
+
+
+def _class(label: Any, classes: Sequence[str], count: int) -> int:
+    """Number of a class, given by it or by its name.
+
+    Raises:
+        UserError: for another one.
+    """
+    if isinstance(label, str) and label in classes:
+        return classes.index(label)
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
+        names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+        raise UserError(
+            f"unknown uncertainty.labels {label!r}; choose from 0 to {count - 1}"
+            + (f", or by name: {names}" if names else "")
+        )
+    return label
