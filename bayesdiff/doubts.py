@@ -180,6 +180,10 @@ def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> D
         if mask is not None:
             found["foreground_mean"] = foreground_mean(variance, samples.images, mask)
         doubts |= {f"{name}.{k}": value for k, value in found.items()}
+    noise = next((m.sampler_noise for m in map(Samples.in_model_range, maps.values())
+                  if m.sampler_noise is not None), None)  # fmt: skip
+    if noise is not None:  # a stochastic solver's own, of which the posterior knows nothing
+        doubts["sampler_noise.sum"] = MAP_SCORES["sum"](noise, samples.images)
     doubts |= seen.known
     scorer, known = judge(run, run.cfg.metrics.seed + 1)
     read = extract(scorer, images, size)

@@ -25,6 +25,7 @@ from bayesdiff.metrics.choice import choice
 from bayesdiff.metrics.gains import NAMES, SCORES, VALUES, Row, gains
 from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.profile import PROFILE, profile
+from bayesdiff.metrics.rules import RULE_NAMES, factor_of, rule_gains
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.selection import kept_count
 from bayesdiff.pools import ImagePool
@@ -39,16 +40,20 @@ from bayesdiff.uncertainty.memory import images_at_once
 
 
 class Judged(NamedTuple):
-    """Rows of one pool: what every score gains, and what it follows (none without labels)."""
+    """Rows of one pool: what every score gains, what it follows, and what rules gain by it."""
 
     gains: list[Row]
     profile: list[Row]
+    rules: Sequence[Row] = ()
 
 
 # Samples with the number of each by which they are sorted.
 Shown = tuple[Samples, Tensor]
 
 log = logging.getLogger(__name__)
+
+# What a rule keeps is its own choice.
+_KEPT = ("keep", "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,8 @@ class Filtering(ScoreOptions):
         seeds: of the pools' noise; the same network makes all of them.
         keep: shares that are kept.
         main_keep: the share whose gains have intervals over images, one of ``keep``.
+        rules: that keep as many as they will, such as ``mean+1sd``: discarded is every score above
+            its mean + 1 sd.
         maps: estimators beside the run's own, by name; their maps get the same scores.
         subsets: random choices that a score is compared with.
         draws: bootstrap samples of the intervals over images.
@@ -70,6 +77,7 @@ class Filtering(ScoreOptions):
     seeds: Sequence[int] = (0, 1, 2)
     keep: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     main_keep: float = 0.8
+    rules: Sequence[str] = ()
     maps: Mapping[str, Estimator] = field(default_factory=dict)
     subsets: int = 10
     draws: int = 100
@@ -88,6 +96,8 @@ class Filtering(ScoreOptions):
                 f"filtering.main_keep={self.main_keep} must be one of filtering.keep="
                 f"{list(self.keep)}"
             )
+        for rule in listed("filtering.rules", self.rules, "[mean+1sd]") if self.rules else ():
+            factor_of(rule)
         if not isinstance(self.maps, Mapping):
             raise UserError(
                 f"filtering.maps must name estimators with their settings, got {self.maps!r};"
@@ -220,7 +230,7 @@ def _judged(run: Run, wanted: Filtering, maps: Mapping[str, Samples], seen: Seen
     rows += gains(doubts, few, rest, **chance) if rest else []
     labels, busy = samples.labels, doubts["image.total_variation"]
     follows = [] if labels is None else profile(doubts, read.logits, labels, busy)
-    return Judged(rows, follows)
+    return Judged(rows, follows, rule_gains(doubts, few, wanted.rules, **chance))
 
 
 def _results(
@@ -243,6 +253,8 @@ def _results(
     }
     if len(tables) > 1:
         results |= choice(tables, wanted.main_keep, wanted.maps)
+    if wanted.rules:
+        results["rules"] = over_seeds([e.rules for e in judged], RULE_NAMES, [*_KEPT, *VALUES])
     return results
 
 
@@ -270,6 +282,10 @@ def _report(
             key=lambda row: -row[shown_of[0]] if isfinite(row[shown_of[0]]) else 0,
         )
         write_text(folder / "table-profile.md", table.markdown(follows, ["score", *shown_of]))
+    if wanted.rules:
+        by_rule = sorted(results["rules"], key=lambda row: (row["rule"], row["mode"]))
+        columns = [*RULE_NAMES, "keep", "fid", "fid_gain", "z", "z_low", "z_high"]
+        write_text(folder / "table-rules.md", table.markdown(by_rule, columns))
     scalars = {f"filtering/{row['mode']}/{row['score']}/z": row["z"] for row in rows}
     figures = pictures.every(results, *shown, name)
     board.write_study(folder / "tensorboard", scalars, {}, figures)

@@ -91,6 +91,10 @@ def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, m
         ("per_class", 0.8, 30),
     }
     assert modes == kept
+    by_rule = {(row["score"], row["mode"], row["rule"]) for row in results["rules"]}
+    assert by_rule == {(n, m, "mean+1sd") for n in named for m in ("global", "per_class")}
+    assert all(0 < row["keep"] <= 1 and row["seeds"] == 2 for row in results["rules"])
+    assert "mean+1sd" in (folder / "table-rules.md").read_text()
     main = [row for row in rows if row["keep"] == 0.8]
     assert all(row["fid_gain_low"] < row["fid_gain"] < row["fid_gain_high"] for row in main)
     assert results["best"].split(".")[0] not in ("random", "real")
@@ -221,6 +225,8 @@ def test_parts_of_pools_keep_their_names():
         ({"aleatoric_zigzag": 1}, "filtering.aleatoric_zigzag=1 is the plain form; give 2"),
         ({"aleatoric_zigzag": -1}, "filtering.aleatoric_zigzag must be .*>= 0, got -1"),
         ({"aleatoric_zigzag": 3, "aleatoric_draws": 0}, "zigzag=3 needs filtering.aleatoric_dr"),
+        ({"rules": ["mean"]}, r"filtering.rules 'mean'; give mean\+1sd"),
+        ({"rules": "mean+1sd"}, r"filtering.rules must be a list"),
         ({"keep": [0.8, 0.8]}, r"filtering.keep=\[0.8, 0.8\] names one twice"),
         ({"likelihood": 1}, "filtering.likelihood must be true or false, got 1"),
         ({"likelihood_steps": 0}, "filtering.likelihood_steps must be .*>= 1, got 0"),
@@ -338,6 +344,14 @@ def test_image_scores_see_the_images_that_are_shown(copied: Trained, compose: Co
     torch.testing.assert_close(found["image.total_variation"], 2 * sum(steps), rtol=0, atol=0.9)
     ends = ((seen == 0) | (seen == 1)).double().flatten(1).mean(1)
     assert torch.equal(found["image.saturation"], ends)
+    # The solver's own noise is a score where there is some, in the units of [-1, 1].
+    assert "sampler_noise.sum" not in found
+    noise = torch.rand(maps.variance.shape, generator=torch.Generator().manual_seed(0))
+    noisy = dataclasses.replace(maps, sampler_noise=noise).in_unit_range()
+    found = doubts_of(this, {"own": maps, "other": noisy}, Seen(), 0)
+    torch.testing.assert_close(
+        found["sampler_noise.sum"], noise.double().sum((1, 2, 3)), rtol=1e-5, atol=0
+    )
 
 
 def test_a_pool_is_the_same_for_every_batch_size_and_made_once(

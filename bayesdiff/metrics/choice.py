@@ -7,7 +7,10 @@ from bayesdiff.metrics.gains import NAMES, Row
 from bayesdiff.metrics.seeds import over_seeds
 
 # Kinds of scores that do not look at the posterior.
-OTHERS = ("random", "image", "aleatoric", "likelihood", "classifier", "real")
+OTHERS = (
+    *("random", "image", "aleatoric", "likelihood", "classifier", "real"),
+    "sampler_noise",
+)
 
 
 def choice(

@@ -71,7 +71,7 @@ def gains(
     at_least("subsets", subsets, 2)
     if draws:
         at_least("draws", draws, 2)
-    stacked = torch.stack([_doubt(name, doubt, images) for name, doubt in doubts.items()])
+    stacked = torch.stack([doubt_of(name, doubt, images) for name, doubt in doubts.items()])
     modes = {"global": None, "per_class": images.groups}
     rows: list[Row] = []
     for mode, groups in modes.items():
@@ -85,7 +85,7 @@ def gains(
                 )
             chance = random_kept(len(images), fraction, seed, groups, subsets=subsets)
             own, rivals = images.figures(chosen), images.figures(chance)
-            found = _against(own, rivals, level)
+            found = against(own, rivals, level)
             if draws:
                 samples = _bootstrap(stacked, images, groups, fraction, seed + 1, subsets, draws)
                 found |= _intervals(found, samples, level)
@@ -107,7 +107,7 @@ def spread_of_one(sd: float | Tensor, count: int, level: float) -> Any:
     return sd * (1 + 1 / count) ** 0.5 * t_quantile(count, level)
 
 
-def _against(own: Figures, rivals: Figures, level: float) -> Figures:
+def against(own: Figures, rivals: Figures, level: float) -> Figures:
     """Columns of K scores, each (K,), from their figures (K,) and those of random choices (S,)."""
     gained = _gain(own, rivals)
     found: Figures = {}
@@ -185,7 +185,12 @@ def _intervals(found: Figures, samples: Figures, level: float) -> Figures:
     return columns
 
 
-def _doubt(name: str, doubt: Tensor, images: Pool) -> Tensor:
+def doubt_of(name: str, doubt: Tensor, images: Pool) -> Tensor:
+    """One score ``(N,)`` of a pool, float64, in the pool's own order.
+
+    Raises:
+        UserError: if it lacks an image.
+    """
     doubt = checked_doubt(doubt, f"doubt {name!r}")
     if len(doubt) != len(images):
         raise UserError(
