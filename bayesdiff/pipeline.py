@@ -17,6 +17,7 @@ from bayesdiff.checks import at_least, seed_of
 from bayesdiff.disk import named_disk
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.filtering import check_filtering, filter_images
+from bayesdiff.interpolation import check_interpolation, interpolate
 from bayesdiff.laplace.block import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.grid import EvidenceCurve, evidence_curve
@@ -29,6 +30,7 @@ from bayesdiff.report import table
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.stages import check_metrics, make_images, make_maps, make_scores, make_validation
+from bayesdiff.study import STUDIES
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
@@ -107,13 +109,14 @@ def studies_of(
     this: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, made_from: str
 ) -> tuple[Path, ...]:
     """Folders of the studies that are asked for, each made once."""
-    if all(this.cfg.get(name) is None for name in ("ablation", "filtering", "repair")):
+    if all(this.cfg.get(name) is None for name in STUDIES):
         return ()
     with together(this.folder / "studies"):
         studies = (
             ablate(this, solver, posterior, made_from),
             filter_images(this, solver, estimator, posterior, made_from),
             repair_images(this, solver, estimator, posterior, made_from),
+            interpolate(this, solver, estimator, posterior, made_from),
         )
     return tuple(folder for folder in studies if folder)
 
@@ -128,9 +131,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     solver: Solver = instantiate(cfg.solver)
     estimator: Estimator = instantiate(cfg.uncertainty)
     if cfg.laplace.subset == "last_block":
-        studies = [
-            name for name in ("ablation", "filtering", "repair") if cfg.get(name) is not None
-        ]
+        studies = [name for name in STUDIES if cfg.get(name) is not None]
         check_block_ensemble(estimator, *studies[:1])
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
@@ -152,6 +153,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     check_ablation(this, solver)
     check_filtering(this, solver, estimator)
     check_repair(this, solver, estimator)
+    check_interpolation(this, solver, estimator)
     laplace.check_files()
     if not cfg.get("dry_run"):
         launch(cfg, devices)

@@ -32,7 +32,7 @@ from bayesdiff.report import table
 from bayesdiff.report.sweep import flatten, swept_keys
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
-from bayesdiff.study import scored, with_effect
+from bayesdiff.study import STUDIES, scored, with_effect
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.block_ensemble import with_block
 from bayesdiff.uncertainty.refined import Refined
@@ -40,7 +40,6 @@ from bayesdiff.uncertainty.refiner_file import load, path_of
 
 STAGES = ("training", "curvature", "images", "classifier", "scores", "refiner", "maps",
           "validation", "report")  # fmt: skip
-STUDIES = ("ablation", "filtering", "repair")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 
 log = logging.getLogger(__name__)
 
+# Names of their options in the configuration, in the order they are made in.
+STUDIES = ("ablation", "filtering", "repair", "interpolation")
+
 
 def configured(run: Run, name: str) -> Any:
     """The study of this name as the configuration has it, None where it is not asked for.

@@ -66,6 +66,12 @@ class Restart(Trajectory):
         return self.solver.steps(self.path, self.model.prediction, times)
 
 
+def with_state(start: Trajectory, state: Tensor) -> Trajectory:
+    """The batch from another starting noise ``(B, C, H, W)``; its own was drawn already."""
+    noise = RestartNoise(state, start.noise)
+    return Trajectory(start.model, start.solver, start.labels, noise, start.device)
+
+
 def fresh_start(start: Trajectory, number: int, seed: int) -> Trajectory:
     """Another sample of the same class in place of each, from noise of its own.
 
