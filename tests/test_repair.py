@@ -67,6 +67,9 @@ def test_figures_of_the_draws_equal_slow_loops():
     assert row["gain"] == pytest.approx(
         average(lambda i: sum(float(quality[i, j] - quality[i, 0]) for j in draws) / 3)
     )
+    assert row["better"] == pytest.approx(
+        average(lambda i: sum(bool(quality[i, j] > quality[i, 0]) for j in draws) / 3)
+    )
     wrong = [i for i in images if not right[i, 0]]
     fine = [i for i in images if right[i, 0]]
     assert wrong and fine
@@ -94,19 +97,20 @@ def test_figures_of_the_draws_equal_slow_loops():
 def test_figures_of_the_best_equal_slow_loops(first):
     found = made_up(seed=2)
     row = pick_row(found, "one", first, **CHANCE)
-    gain = chance = mended = spoiled = changed = 0.0
+    gain = better = chance = mended = spoiled = changed = 0.0
     wrong = sum(not right for right in found.right[:, 0])
     for i in range(7):
         best = min(range(first, 4), key=lambda j: float(found.doubts["one"][i, j]))
         gain += float(found.quality[i, best] - found.quality[i, 0]) / 7
+        better += (0.5 if not best else float(found.quality[i, best] > found.quality[i, 0])) / 7
         expected = sum(float(found.quality[i, j]) for j in range(first, 4)) / (4 - first)
         chance += (float(found.quality[i, best]) - expected) / 7
         changed += (best > 0) / 7
         mended += bool(not found.right[i, 0] and found.right[i, best]) / int(wrong)
         spoiled += bool(found.right[i, 0] and not found.right[i, best]) / (7 - int(wrong))
-    names = ("gain", "over_chance", "success", "harm", "changed")
+    names = ("gain", "better", "over_chance", "success", "harm", "changed")
     got = [row[name] for name in names]
-    assert got == pytest.approx([gain, chance, mended, spoiled, changed])
+    assert got == pytest.approx([gain, better, chance, mended, spoiled, changed])
     assert row["fid"] != row["fid"] or len(found.features) > 5  # too few images have none
 
 

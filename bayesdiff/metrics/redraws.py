@@ -113,7 +113,8 @@ def draws_row(redraws: Redraws, power: Tensor, *, seed: int, draws: int) -> Row:
         draws: bootstrap samples.
 
     Returns:
-        Each with ``_low`` and ``_high``: ``quality``, ``gain`` (over the images), ``success``
+        Each with ``_low`` and ``_high``: ``quality``, ``gain`` (over the images), ``better`` (the
+        share of alternatives of higher quality than their image, equal ones half), ``success``
         (of images judged wrong, the share of alternatives judged right), ``harm`` (of images
         judged right, the share judged wrong), ``precision``, ``precision_gain``,
         ``feature_distance`` and ``pixel_distance`` (between alternatives of one image, the latter
@@ -153,10 +154,10 @@ def pick_row(redraws: Redraws, score: str, first: int, *, seed: int, draws: int)
         draws: bootstrap samples.
 
     Returns:
-        As ``draws_row`` has them: ``quality``, ``gain``, ``success``, ``harm``, ``precision``,
-        ``precision_gain``; further ``over_chance``, the gain over a choice by chance from the
-        same candidates, each with its interval; then ``changed``, the share of images that are
-        replaced, and ``fid``.
+        As ``draws_row`` has them: ``quality``, ``gain``, ``better``, ``success``, ``harm``,
+        ``precision``, ``precision_gain``; further ``over_chance``, the gain over a choice by
+        chance from the same candidates, each with its interval; then ``changed``, the share of
+        images that are replaced, and ``fid``.
     """
     chosen = redraws.picked(score, first)
     column = chosen[:, None]
@@ -173,6 +174,11 @@ def pick_row(redraws: Redraws, score: str, first: int, *, seed: int, draws: int)
     return found | {"changed": float((chosen > 0).double().mean()), "fid": redraws.fid(chosen)}
 
 
+def beats(quality: Tensor, other: Tensor) -> Tensor:
+    """1 where a quality is above another, 0.5 where they are equal, else 0; float64."""
+    return (quality > other).double() + (quality == other).double() / 2
+
+
 def _changes(redraws: Redraws, quality: Tensor, right: Tensor) -> Figures:
     """Before and after, for candidates ``(N, m)`` that stand for an image with equal shares."""
     before, after = redraws.right[:, 0].double(), right.double().mean(1)
@@ -180,6 +186,7 @@ def _changes(redraws: Redraws, quality: Tensor, right: Tensor) -> Figures:
     return {
         "quality": (mean, (mean_quality,)),
         "gain": (mean, (mean_quality - redraws.quality[:, 0],)),
+        "better": (mean, (beats(quality, redraws.quality[:, :1]).mean(1),)),
         "right": (mean, (after,)),
         "success": (rate, ((1 - before) * after, 1 - before)),
         "harm": (rate, (before * (1 - after), before)),

@@ -19,7 +19,7 @@ OF_DRAWS = (
     "feature_distance", "pixel_distance", "power", "fid",
 )  # fmt: skip
 OF_PICKS = (
-    "time", "way", "among", "gain", "over_chance", "over_isotropic", "success", "harm",
+    "time", "way", "among", "better", "gain", "over_chance", "over_isotropic", "success", "harm",
     "precision_gain", "fid",
 )  # fmt: skip
 _IMAGES = 8  # rows of a grid

@@ -44,20 +44,29 @@ SETTINGS = {
     "whole": ["experiment=diversity"],
     "map": ["experiment=rectify"],
     "whole_hot": ["experiment=diversity", "laplace.n_eff={hot}"],
+    # Plain rejection sampling: of some other samples of the class the one with the least map.
+    "rejection": [
+        *("experiment=diversity", "repair.ways=[fresh]", "repair.score=map.sum"),
+        "repair.draws=4",
+    ],
 }
+# What "better than the original" is read from.
+REJECTION = "digits_flow_short"
 VALUES = (
-    "quality", "gain", "over_isotropic", "over_chance", "right", "success", "harm", "precision",
-    "precision_gain", "feature_distance", "pixel_distance", "feature_shift", "pixel_shift",
-    "power", "power_gain", "power_distance", "changed", "fid", "wrong",
+    "quality", "gain", "better", "over_isotropic", "over_chance", "right", "success", "harm",
+    "precision", "precision_gain", "feature_distance", "pixel_distance", "feature_shift",
+    "pixel_shift", "power", "power_gain", "power_distance", "changed", "fid", "wrong",
 )  # fmt: skip
 NAMES = ("time", "way", "score", "among", "nfe")
 OF_DRAWS = (
-    "time", "way", "gain", "over_isotropic", "success", "harm", "precision_gain",
+    "time", "way", "gain", "better", "over_isotropic", "success", "harm", "precision_gain",
     "feature_distance", "power", "fid",
 )  # fmt: skip
 OF_PICKS = (
     "time", "way", "gain", "over_chance", "over_isotropic", "success", "harm", "precision_gain",
 )  # fmt: skip
+# Of a choice among fresh samples, by every score.
+OF_SCORES = ("score", "better", "gain", "over_chance", "success", "harm", "precision_gain")
 
 
 def repaired(model: str, setting: str, seed: int, *more: str) -> tuple[dict[str, Any], Path]:
@@ -72,7 +81,8 @@ def repaired(model: str, setting: str, seed: int, *more: str) -> tuple[dict[str,
     found = read_json(folder / "results.json")
     assert found is not None
     main = found["conditions"]["score"]
-    found["picks"] = [row for row in found["picks"] if row["score"] == main]
+    if setting != "rejection":
+        found["picks"] = [row for row in found["picks"] if row["score"] == main]
     return found, folder
 
 
@@ -107,12 +117,36 @@ def flat(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for model, settings in models.items():
         for setting, found in settings.items():
             best = [row for row in found["picks"] if row["among"] == "all"]
+            if setting == "rejection":
+                best, keys = [], keys | rejection(model, found)
             for prefix, rows in (("", found["draws"]), ("best_", best)):
                 for row in rows:
                     place = f"{model}.{setting}.{row['time']:g}.{row['way']}.{prefix}"
                     for name in ("gain", "over_isotropic", "success", "harm", "feature_distance"):
                         if name in row:
                             keys[place + name] = row[name]
+    return keys
+
+
+def rejection(model: str, found: dict[str, Any]) -> dict[str, Any]:
+    """``MODEL.rejection.SCORE.AMONG.NAME``, of the model in REJECTION without its name as well.
+
+    ``chance`` among the scores is any of the alternatives.
+    """
+    rows = [{"score": "chance", "among": "draws", **found["draws"][0]}, *found["picks"]]
+    keys: dict[str, Any] = {}
+    for row in rows:
+        place = f"{model}.rejection.{row['score']}.{row['among']}"
+        for name in ("better", "gain", "over_chance", "success", "harm"):
+            keys |= {f"{place}.{name}{end}": row.get(name + end) for end in ("", "_low", "_high")}
+    if model == REJECTION:
+        main = f"{model}.rejection.map.sum.draws.better"
+        names = {"": main, ".by_chance": f"{model}.rejection.chance.draws.better"}
+        keys |= {
+            f"rejection.map_better_than_original{name}{end}": keys[place + end]
+            for name, place in names.items()
+            for end in ("", "_low", "_high")
+        }
     return keys
 
 
@@ -123,15 +157,27 @@ def write(models: dict[str, dict[str, Any]]) -> None:
     for model, settings in models.items():
         for setting, found in settings.items():
             original = {k: v for k, v in found["original"].items() if k in VALUES}
-            best = [row for row in found["picks"] if row["among"] == "all"]
+            rejecting = setting == "rejection"
+            among, names = ("draws", OF_SCORES) if rejecting else ("all", OF_PICKS)
+            best = [row for row in found["picks"] if row["among"] == among]
+            which = (
+                "each score, of alternatives alone"
+                if rejecting
+                else "the score, of alternatives and image"
+            )
             parts += [
                 f"## {model}, {setting}\n\nThe images themselves:\n\n{table.markdown([original])}",
                 "The alternatives, which is best-of-n by chance:\n\n"
-                + table.markdown([line(row, OF_DRAWS) for row in found["draws"]]),
-                "The best by the score, of alternatives and image:\n\n"
-                + table.markdown([line(row, OF_PICKS) for row in best]),
+                + lines(found["draws"], OF_DRAWS),
+                f"The best by {which}:\n\n" + lines(best, names),
             ]
     write_text(HERE / "table.md", "\n".join(parts))
+
+
+def lines(rows: list[dict[str, Any]], names: Sequence[str]) -> str:
+    """A table of those columns that a row has."""
+    there = [name for name in names if any(row.get(name) is not None for row in rows)]
+    return table.markdown([line(row, there) for row in rows])
 
 
 def main(arguments: list[str]) -> None:
