@@ -51,10 +51,11 @@ def images_and_maps(results: Mapping[str, Any], images: Tensor, variance: Tensor
     left, tall = 70, 2 * (height + GAP) + 10
     across = left + images.shape[1] * (width + GAP)
     caption = (
-        f"The first {len(images)} of {len(results['sums'])} pairs; the outer images are the "
-        f"samples. Maps: standard deviation, one scale for all; {_conditions(results)}."
+        f"The first {len(images)} of {len(results['sums'])} pairs, along the arc between their "
+        f"noises; the outer images are the samples. Maps: standard deviation, one scale for all; "
+        f"{_conditions(results)}."
     )
-    title = "Between two samples, along the arc that joins their noises"
+    title = "Between two samples"
     figure, axes = sheet(across + 100, len(images) * tall, title, caption)
     for row, pair in enumerate(results["conditions"]["pairs"][: len(images)]):
         y = row * tall
@@ -66,7 +67,7 @@ def images_and_maps(results: Mapping[str, Any], images: Tensor, variance: Tensor
             put(axes, picture(images[row, column]), x, y, size)
             scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top}
             drawn = put(axes, maps[row, column], x, y + height + GAP, size, **scale)
-    bar = axes.inset_axes((across + 10, 0, 16, 2 * height + GAP), transform=axes.transData)
+    bar = axes.inset_axes((across + 10, 0, 16, len(images) * tall - 10), transform=axes.transData)
     figure.colorbar(drawn, cax=bar).set_label("standard deviation")
     return figure
 
