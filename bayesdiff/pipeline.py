@@ -17,6 +17,7 @@ from bayesdiff.checks import at_least, seed_of
 from bayesdiff.disk import named_disk
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.filtering import check_filtering, filter_images
+from bayesdiff.head_chain import chain_head, check_head_chain
 from bayesdiff.interpolation import check_interpolation, interpolate
 from bayesdiff.laplace.block import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
@@ -117,6 +118,7 @@ def studies_of(
             filter_images(this, solver, estimator, posterior, made_from),
             repair_images(this, solver, estimator, posterior, made_from),
             interpolate(this, solver, estimator, posterior, made_from),
+            chain_head(this),
         )
     return tuple(folder for folder in studies if folder)
 
@@ -154,6 +156,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     check_filtering(this, solver, estimator)
     check_repair(this, solver, estimator)
     check_interpolation(this, solver, estimator)
+    check_head_chain(this)
     laplace.check_files()
     if not cfg.get("dry_run"):
         launch(cfg, devices)

@@ -17,7 +17,7 @@ from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 log = logging.getLogger(__name__)
 
 # Names of their options in the configuration, in the order they are made in.
-STUDIES = ("ablation", "filtering", "repair", "interpolation")
+STUDIES = ("ablation", "filtering", "repair", "interpolation", "head_chain")
 
 
 def configured(run: Run, name: str) -> Any:

@@ -20,7 +20,7 @@ LAYERS = (
     "checks disk cli artefacts device distributed locks slots progress rows data paths "
     "networks models sharding laplace solvers uncertainty metrics report build processes "
     "training stages study address ablation pools doubts filtering repair_results repair "
-    "interpolation pipeline probe estimate planner dry_run search sweep"
+    "interpolation head_chain pipeline probe estimate planner dry_run search sweep"
 ).split()
 
 

@@ -76,6 +76,10 @@ def test_command_runs(given, data_root, trained, tmp_path, monkeypatch):
         overrides += ["filtering.members=2", "filtering.aleatoric_draws=0", "filtering.draws=2"]
     if {"experiment=rectify", "experiment=diversity"} & set(overrides):
         overrides += ["repair.num_images=4", "repair.draws=2", "repair.bootstrap=10"]
+    if "experiment=interpolation" in overrides:
+        overrides += ["interpolation.pairs=2", "interpolation.points=3"]
+    if "experiment=head_chain" in overrides:
+        overrides += ["head_chain.num_images=20", "head_chain.chains=4", "head_chain.draws=20"]
     cfg = compose_list(smallest(tmp_path, "solver.num_steps=6", *overrides))
     if "ckpt_path=last" in overrides:
         with pytest.raises(UserError, match="ckpt_path=last but there is no"):
