@@ -14,6 +14,7 @@ from bayesdiff.build import Run, plain
 from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.probe import Counts, Probe, count, seconds_of
+from bayesdiff.report.callback import grid_size
 from bayesdiff.solvers import Solver
 from bayesdiff.study import with_effect
 from bayesdiff.uncertainty import Estimator, Samples
@@ -87,7 +88,8 @@ class Estimates:
         seconds += epochs / every * checked * per_image
         grids = (cfg.callbacks or {}).get("samples")
         if grids:
-            images = grids.get("rows", 4) * (run.model.num_classes or 10)
+            bounds = {k: grids[k] for k in ("rows", "max_images") if k in grids}
+            images = grid_size(run.model.num_classes, **bounds)
             drawn = min(grids.get("grids", 8), epochs) * grids.get("num_steps", 10) * images
             seconds += drawn * per_image
         return seconds

@@ -13,6 +13,7 @@ from torch import Tensor
 from bayesdiff.artefacts import read_arrays, read_json, write_arrays, write_json
 from bayesdiff.build import Run, is_main_process
 from bayesdiff.checks import UserError, at_least, seed_of
+from bayesdiff.data.images import check_classifiable
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, rank, world_size
 from bayesdiff.laplace.posterior import HeadPosterior
@@ -211,10 +212,9 @@ def check_metrics(cfg: DictConfig, run: Run) -> None:
 
         weights = cfg.weights_path
         build_extractor(cfg.features, None, cache_dir="", seed=0, weights_path=weights)
-    if cfg.num_images and cfg.features == "classifier" and run.data.data.num_classes < 2:
-        raise UserError(
-            f"data set {run.data.data.name} has no labels for metrics.features=classifier; "
-            "use metrics=inception, or metrics.num_images=0 for no scores"
+    if cfg.num_images and cfg.features == "classifier":
+        check_classifiable(
+            run.data.data, "use metrics=inception, or metrics.num_images=0 for no scores"
         )
 
 

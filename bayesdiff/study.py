@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from bayesdiff.artefacts import finite, key_of, read_json, write_json
 from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError
+from bayesdiff.data.images import check_classifiable
 from bayesdiff.distributed import barrier
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 
@@ -40,10 +41,9 @@ def check_judge(run: Run, name: str) -> None:
     Raises:
         UserError: without labels, under another extractor, or if the training data is corrupted.
     """
-    if run.cfg.metrics.features != "classifier" or run.data.data.num_classes < 2:
-        raise UserError(
-            f"{name} reads classifiers of the data; use metrics=classifier and data with labels"
-        )
+    if run.cfg.metrics.features != "classifier":
+        raise UserError(f"{name} reads classifiers of the data; use metrics=classifier")
+    check_classifiable(run.data.data, f"{name} is judged by it: give data with labels")
     if "corruption" in run.cfg.data.source:
         raise UserError(
             f"{name} is judged by a classifier of the training data, which corruption= damages; "

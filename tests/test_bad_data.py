@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -83,6 +84,21 @@ def flipped_zip(root):
     return sources.zip_images("z", path)
 
 
+def twice_zip(root):
+    path = write_zip(root, TWO)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a.png", png())
+    return sources.zip_images("z", path)
+
+
+def locked_zip(root):
+    path = write_zip(root, TWO)
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"PK\x01\x02") + 8] |= 1  # what marks the last member as encrypted
+    path.write_bytes(content)
+    return sources.zip_images("z", path)
+
+
 def mnist(changes, **options):
     return lambda root: sources.torchvision_images(
         "m", write(root, {**RAW, **changes}), "MNIST", **options
@@ -103,11 +119,11 @@ CASES = {
         lambda root: sources.folder("f", write(root, {"a.png": png()}) / "a.png"),
         ["a.png is a file", "give a folder"],
     ),
-    "folder: empty": (folder({}), ["no PNG or JPEG images below", "set data.root"]),
-    "folder: other files": (folder({"a.txt": b"x", ".b.png": b"x"}), ["no PNG or JPEG images"]),
+    "folder: empty": (folder({}), ["no images below", "set data.root"]),
+    "folder: other files": (folder({"a.txt": b"x", ".b.png": b"x"}), ["no images below"]),
     "folder: mixed sizes": (
         folder({"a.png": png((4, 4)), "b.png": png((5, 6))}),
-        ["a.png is 4x4", "b.png is 6x5", "resize"],
+        ["a.png is 4x4", "b.png is 6x5", "data.resize=64 data.crop=square"],
     ),
     "folder: mixed modes": (
         folder({"a.png": png(), "b.png": png((4, 4, 3))}),
@@ -115,16 +131,52 @@ CASES = {
     ),
     "folder: not square": (
         folder({"a.png": png((4, 5)), "b.png": png((4, 5))}),
-        ["1x4x5", "not square"],
+        ["1x4x5", "not square", "data.crop=square"],
     ),
     "folder: alpha": (
         folder({"a.png": png((4, 4, 4)), "b.png": png()}),
         ["a.png has mode RGBA and transparency", "convert"],
     ),
-    "folder: 16 bit": (folder({"a.png": png(mode="I;16"), "b.png": png()}), ["mode I;16"]),
     "folder: corrupt": (
         folder({"a.png": png(), "b.png": b"not an image"}),
-        ["cannot read", "b.png", "replace or remove"],
+        ["cannot read", "b.png (its content is no picture", "replace or remove"],
+    ),
+    "folder: one level too high": (
+        folder({f"set/{c}/{c}.png": png() for c in "ab"}),
+        ["one folder, set/", "one level too high?", "set; class folders look like"],
+    ),
+    "folder: one level above the splits": (
+        folder({f"set/{s}/{c}/a.png": png() for s in ("train", "test") for c in "ab"}),
+        ["set holds a split, test/", "one level too high?", "Set data.root="],
+    ),
+    "folder: splits inside classes": (
+        folder({f"{c}/{s}/a.png": png() for s in ("Train", "Test") for c in "ab"}),
+        ["a holds a split, Test/, and is no class", "Test/a/"],
+    ),
+    "folder: test alone": (folder({"test/a/a.png": png()}), ["has test/ but no train/", "rename"]),
+    "folder: two training sets": (
+        folder({f"{s}/a.png": png() for s in ("train", "Train", "test")}),
+        ["has both Train/ and train/", "keep one"],
+    ),
+    "folder: two validation sets": (
+        folder({f"{s}/a.png": png() for s in ("train", "val", "valid")}),
+        ["has both val/ and valid/", "keep one"],
+    ),
+    "folder: test set without train among classes": (
+        folder({f"{s}/a.png": png() for s in ("training", "bus", "car")}),
+        ["training/ beside bus/: a split or a class?"],
+    ),
+    "folder: name that is no text": (
+        folder({os.fsdecode(b"caf\xe9/a.png"): png(), "b/b.png": png()}),
+        ["the name of the folder", "/caf\\xe9 is not UTF-8", "rename it"],
+    ),
+    "folder: damaged file of such a name": (
+        folder({os.fsdecode(b"caf\xe9.png"): b"x", "b.png": png()}),
+        ["cannot read", "/caf\\xe9.png (its content"],
+    ),
+    "folder: a class of one image each": (
+        folder({"a/a.png": png(), "b/b.png": png()}),
+        ["2 images of 2 classes", "every class needs one for training"],
     ),
     "folder: truncated": (
         folder({"a.png": png((64, 64)), "b.png": png((64, 64))[:-25]}),
@@ -172,7 +224,7 @@ CASES = {
     ),
     "zip: truncated": (cut_zip, ["not a whole one", "copy it again"]),
     "zip: flipped byte": (flipped_zip, ["x.zip/a.png", "CRC", "replace"]),
-    "zip: no images": (zipped({"a.txt": b"x"}), ["holds no PNG or JPEG images"]),
+    "zip: no images": (zipped({"a.txt": b"x"}), ["holds no images"]),
     "zip: bad json": (zipped(TWO, "{not json"), ["dataset.json", "cannot be read", '"labels"']),
     "zip: json list": (zipped(TWO, [1, 2]), ["dataset.json", "it must hold"]),
     "zip: no labels key": (zipped(TWO, {"other": 1}), ["'labels'", "it must hold"]),
@@ -198,15 +250,28 @@ CASES = {
         zipped(TWO, {"labels": [["a.png", [0, 1]], ["b.png", 1]]}),
         ["a.png has label [0, 1]", "class number"],
     ),
-    "zip: huge label": (
-        zipped(TWO, {"labels": [["a.png", 10**15], ["b.png", 1]]}),
-        ["label 1000000000000000", "class number"],
-    ),
     "zip: more labels than names": (
         zipped(TWO, {"labels": [["a.png", 0], ["b.png", 2]], "classes": ["x", "y"]}),
-        ["has label 2", "2 classes"],
+        ["b.png has label 2", "names 2 classes", "numbers 0 to 1"],
     ),
-    "zip: class only in the test zip": (second_zip, ["test image 1 has label 7", "2 classes"]),
+    "zip: two classes of one name": (
+        zipped(TWO, {"labels": [["a.png", 0], ["b.png", 1]], "classes": ["x", "x"]}),
+        ["names x twice", "name each class once"],
+    ),
+    "zip: class only in the test zip": (
+        second_zip,
+        ["b.png has label 7", "no training image has", "training labels are 0, 1"],
+    ),
+    "zip: labels in a folder": (
+        zipped({"set/a.png": png(), "set/dataset.json": b"{}"}),
+        ["holds set/dataset.json", "zip the content of the folder"],
+    ),
+    "zip: splits": (
+        zipped({"set/train/a.png": png(), "set/Test/b.png": png()}),
+        ["training and test images in folders", "data.source.test_root", "data=folder"],
+    ),
+    "zip: one name twice": (twice_zip, ["holds a.png 2 times"]),
+    "zip: encrypted": (locked_zip, ["b.png is encrypted", "without a password"]),
     "mnist: unknown": (
         lambda root: sources.torchvision_images("m", root, "SVHN"),
         ["data.source.dataset=SVHN", "FashionMNIST"],

@@ -420,6 +420,15 @@ DATA: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         ],
         ["no labels", "metrics=inception", "metrics.num_images=0"],
     ),
+    "one class to score with": (
+        lambda tmp: [
+            *folder_of(tmp, **{f"cat/{name}": png(8) for name in "abc"}),
+            "data.batch_size=2",
+            "laplace.num_images=null",
+            "metrics.num_images=10",
+        ],
+        ["has one class", "data.root/dog/2.png", "metrics=inception"],
+    ),
     "label out of range": (lambda tmp: zip_with_label(tmp, 7), ["label 7", "2 classes"]),
     "negative label": (lambda tmp: zip_with_label(tmp, -1), ["label -1", "from 0"]),
     "not a zip": (

@@ -46,6 +46,14 @@ REFUSED = {
         built(None, LABELS, None, None, ("a", "b")),
         ["only the training images have labels", "label both"],
     ),
+    "a class without an image": (
+        built(None, LABELS, None, LABELS, ("a", "b", "c")),
+        ["no training image of 1 of 3 classes (c)", "leave these classes out"],
+    ),
+    "two classes of one name": (
+        built(None, LABELS, None, LABELS, ("a", "a")),
+        ["two classes are named a"],
+    ),
     "names without labels": (built(classes=("a",)), ["1 class names but no labels"]),
 }
 
@@ -95,7 +103,7 @@ def test_fingerprint_is_pinned():
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize(("n", "share", "held"), [(100, 0.1, 10), (2, 0.01, 1), (7, 0.9, 6)])
+@pytest.mark.parametrize(("n", "share", "held"), [(100, 0.1, 10), (3, 0.01, 1), (7, 0.7, 5)])
 def test_hold_out_is_a_partition(n, share, held, labelled):
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
     labels = torch.arange(n) % 2 if labelled else None
@@ -108,6 +116,20 @@ def test_hold_out_is_a_partition(n, share, held, labelled):
     if labelled:
         assert torch.equal(data.labels, data.images.flatten() % 2)
         assert abs(int(data.test_labels.sum()) * 2 - held) <= 1
+
+
+def test_every_class_keeps_a_training_image():
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    labels = torch.tensor([0] * 20 + [1] * 17 + [2, 3, 4])  # three classes of one image each
+    for share in (0.1, 0.5, 0.9):
+        for seed in range(8):
+            data = hold_out("h", images, labels, tuple("abcde"), share, seed)
+            assert set(data.labels.tolist()) == set(range(5))
+            assert sorted([*data.images.flatten(), *data.test_images.flatten()]) == [*range(40)]
+    few = hold_out("h", images[:3], torch.tensor([0, 1, 1]), ("a", "b"), 0.3, 0)
+    assert (few.labels.tolist(), few.test_labels.tolist()) == ([0, 1], [1])
+    with pytest.raises(UserError, match="2 images of 2 classes, and every class needs one"):
+        hold_out("h", images[:2], torch.tensor([0, 1]), ("a", "b"), 0.3, 0)
 
 
 def test_hold_out_follows_the_seed():

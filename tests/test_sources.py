@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torchvision import datasets
 
+from bayesdiff.checks import UserError
 from bayesdiff.data import sources
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "data"
@@ -189,12 +190,62 @@ def test_train_beside_test_is_used_as_is(tmp_path, held_out):
     assert torch.equal(data.test_images[0, 0], torch.from_numpy(pixels(20)))
 
 
-def test_lone_train_folder_is_not_a_class_but_one_among_others_is(tmp_path):
+def test_lone_train_folder_is_not_a_class_and_one_among_others_is_refused(tmp_path):
     for i in range(4):
         write_png(tmp_path / "one" / "train" / "ab"[i % 2] / f"{i}.png", pixels(i))
         write_png(tmp_path / "two" / ["train", "bus"][i % 2] / f"{i}.png", pixels(i))
     assert sources.folder("f", tmp_path / "one").classes == ("a", "b")
-    assert sources.folder("f", tmp_path / "two").classes == ("bus", "train")
+    with pytest.raises(UserError, match=r"two has train/ beside bus/: a split or a class\?"):
+        sources.folder("f", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("names", "test"),
+    [
+        (["Train", "Test"], "Test"),
+        (["training", "Validation", "TESTING"], "TESTING"),
+        (["TRAIN", "valid"], "valid"),
+        (["train", "dev"], "dev"),
+        (["Training", "eval", "val"], "val"),
+    ],
+)
+def test_splits_under_their_usual_names_are_no_classes(tmp_path, names, test, caplog):
+    for number, name in enumerate(names):
+        for i in range(2):
+            write_png(tmp_path / name / "ab"[i] / f"{i}.png", pixels(number))
+    data = sources.folder("f", tmp_path)
+    assert data.classes == ("a", "b")
+    assert torch.equal(data.images[0, 0], torch.from_numpy(pixels(0)))
+    assert torch.equal(data.test_images[0, 0], torch.from_numpy(pixels(names.index(test))))
+    others = set(names[1:]) - {test}
+    assert all(f"left out: {name}/" in caplog.text for name in others)
+    assert bool(others) == ("left out" in caplog.text)
+
+
+def test_what_is_left_out_is_said_in_one_line(tmp_path, caplog):
+    for i in range(4):
+        write_png(tmp_path / "ab"[i % 2] / f"{i}.png", pixels(i))
+    for name in ("a/x.heic", "a/y.HEIC", "b/notes.txt", "README", "c/.keep", "a/@eaDir/t.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    data = sources.folder("f", tmp_path)
+    assert len(data.images) + len(data.test_images) == 4 and data.classes == ("a", "b")
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert said == [
+        f"{tmp_path}: left out 4 file(s) that are no images Pillow reads "
+        "(2 .heic, 1 no ending, 1 .txt)",
+        f"{tmp_path}: 1 folder(s) without images are no classes: c",
+    ]
+
+
+def test_links_in_a_circle_are_not_followed(tmp_path, caplog):
+    for i in range(4):
+        write_png(tmp_path / "ab"[i % 2] / f"{i}.png", pixels(i))
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    data = sources.folder("f", tmp_path)
+    assert len(data.images) + len(data.test_images) == 4
+    assert "a/back links to a folder that holds it; not followed" in caplog.text
 
 
 def test_linked_class_folders_are_followed(tmp_path):
@@ -269,6 +320,68 @@ def test_zip_names_classes_and_takes_a_second_zip(tmp_path):
     assert torch.equal(data.test_images[0, 0], torch.from_numpy(pixels(9)))
 
 
+def test_labels_with_gaps_are_the_classes_that_exist(tmp_path):
+    images = {f"{i}.png": pixels(i) for i in range(9)}
+    numbers = [7, 3, 99999]
+    meta = {"labels": [[n, numbers[i % 3]] for i, n in enumerate(images)]}
+    train = write_zip(tmp_path / "a.zip", images, meta)
+    held_out = sources.zip_images("z", train)
+    assert held_out.classes == ("3", "7", "99999")
+    test = {"labels": [["0.png", 99999], ["1.png", 3]]}
+    test = write_zip(tmp_path / "b.zip", {f"{i}.png": pixels(i) for i in range(2)}, test)
+    data = sources.zip_images("z", train, test)
+    assert data.labels.tolist() == [1, 0, 2] * 3
+    assert data.test_labels.tolist() == [2, 0]
+
+
+def test_names_of_classes_go_by_the_original_number(tmp_path, caplog):
+    images = {f"{i}.png": pixels(i) for i in range(4)}
+    meta = {"labels": [[n, [0, 2][i % 2]] for i, n in enumerate(images)]}
+    train = write_zip(tmp_path / "a.zip", images, meta | {"classes": ["x", "y", "z"]})
+    data = sources.zip_images("z", train)
+    assert data.classes == ("x", "z")
+    assert '1 of the 3 "classes" of dataset.json have no image, and are none: y' in caplog.text
+    other = write_zip(tmp_path / "b.zip", images, meta | {"classes": ["z", "y", "x"]})
+    with pytest.raises(UserError, match=r"b\.zip calls class 0 z, but .*a\.zip calls it x"):
+        sources.zip_images("z", train, other)
+
+
+def test_zip_leaves_out_what_systems_add_and_says_the_rest(tmp_path, caplog):
+    images = {f"{i}.png": pixels(i) for i in range(4)}
+    path = write_zip(tmp_path / "x.zip", images)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("__MACOSX/a.png", "__MACOSX/._0.png", ".DS_Store", "a.heic", "b.heic"):
+            archive.writestr(name, b"x")
+    data = sources.zip_images("z", path)
+    assert len(data.images) + len(data.test_images) == 4
+    assert "left out 2 file(s) that are no images Pillow reads (2 .heic)" in caplog.text
+
+
+def test_folders_in_a_zip_are_no_classes_and_it_says_so(tmp_path, caplog):
+    write_zip(tmp_path / "x.zip", {f"{'ab'[i % 2]}/{i}.png": pixels(i) for i in range(4)})
+    assert sources.zip_images("z", tmp_path / "x.zip").labels is None
+    assert "its 2 folders (b, ...) are no classes without dataset.json" in caplog.text
+    caplog.clear()
+    write_zip(tmp_path / "y.zip", {f"0000{i % 2}/{i}.png": pixels(i) for i in range(4)})
+    assert sources.zip_images("z", tmp_path / "y.zip").labels is None
+    assert "no classes" not in caplog.text  # EDM's own layout
+
+
+def test_names_in_a_zip_without_the_mark_of_utf8(tmp_path):
+    images = {"caf\xe9.png": pixels(0), "tea.png": pixels(1)}
+    path = write_zip(tmp_path / "x.zip", images, {"labels": [["caf\xe9.png", 0], ["tea.png", 1]]})
+    content = bytearray(path.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = content.find(mark)
+        while start >= 0:
+            content[start + flags + 1] &= ~8
+            start = content.find(mark, start + 1)
+    path.write_bytes(content)
+    data = sources.zip_images("z", path, path)
+    assert data.labels.tolist() == [0, 1]
+    assert torch.equal(data.images[0, 0], torch.from_numpy(pixels(0)))
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_config_holds_the_arguments_of_its_function(path):
     data = OmegaConf.to_container(OmegaConf.load(path))["data"]
@@ -280,7 +393,9 @@ def test_config_holds_the_arguments_of_its_function(path):
     assert data["name"] == path.stem
     assert (config["name"], config["root"]) == ("${data.name}", "${data.root}")
     for key, parameter in signature.parameters.items():
-        if parameter.default is not parameter.empty and key not in {"name", "root"}:
+        if key in {"crop", "resize"}:
+            assert config[key] == f"${{data.{key}}}" and data[key] == parameter.default
+        elif parameter.default is not parameter.empty and key not in {"name", "root"}:
             assert config[key] == parameter.default
     if "dataset" in config:
         assert hasattr(datasets, config["dataset"])

@@ -1,83 +1,122 @@
 """Image files, from a folder or a zip, into one uint8 tensor."""
 
-import io
 import logging
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bayesdiff.checks import UserError
+from bayesdiff.data.framing import Framing
+from bayesdiff.data.listing import shown
+from bayesdiff.data.pixels import DECODE_ERRORS, Pixels, one_line, read_pixels
 from bayesdiff.progress import track
 
 log = logging.getLogger(__name__)
 
-# What Pillow and zipfile raise for damaged input.
-DECODE_ERRORS = (
-    *(OSError, RuntimeError, ValueError, SyntaxError, EOFError, struct.error, zlib.error),
-    *(zipfile.BadZipFile, Image.DecompressionBombError),
-)
-_EXTENSIONS = (".png", ".jpg", ".jpeg")
-# Only conversions that keep every pixel value: bilevel is grey, a palette is a list of RGB.
-_MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
 _CHUNK = 64  # images per thread job: few enough for a smooth bar and a quick stop on an error
+_DARK = 16  # brightest of 255 where 16 bits hold 12
 
 
-def is_image(name: str) -> bool:
-    """Whether a name with forward slashes is a PNG or JPEG file and not hidden."""
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return name.lower().endswith(_EXTENSIONS) and not hidden
+class _Colour(Exception):
+    """Names an RGB image among palettes of greys, which are RGB then."""
 
 
-def image_names(base: Path) -> list[str]:
-    """Sorted names of the images below ``base``, relative to it, with forward slashes.
+@dataclass
+class _Notes:
+    """Files of which the log says something."""
 
-    Raises:
-        UserError: if a folder cannot be listed or there is no image.
-    """
+    frames: list[str] = field(default_factory=list)
+    deep: list[str] = field(default_factory=list)
+    turned: list[str] = field(default_factory=list)
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot list {error.filename}: {error.strerror}; check its permissions")
+    def add(self, name: str, pixels: Pixels) -> None:
+        for kind in ("frames", "deep", "turned"):
+            if getattr(pixels, kind):
+                getattr(self, kind).append(name)
 
-    # Class folders are often links into a larger collection.
-    walk = os.walk(base, followlinks=True, onerror=refuse)
-    found = (os.path.relpath(os.path.join(at, n), base) for at, _, ns in walk for n in ns)
-    names = sorted(n for n in (f.replace(os.sep, "/") for f in found) if is_image(n))
-    if not names:
-        raise UserError(f"no PNG or JPEG images below {base}; set data.root to a folder of images")
-    return names
+    def say(self, where: Path, images: Tensor) -> None:
+        if self.frames:
+            _say(where, self.frames, "several frames, of which the first is read")
+        if self.deep:
+            _say(where, self.deep, "16 bits per channel, rounded to 8")
+            if len(self.deep) == len(images) and int(images.max()) <= _DARK:
+                log.warning(
+                    "%s: no image is brighter than %d of 255; their 16 bits seem to hold fewer: "
+                    "scale them first",
+                    where,
+                    int(images.max()),
+                )
+        if self.turned:
+            _say(where, self.turned, "an EXIF orientation, which is applied", logging.INFO)
 
 
-def decode(names: list[str], read: Callable[[str], bytes], where: Path) -> Tensor:
+def _say(where: Path, names: list[str], what: str, level: int = logging.WARNING) -> None:
+    example = shown(min(names))
+    log.log(level, "%s: %d file(s) have %s (for example %s)", where, len(names), what, example)
+
+
+def decode(
+    names: list[str], read: Callable[[str], bytes], where: Path, framing: Framing | None = None
+) -> Tensor:
     """Decode all images, with threads, into one uint8 tensor (N, C, H, W).
 
     Args:
         names: the images, at least one.
         read: gives the bytes of a named file; called from several threads.
         where: folder or zip, for messages.
+        framing: crop and resize of every image.
 
     Raises:
         UserError: naming the file that cannot be read or differs from the first.
     """  # noqa: DOC502 - raised one level down
-    first = _pixels(read, where, names[0])
-    images = torch.empty((len(names), *first.shape), dtype=torch.uint8)
+
+    def pixels(name: str) -> Pixels:
+        try:
+            content = read(name)
+        except DECODE_ERRORS as error:
+            raise UserError(
+                f"cannot read {shown(where / name)} ({one_line(error)}); replace or remove it"
+            ) from error
+        return read_pixels(content, shown(where / name), framing or Framing())
+
+    first = pixels(names[0])
+    try:
+        return _decode_like(names[0], first, names, pixels, where)
+    except _Colour as colour:
+        # Its size is checked against the first image's.
+        like = Pixels(np.repeat(first.values, 3, axis=0))
+        return _decode_like(str(colour), like, names, pixels, where)
+
+
+def _decode_like(
+    like: str, first: Pixels, names: list[str], pixels: Callable[[str], Pixels], where: Path
+) -> Tensor:
+    """All images, if they are like the first, or another of the name ``like``.
+
+    Raises:
+        UserError: naming one that is not.
+        _Colour: if the first is a palette of greys, and another is RGB.
+    """  # noqa: DOC502 - raised in the threads
+    images = torch.empty((len(names), *first.values.shape), dtype=torch.uint8)
     log.info(
         "reading %d images from %s, %.0f MB in memory", len(names), where, images.nbytes / 1e6
     )
+    notes = _Notes()
 
     def fill(start: int) -> None:
         for i, name in enumerate(names[start : start + _CHUNK], start):
-            pixels = _pixels(read, where, name)
-            _check_alike(where, (names[0], name), (first, pixels))
-            images[i] = torch.from_numpy(pixels)
+            this = pixels(name)
+            notes.add(name, this)
+            if first.either and this.kind == "RGB":
+                raise _Colour(name)
+            _check_alike(where, (like, name), (first, this))
+            images[i] = torch.from_numpy(this.values)  # a palette of greys fills three channels
 
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     starts = range(0, len(names), _CHUNK)
@@ -86,47 +125,21 @@ def decode(names: list[str], read: Callable[[str], bytes], where: Path) -> Tenso
             done.result()
     finally:
         pool.shutdown(cancel_futures=True)
+    notes.say(where, images)
     return images
 
 
-def one_line(error: BaseException) -> str:
-    """The reason in one line of at most 160 characters, or the type of an empty one."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def _pixels(read: Callable[[str], bytes], where: Path, name: str) -> np.ndarray:
-    """Decode one image to uint8 (C, H, W): 1 channel for grey, 3 for colour.
-
-    Raises:
-        UserError: for a damaged file and for modes that would lose something.
-    """
-    try:
-        with Image.open(io.BytesIO(read(name))) as image:
-            mode, clear = image.mode, image.has_transparency_data
-            pixels = np.array(image.convert(_MODES.get(mode)))
-    except DECODE_ERRORS as error:
+def _check_alike(where: Path, names: tuple[str, str], both: tuple[Pixels, Pixels]) -> None:
+    a, b = (shown(name) for name in names)
+    x, y = (pixels.values for pixels in both)
+    if len(x) != len(y) and not both[1].either:
         raise UserError(
-            f"cannot read {where / name} ({one_line(error)}); replace or remove it"
-        ) from error
-    if mode not in _MODES or clear:
-        extra = " and transparency" if clear else ""
-        raise UserError(
-            f"{where / name} has mode {mode}{extra}; convert all images to 8-bit grey or RGB"
-        )
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _check_alike(where: Path, names: tuple[str, str], pixels: tuple[np.ndarray, ...]) -> None:
-    (a, b), (x, y) = names, pixels
-    if len(x) != len(y):
-        kinds = ["grey" if len(p) == 1 else "RGB" for p in pixels]
-        raise UserError(
-            f"mixed modes in {where}: {a} is {kinds[0]}, {b} is {kinds[1]}; "
+            f"mixed modes in {where}: {a} is {both[0].kind}, {b} is {both[1].kind}; "
             "convert all to grey or all to RGB"
         )
-    if x.shape != y.shape:
-        sizes = [f"{p.shape[2]}x{p.shape[1]}" for p in pixels]
+    if x.shape[1:] != y.shape[1:]:
+        sizes = [f"{p.shape[2]}x{p.shape[1]}" for p in (x, y)]
         raise UserError(
             f"mixed sizes in {where}: {a} is {sizes[0]}, {b} is {sizes[1]} (width x height); "
-            "resize all to one square size"
+            "add data.resize=64 data.crop=square, or another side, to bring all to one size"
         )

@@ -47,17 +47,18 @@ class ImageData:
 
         Raises:
             UserError: for an empty set, a wrong dtype or shape, sizes that differ, images that
-                are not square, and labels that are missing, too many or out of range.
+                are not square, labels that are missing, too many or out of range, and a class
+                that no training image has.
         """
-        if (labels is None) != (test_labels is None):
-            which = "test" if labels is None else "training"
-            raise UserError(f"data set {name}: only the {which} images have labels; label both")
+        check_both_labelled(name, labels is not None, test_labels is not None)
         if labels is None and classes:
             raise UserError(f"data set {name}: {len(classes)} class names but no labels")
         for part, x, y in (("training", images, labels), ("test", test_images, test_labels)):
             _check_images(f"data set {name}", part, x)
             if y is not None:
                 _check_labels(f"data set {name}", part, x, y, len(classes))
+        if labels is not None:
+            _check_classes(f"data set {name}", labels, classes)
         if images.shape[1:] != test_images.shape[1:]:
             raise UserError(
                 f"data set {name}: training images are {_size(images)} but test images are "
@@ -89,9 +90,20 @@ class ImageData:
         if height != width:
             raise UserError(
                 f"data set {self.name}: images are {_size(self.images)}, not square; "
-                "crop or pad them to a square"
+                "add data.crop=square, or crop or pad them to a square"
             )
         return height
+
+
+def check_both_labelled(name: str, training: bool, test: bool) -> None:
+    """Whether training and test images have labels: both or neither.
+
+    Raises:
+        UserError: if only one of them does.
+    """
+    if training != test:
+        which = "training" if training else "test"
+        raise UserError(f"data set {name}: only the {which} images have labels; label both")
 
 
 def _size(images: Tensor) -> str:
@@ -126,6 +138,25 @@ def _check_labels(where: str, part: str, images: Tensor, labels: Tensor, classes
         )
 
 
+def _check_classes(where: str, labels: Tensor, classes: tuple[str, ...]) -> None:
+    """A model would draw, map and score what it has never seen.
+
+    Raises:
+        UserError: for a class without training image, and two classes of one name.
+    """
+    counts = torch.bincount(labels, minlength=len(classes))
+    empty = [classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
+    if empty:
+        few = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise UserError(
+            f"{where}: no training image of {len(empty)} of {len(classes)} classes ({few}); "
+            "leave these classes out, or add images of them"
+        )
+    if len(set(classes)) < len(classes):
+        twice = next(c for i, c in enumerate(classes) if c in classes[:i])
+        raise UserError(f"{where}: two classes are named {twice}; give each its own name")
+
+
 def _fingerprint(parts: tuple[Tensor | None, ...], classes: tuple[str, ...]) -> str:
     """Hash of shapes, contents and class names, the same on every platform."""
     digest = hashlib.sha256()
@@ -138,6 +169,23 @@ def _fingerprint(parts: tuple[Tensor | None, ...], classes: tuple[str, ...]) -> 
     return digest.hexdigest()[:16]
 
 
+def check_classifiable(data: ImageData, cure: str) -> None:
+    """Refuse data that a classifier cannot learn from.
+
+    Raises:
+        UserError: for data without labels, or of one class, ending in the cure.
+    """
+    if data.labels is None:
+        raise UserError(
+            f"data set {data.name} has no labels for metrics.features=classifier; {cure}"
+        )
+    if data.num_classes < 2:
+        raise UserError(
+            f"data set {data.name} has one class; metrics.features=classifier needs two (class "
+            f"folders look like data.root/cat/1.png and data.root/dog/2.png); {cure}"
+        )
+
+
 def hold_out(
     name: str,
     images: Tensor,
@@ -147,6 +195,8 @@ def hold_out(
     seed: int,
 ) -> ImageData:
     """Hold out the same share of every class for testing; the same images for the same seed.
+
+    Every class keeps a training image.
 
     Args:
         name: short name of the data set.
@@ -177,5 +227,16 @@ def hold_out(
     places = ((torch.arange(held, dtype=torch.float64) + 0.5) * n / held).long()
     test = torch.zeros(n, dtype=torch.bool)
     test[order[places]] = True
+    if labels is not None:
+        for number in set(labels.tolist()) - set(labels[~test].tolist()):
+            test[(labels == number).nonzero()[0]] = False
+        if not test.any() and n > len(classes):
+            # One of a class that has others.
+            test[order[labels[order] == int(torch.bincount(labels).argmax())][-1]] = True
+        if not test.any():
+            raise UserError(
+                f"data set {name} has {n} images of {len(classes)} classes, and every class needs "
+                "one for training; add images, some are held out for testing"
+            )
     train_labels, test_labels = (None, None) if labels is None else (labels[~test], labels[test])
     return ImageData.build(name, images[~test], train_labels, images[test], test_labels, classes)

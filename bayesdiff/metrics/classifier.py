@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesdiff.checks import UserError
+from bayesdiff.data.images import check_classifiable
 from bayesdiff.device import autocast_dtype
 from bayesdiff.laplace.checked_file import load_checked, save_checked
 from bayesdiff.locks import alone
@@ -129,12 +130,8 @@ def load_or_train(
 
     Raises:
         UserError: if the data set has no labels to train on.
-    """
-    if data.labels is None or data.num_classes < 2:
-        raise UserError(
-            f"data set {data.name!r} has no labels to train metrics.features=classifier on; "
-            "set metrics.features=inception or give it labels"
-        )
+    """  # noqa: DOC502 - raised one level down
+    check_classifiable(data, "set metrics.features=inception or give it labels")
     epochs = _epochs(len(data.images)) if epochs is None else epochs
     path = cache_path(cache_dir, data.fingerprint, seed, epochs)
     with alone(path):

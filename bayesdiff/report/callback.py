@@ -22,14 +22,18 @@ class SampleGrid(Callback):
 
     Args:
         grids: how many over the whole training, so that short epochs are not slowed by pictures.
-        num_steps: solver steps; a grid costs ``rows * classes`` trajectories of them.
+        num_steps: solver steps; a grid costs ``max_images`` trajectories of them at most.
         rows: images per class.
+        max_images: of a grid; where all classes would be more, some are drawn, evenly chosen.
     """
 
-    def __init__(self, grids: int = 8, num_steps: int = 10, rows: int = 4) -> None:
+    def __init__(
+        self, grids: int = 8, num_steps: int = 10, rows: int = 4, max_images: int = 64
+    ) -> None:
         self.grids = at_least("callbacks.samples.grids", grids)
         self.num_steps = at_least("callbacks.samples.num_steps", num_steps)
         self.rows = at_least("callbacks.samples.rows", rows)
+        self.max_images = at_least("callbacks.samples.max_images", max_images)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the grid here, where Lightning has swapped the averaged weights in."""
@@ -42,23 +46,34 @@ class SampleGrid(Callback):
             return
         data = trainer.datamodule.data  # type: ignore[attr-defined]
         images, labels = self.sample(model, data.images.shape[1:])
-        columns = len(data.classes) if labels is not None and len(data.classes) <= 12 else 10
-        figure = figures.sample_grid(
-            images, labels, data.classes, columns, f"epoch {epoch}, {self.num_steps} steps"
-        )
+        made = f"epoch {epoch}, {self.num_steps} steps"
+        drawn = self.classes(model.num_classes)
+        if model.num_classes and len(drawn) < model.num_classes:
+            made = f"{len(drawn)} of {model.num_classes} classes, {made}"
+        columns = len(drawn) if labels is not None and len(drawn) <= 12 else 10
+        figure = figures.sample_grid(images, labels, data.classes, columns, made)
         figures.save(figure, Path(trainer.default_root_dir) / "figures" / "training.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("samples", figure, global_step=trainer.global_step)
 
+    def classes(self, num_classes: int | None) -> list[int]:
+        """The classes of which a grid shows images: all, or some at even distances."""
+        known = num_classes or 10
+        count = grid_size(num_classes, self.rows, self.max_images) // self.rows
+        return [i * known // max(count, 1) for i in range(max(count, 1))]
+
     @torch.inference_mode()
     def sample(
         self, model: GenerativeModel, shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """Images ``(rows * classes, C, H, W)`` in rows of all classes, and their labels."""
-        classes = model.num_classes or 10
-        count = self.rows * classes
-        labels = torch.arange(count, device=model.device) % classes
+        """Images ``(B, C, H, W)`` in rows of the classes drawn, and their labels.
+
+        Without classes they are as many as of ten.
+        """
+        count = grid_size(model.num_classes, self.rows, self.max_images)
+        drawn = torch.tensor(self.classes(model.num_classes), device=model.device)
+        labels = drawn[torch.arange(count, device=model.device) % len(drawn)]
         solver = {"flow": Euler, "diffusion": DDIM}[model.path.family](self.num_steps)
         times = time_grid(solver.grid, model.path, self.num_steps)
         steps = solver.steps(model.path, model.prediction, times)
@@ -67,3 +82,10 @@ class SampleGrid(Callback):
         field = Field(model, given, count)
         images = integrate(field, steps, noise().to(model.device), noise)
         return images.cpu(), None if given is None else given.cpu()
+
+
+def grid_size(num_classes: int | None, rows: int = 4, max_images: int = 64) -> int:
+    """Images of one grid: ``rows`` of every class, or of as many classes as the bound allows."""
+    if rows >= max_images:
+        return max_images
+    return rows * min(num_classes or 10, max_images // rows)
