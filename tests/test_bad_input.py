@@ -373,7 +373,9 @@ def folder_of(tmp_path: Path, **files: bytes) -> list[str]:
     root = tmp_path / "pictures"
     root.mkdir()
     for name, content in files.items():
-        (root / f"{name}.png").write_bytes(content)
+        path = root / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
     return ["data=folder", f"data.root={root}", "metrics.num_images=0"]
 
 
@@ -393,7 +395,7 @@ DATA: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         lambda tmp: ["data=folder", f"data.root={tmp / 'nowhere'}"],
         ["nowhere does not exist", "give a folder"],
     ),
-    "empty folder": (folder_of, ["no PNG or JPEG images", "data.root"]),
+    "empty folder": (folder_of, ["no images below", "data.root"]),
     "corrupt image": (
         lambda tmp: folder_of(tmp, a=png(8), b=png(8)[:40]),
         ["b.png", "replace or remove"],
