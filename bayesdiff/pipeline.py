@@ -37,6 +37,7 @@ from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
 from bayesdiff.uncertainty.memory import images_at_once
+from bayesdiff.uncertainty.snapshots import note_missing_snapshots
 
 __all__ = ["Result", "prepare", "run", "settings_of", "show"]
 log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     images_at_once(estimator, solver, model, shape)
     estimator.check_run(this)
     check_samples(estimator, this)
+    note_missing_snapshots(this.folder, plain(cfg.callbacks), cfg.trainer.get("max_epochs"))
     if estimator.validate:
         reference_at_once(estimator, solver, model, shape)
     check_metrics(cfg.metrics, this)

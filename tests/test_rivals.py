@@ -388,6 +388,24 @@ def kept(compose: Compose, no_pictures):
     return given
 
 
+def test_snapshots_that_a_finished_training_has_not_kept_are_named_and_the_line_works(
+    copied: Trained, compose: Compose, no_pictures, caplog
+):
+    with caplog.at_level("WARNING", "bayesdiff.uncertainty.snapshots"):
+        pipeline.prepare(compose(*SNAPS))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "trained without it" in line
+    words = line.split()
+    (output_dir,) = [word.rstrip(",") for word in words if word.startswith("output_dir=")]
+    caplog.clear()
+    given = (*SNAPS, "fit=true", output_dir, "trainer.max_epochs=2", "metrics.num_images=0")
+    result = pipeline.run(compose(*given, "uncertainty=checkpoints"))
+    assert len(snapshots_of(result.folder.parent)) == 2 and copied.checkpoint.is_file()
+    pipeline.prepare(compose(*given, "uncertainty=checkpoints"))
+    pipeline.prepare(compose())  # without snapshots asked for, nothing is said
+    assert not [r for r in caplog.records if "trained without it" in r.getMessage()]
+
+
 @torch.no_grad()
 def test_checkpoints_and_swag_follow_the_runs_own_snapshots(kept, compose: Compose):
     """Against sampling each network by itself; images are those of every other estimator."""
@@ -490,7 +508,10 @@ REFUSALS = [
     (("uncertainty=deep_ensemble", "uncertainty.members=[{run}]"), ["this run alone", "seeds"]),
     (("uncertainty=deep_ensemble", "uncertainty.members=[{copy}]"), ["no other network"]),
     (("seed=1", "uncertainty=swag"), ["needs snapshots", "callbacks=snapshots"]),
-    (("uncertainty=swag", *SNAPS), ["finished training", "has 0", "another output_dir"]),
+    (
+        ("uncertainty=swag", *SNAPS),
+        ["finished training", "has 0", "fit=true callbacks=snapshots output_dir=", "-snapshots"],
+    ),
     (("seed=1", "uncertainty=checkpoints", *SNAPS), ["will keep 1", "trainer.max_epochs"]),
 ]
 

@@ -1,5 +1,6 @@
 """Weights along the training: kept at the ends of its last epochs, read as plain tensors."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from bayesdiff.checks import at_least
 from bayesdiff.laplace.checked_file import load_checked, save_checked
+
+log = logging.getLogger(__name__)
 
 _KIND = "bayesdiff-snapshot-1"
 _NAME = re.compile(r"epoch-(\d+)\.safetensors")
@@ -86,6 +89,31 @@ def planned_snapshots(callbacks: Any, max_epochs: int | None) -> int:
                 return made.keep
             return min(made.keep, max_epochs // made.every)
     return 0
+
+
+def train_again(folder: Path) -> str:
+    """How to get the snapshots that a finished training in a run folder has not kept."""
+    return (
+        "give the same command with fit=true callbacks=snapshots "
+        f"output_dir={folder.parent}-snapshots, which trains once more, beside this training"
+    )
+
+
+def note_missing_snapshots(folder: Path, callbacks: Any, max_epochs: int | None) -> None:
+    """Say so where snapshots are asked for and the training, which is done, has kept none.
+
+    Args:
+        folder: of the run.
+        callbacks: as for ``planned_snapshots``.
+        max_epochs: the same.
+    """
+    done = (folder / "fit.json").is_file() and not snapshots_of(folder)
+    if done and planned_snapshots(callbacks, max_epochs):
+        log.warning(
+            "callbacks=snapshots is given, but %s was trained without it and is not trained "
+            "again; %s",
+            *(folder, train_again(folder)),
+        )
 
 
 def _epoch(path: Path) -> int:

@@ -16,7 +16,12 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.uncertainty.estimator import Training
 from bayesdiff.uncertainty.members import NetworkMembers, twin
 from bayesdiff.uncertainty.samples import Starts
-from bayesdiff.uncertainty.snapshots import planned_snapshots, read_snapshot, snapshots_of
+from bayesdiff.uncertainty.snapshots import (
+    planned_snapshots,
+    read_snapshot,
+    snapshots_of,
+    train_again,
+)
 
 _SALT = 3_000_017
 
@@ -50,7 +55,7 @@ class Checkpoints(NetworkMembers):
         if trained:
             raise UserError(
                 f"uncertainty={self.name} needs 2 or more snapshots and {folder} has {there} of a "
-                "finished training; give another output_dir and callbacks=snapshots to train again"
+                f"finished training; {train_again(folder)}"
             )
         if not will_be:
             raise UserError(
