@@ -96,7 +96,7 @@ def run(cfg: DictConfig) -> Result:
     result = Result(folder, at.samples_path, {}, told)
     if rank() == 0:
         with alone(folder / "metrics.json"):
-            metrics = scores | statistics_of(samples)
+            metrics = scores | statistics_of(samples, this.classes)
             if checked is not None:
                 metrics |= checked.metrics(cfg.seed)
             metrics |= laplace.statistics() | laplace.block_statistics()
@@ -192,12 +192,12 @@ def _named(cfg: DictConfig, name: str) -> dict[str, Any]:
     return {"name": name, **{k: v for k, v in plain(cfg).items() if k != "_target_"}}
 
 
-def statistics_of(samples: Samples) -> dict[str, float]:
+def statistics_of(samples: Samples, classes: tuple[str, ...] = ()) -> dict[str, float]:
     """What the maps come to, as flat scalars."""
     from bayesdiff.metrics.uncertainty import variance_statistics
 
     samples = samples.in_model_range()  # a number means the same whatever is shown
-    statistics = variance_statistics(samples.variance, samples.labels)
+    statistics = variance_statistics(samples.variance, samples.labels, classes)
     metrics: dict[str, float] = {"nfe": samples.nfe}
     if samples.sampler_noise is not None:
         metrics["sampler_noise/mean"] = variance_statistics(samples.sampler_noise)["mean"]

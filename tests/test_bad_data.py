@@ -166,6 +166,14 @@ CASES = {
         folder({f"{s}/a.png": png() for s in ("training", "bus", "car")}),
         ["training/ beside bus/: a split or a class?"],
     ),
+    "folder: images beside masks": (
+        folder({f"{s}/{i}.png": png() for s in ("images", "masks") for i in "ab"}),
+        ["has a folder images/, which is no class", "set data.root=", "rename it"],
+    ),
+    "folder: a test set without images": (
+        folder({"train/a.png": b"never read", "test/a.txt": b""}),
+        ["no images below", "/test"],
+    ),
     "folder: name that is no text": (
         folder({os.fsdecode(b"caf\xe9/a.png"): png(), "b/b.png": png()}),
         ["the name of the folder", "/caf\\xe9 is not UTF-8", "rename it"],
@@ -268,7 +276,7 @@ CASES = {
     ),
     "zip: splits": (
         zipped({"set/train/a.png": png(), "set/Test/b.png": png()}),
-        ["training and test images in folders", "data.source.test_root", "data=folder"],
+        ["holds test and train folders", "data.source.test_root", "data=folder"],
     ),
     "zip: one name twice": (twice_zip, ["holds a.png 2 times"]),
     "zip: encrypted": (locked_zip, ["b.png is encrypted", "without a password"]),

@@ -99,15 +99,33 @@ def test_sixteen_bit_png_of_every_colour_type(channels):
     assert pixels.deep
 
 
+def tiff(bits: list[int], photometric: int, width: int, strip: bytes) -> bytes:
+    """TIFF of one row and up to two values more than Pillow writes, byte by byte."""
+    strip += b"\0" * (len(strip) % 2)
+    after = 8 + len(strip) + 2 + 12 * 10 + 4  # where three numbers of bits find their place
+    depth = (258, 3, 1, bits[0]) if len(bits) == 1 else (258, 3, len(bits), after)
+    entries = [(256, 3, 1, width), (257, 3, 1, 1), depth, (259, 3, 1, 1), (262, 3, 1, photometric)]
+    entries += [(273, 4, 1, 8), (277, 3, 1, len(bits)), (278, 3, 1, 1), (279, 4, 1, len(strip))]
+    entries += [(339, 3, 1, 1)]
+    tags = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    head = b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip
+    more = b"" if len(bits) == 1 else struct.pack(f"<{len(bits)}H", *bits)
+    return head + struct.pack("<H", len(entries)) + tags + bytes(4) + more
+
+
 def test_twelve_bits_of_a_tiff_are_twelve():
-    # Pillow writes none: two values of 12 bits, 0xfff and 0x800, packed into three bytes.
-    strip = bytes([0xFF, 0xF8, 0x00])
-    entries = [(256, 3, 2), (257, 3, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1)]
-    entries += [(273, 4, 8), (277, 3, 1), (278, 3, 1), (279, 4, len(strip)), (339, 3, 1)]
-    tags = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
-    head = b"II*\0" + struct.pack("<I", 12) + strip + b"\0"
-    pixels = read(head + struct.pack("<H", len(entries)) + tags + bytes(4))
+    # 0xfff and 0x800, packed into three bytes.
+    pixels = read(tiff([12], 1, 2, bytes([0xFF, 0xF8, 0x00])))
     assert pixels.values.tolist() == [[[255, round(0x800 * 255 / 4095)]]]
+
+
+def test_deep_tiffs_that_pillow_misreads_are_refused():
+    values = np.array([0, 65535, 256], "<u2").tobytes()
+    assert read(tiff([16], 1, 3, values)).values.tolist() == [[[0, 255, 1]]]
+    with pytest.raises(UserError, match=r"a\.png has 16 bits of which 0 is white; convert"):
+        read(tiff([16], 0, 3, values))
+    with pytest.raises(UserError, match="16 bits per channel, of which Pillow reads 8"):
+        read(tiff([16] * 3, 2, 1, values))
 
 
 TRANSPARENT = np.dstack([COLOUR, np.full((6, 6), 255, np.uint8)])

@@ -207,6 +207,8 @@ def test_lone_train_folder_is_not_a_class_and_one_among_others_is_refused(tmp_pa
         (["TRAIN", "valid"], "valid"),
         (["train", "dev"], "dev"),
         (["Training", "eval", "val"], "val"),
+        (["train2017", "val2017"], "val2017"),
+        (["images_train", "test1", "val-set"], "test1"),
     ],
 )
 def test_splits_under_their_usual_names_are_no_classes(tmp_path, names, test, caplog):

@@ -11,18 +11,18 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.decode import decode
 from bayesdiff.data.framing import Framing
 from bayesdiff.data.listing import (
-    HELD_OUT,
-    TRAINING,
     holds_images,
     image_names,
     is_image,
-    is_split,
     shown,
+    split_of,
     subfolders,
 )
 
 log = logging.getLogger(__name__)
 
+_HELD_OUT = ("test", "val", "dev")  # in the order of preference
+_CONTAINERS = ("image", "images", "img", "imgs")  # beside masks, labels, ...: no class
 _LAYOUT = "class folders look like data.root/cat/1.png and data.root/dog/2.png"
 
 
@@ -50,11 +50,11 @@ def splits(base: Path) -> Splits:
         UserError: for trees that could be read in more than one way.
     """
     inside = subfolders(base)
-    train = [n for n in inside if n.lower() in TRAINING]
-    held_out = sorted((n for n in inside if n.lower() in HELD_OUT), key=_preference)
+    train = [n for n in inside if split_of(n) == "train"]
+    held_out = sorted((n for n in inside if split_of(n) in _HELD_OUT), key=_preference)
     if not train and not held_out:
         return Splits(base, None)
-    others = [n for n in inside if not is_split(n) and holds_images(base / n)]
+    others = [n for n in inside if not split_of(n) and holds_images(base / n)]
     if not train:
         raise UserError(
             f"{base} has {held_out[0]}/ but no train/; set data.root={base / held_out[0]} "
@@ -79,11 +79,33 @@ def splits(base: Path) -> Splits:
 
 def _preference(name: str) -> int:
     """Test sets before validation sets, which training may have been tuned on."""
-    return 0 if name.lower().startswith("test") else 1 if name.lower().startswith("val") else 2
+    return _HELD_OUT.index(split_of(name) or "")
 
 
-def folder_part(base: Path, framing: Framing, known: tuple[str, ...] = ()) -> Part:
-    """Read all images below ``base``; ``known`` are the classes of the training set, if any.
+@dataclass(frozen=True)
+class FolderPart:
+    """What a folder holds, before any image is decoded.
+
+    Attributes:
+        base: the folder.
+        names: its images, sorted.
+        labels: their classes (N,), None where there are no class folders.
+        classes: names of the classes.
+    """
+
+    base: Path
+    names: list[str]
+    labels: Tensor | None
+    classes: tuple[str, ...]
+
+    def decode(self, framing: Framing) -> Part:
+        """Read all images."""
+        images = decode(self.names, lambda n: (self.base / n).read_bytes(), self.base, framing)
+        return Part(images, self.labels, self.classes)
+
+
+def folder_part(base: Path, known: tuple[str, ...] = ()) -> FolderPart:
+    """List all images below ``base``; ``known`` are the classes of the training set, if any.
 
     Raises:
         UserError: for images both beside and inside class folders, and unknown classes.
@@ -109,7 +131,7 @@ def folder_part(base: Path, framing: Framing, known: tuple[str, ...] = ()) -> Pa
     labels = torch.tensor([index[c] for c in folders]) if inside else None
     if inside and not known:
         _say_classes(base, classes)
-    return Part(decode(names, lambda n: (base / n).read_bytes(), base, framing), labels, classes)
+    return FolderPart(base, names, labels, classes)
 
 
 def _check_classes(base: Path, inside: list[str]) -> None:
@@ -131,14 +153,19 @@ def _check_classes(base: Path, inside: list[str]) -> None:
     for top, *middle, _ in (n.split("/") for n in inside):
         deeper[top].add(middle[0] if middle else "")
     for top, below in deeper.items():
-        if any(is_split(name) for name in below):
-            split = next(name for name in sorted(below) if is_split(name))
+        split = next((name for name in sorted(below) if split_of(name)), None)
+        if split is not None:
             cure = (
                 f"; one level too high? Set data.root={base / top}"
                 if len(tops) == 1
                 else (f"; put the splits outside, {split}/{top}/, or one data set into data.root")
             )
             raise UserError(f"{base / top} holds a split, {split}/, and is no class{cure}")
+        if top.lower() in _CONTAINERS:
+            raise UserError(
+                f"{shown(base)} has a folder {top}/, which is no class by its name; set "
+                f"data.root={base / top}, or rename it"
+            )
     (first, below), *more = deeper.items()
     if not more and "" not in below:
         raise UserError(

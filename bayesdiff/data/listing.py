@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -13,9 +14,14 @@ log = logging.getLogger(__name__)
 
 # Folders that systems add: they hold resource forks and thumbnails, not data.
 _SYSTEM = ("__macosx", "@eadir", "$recycle.bin", "lost+found")
-# Names of folders that split a data set, in lower case.
-TRAINING = ("train", "training")
-HELD_OUT = ("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation")
+# Names of folders that split a data set: Train, valid, test1, train2017, test_images, images_val.
+_SPLIT = re.compile(
+    r"(?:(?:images?|imgs?|data|set)[\W_]+)?"
+    r"(train|test|val|dev|eval|(?:train|test)ing|valid|validation|evaluation)"
+    r"[\W_]*(?:sets?|images?|imgs?|data|split|\d+)?",
+    re.IGNORECASE,
+)
+_PARTS = {"tr": "train", "te": "test", "va": "val", "de": "dev", "ev": "dev"}
 
 
 def shown(name: str | Path) -> str:
@@ -33,9 +39,10 @@ def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in readable_endings() and not is_hidden(name)
 
 
-def is_split(name: str) -> bool:
-    """Whether a folder's name says that it is a part of a data set, not a class."""
-    return name.lower() in TRAINING + HELD_OUT
+def split_of(name: str) -> str | None:
+    """``train``, ``test``, ``val`` or ``dev`` for the name of a part of a data set, or None."""
+    split = _SPLIT.fullmatch(name)
+    return _PARTS[split[1][:2].lower()] if split else None
 
 
 def image_names(base: Path) -> list[str]:

@@ -22,6 +22,7 @@ DECODE_ERRORS = (
     *(TypeError, KeyError, IndexError, OverflowError),  # from headers that lie
     *(zipfile.BadZipFile, Image.DecompressionBombError),
 )
+_PHOTOMETRIC = 262  # TIFF's tag for whether 0 is black
 _CURE = "convert all images to 8-bit grey or RGB"
 # By EXIF orientation: what turns the stored picture upright.
 _UPRIGHT = {
@@ -144,6 +145,8 @@ def _deep(image: Image.Image, rawmode: str, content: bytes, name: str) -> np.nda
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         if "transparency" in image.info:
             raise UserError(f"{name} has mode {image.mode} and transparency; {_CURE}")
+        if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+            raise UserError(f"{name} has 16 bits of which 0 is white; {_CURE}, or save it as PNG")
         most = 4095 if rawmode == "I;12" else 65535
         return _rounded(np.array(image).astype(np.int64), most)
     if not (_CUT.search(rawmode) or _deep_jpeg_2000(image, content)):

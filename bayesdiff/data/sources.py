@@ -156,9 +156,12 @@ def folder(
             "zip the folder without compression and read the zip with data=zip"
         )
     tree = splits(base)
-    train = folder_part(tree.train, framing)
+    listed = folder_part(tree.train)
     if tree.test is not None:
-        return _build(name, train, folder_part(tree.test, framing, train.classes))
+        test = folder_part(tree.test, listed.classes)
+        check_both_labelled(name, listed.labels is not None, test.labels is not None)
+        return _build(name, listed.decode(framing), test.decode(framing))
+    train = listed.decode(framing)
     return hold_out(name, train.images, train.labels, train.classes, test_fraction, seed)
 
 

@@ -16,12 +16,11 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.decode import decode
 from bayesdiff.data.framing import Framing
 from bayesdiff.data.listing import (
-    HELD_OUT,
-    TRAINING,
     is_hidden,
     is_image,
     say_left_out,
     shown,
+    split_of,
 )
 from bayesdiff.data.pixels import DECODE_ERRORS, one_line
 
@@ -149,11 +148,11 @@ def _check_members(archive: zipfile.ZipFile, key: str, names: list[str]) -> None
     locked = next((n for n in names if archive.getinfo(n).flag_bits & 1), None)
     if locked is not None:
         raise UserError(f"{path}: {shown(locked)} is encrypted; zip the images without a password")
-    parts = {p for n in names for p in n.lower().split("/")[:-1][:2]}
-    if parts & set(TRAINING) and (held_out := sorted(parts & set(HELD_OUT))):
+    splits = {split_of(p) for n in names for p in n.split("/")[:-1][:2]} - {None}
+    if len(splits) > 1:
         raise UserError(
-            f"{path} holds training and {held_out[0]} images in folders; give two zips, data.root "
-            "and data.source.test_root, or unpack it and use data=folder"
+            f"{path} holds {' and '.join(sorted(map(str, splits)))} folders; give two zips, "
+            "data.root and data.source.test_root, or unpack it and use data=folder"
         )
 
 

@@ -1,6 +1,6 @@
 """How well one set of uncertainty maps agrees with another: ranking, size, and its own figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -142,16 +142,19 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
     ).sqrt()
 
 
-def variance_statistics(variance: Tensor, labels: Tensor | None = None) -> dict[str, float]:
+def variance_statistics(
+    variance: Tensor, labels: Tensor | None = None, classes: Sequence[str] = ()
+) -> dict[str, float]:
     """Flat figures of one set of maps, for TensorBoard.
 
     Args:
         variance: variance maps (N, C, H, W).
         labels: classes of the images, int64 (N,), or None.
+        classes: their names; a class without one goes by its number.
 
     Returns:
         ``mean`` and ``sd`` over images of the summed variance, ``negative_share`` of all values
-        and, with labels, the mean per class as ``class_<k>``.
+        and, with labels, the mean per class as ``class_<name>``.
     """
     sums = variance.double().flatten(1).sum(1)
     found = {
@@ -161,12 +164,11 @@ def variance_statistics(variance: Tensor, labels: Tensor | None = None) -> dict[
     }
     if labels is None:
         return found
-    classes, index = labels.to(sums.device).unique(return_inverse=True)
-    totals = torch.zeros(len(classes), dtype=sums.dtype, device=sums.device)
+    present, index = labels.to(sums.device).unique(return_inverse=True)
+    totals = torch.zeros(len(present), dtype=sums.dtype, device=sums.device)
     means = totals.index_add(0, index, sums) / index.bincount()
-    return found | {
-        f"class_{k}": mean for k, mean in zip(classes.tolist(), means.tolist(), strict=True)
-    }
+    names = [classes[k] if k < len(classes) else k for k in present.tolist()]
+    return found | {f"class_{n}": mean for n, mean in zip(names, means.tolist(), strict=True)}
 
 
 def ranks(values: Tensor) -> Tensor:
