@@ -49,14 +49,25 @@ def test_of_many_classes_some_at_even_distances():
     assert grid.sample(model(None), (1, 4, 4))[1] is None
 
 
-@pytest.mark.parametrize(("classes", "said"), [(30, "16 of 30 classes, epoch 1"), (4, "epoch 1")])
-def test_the_caption_says_how_many_classes(classes, said, tmp_path, monkeypatch):
-    captions = []
-    monkeypatch.setattr(figures, "sample_grid", lambda *args: captions.append(args[-1]))
+@pytest.mark.parametrize(
+    ("classes", "rows", "said", "shown"),
+    [
+        (30, 4, "64 of 64 samples, unselected; 16 of 30 classes, epoch 1", 64),
+        (2, 4, "8 of 8 samples, unselected; epoch 1", 8),
+        (60, 1, "60 of 60 samples, unselected; epoch 1", 60),
+        (None, 2, "20 of 20 samples, unselected; epoch 1", 20),
+    ],
+)
+def test_a_grid_shows_what_was_drawn_and_says_it(
+    classes, rows, said, shown, tmp_path, monkeypatch
+):
+    made = []
+    draw = figures.sample_grid
+    monkeypatch.setattr(figures, "sample_grid", lambda *a: made.append(draw(*a)) or made[-1])
     monkeypatch.setattr(figures, "save", lambda figure, path: None)
-    labels = torch.arange(classes)
-    images = torch.zeros(classes, 1, 4, 4, dtype=torch.uint8)
-    names = tuple(str(i) for i in range(classes))
+    labels = None if classes is None else torch.arange(classes)
+    images = torch.zeros(classes or 3, 1, 4, 4, dtype=torch.uint8)
+    names = tuple(str(i) for i in range(classes or 0))
     data = ImageData.build("n", images, labels, images, labels, names)
     trainer = SimpleNamespace(
         current_epoch=0,
@@ -66,6 +77,8 @@ def test_the_caption_says_how_many_classes(classes, said, tmp_path, monkeypatch)
         default_root_dir=str(tmp_path),
         loggers=[],
     )
-    SampleGrid(num_steps=1).on_validation_epoch_start(trainer, model(classes))
-    (caption,) = captions
-    assert caption.startswith(said)
+    SampleGrid(num_steps=1, rows=rows).on_validation_epoch_start(trainer, model(classes))
+    (figure,) = made
+    words = " ".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
+    assert said in words
+    assert len(figure.axes[0].images) == shown

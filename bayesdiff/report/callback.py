@@ -12,6 +12,7 @@ from bayesdiff.checks import at_least
 from bayesdiff.distributed import rank
 from bayesdiff.models import GenerativeModel
 from bayesdiff.report import figures
+from bayesdiff.report.layout import MOST_CLASSES
 from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise, integrate, time_grid
 
 
@@ -50,7 +51,7 @@ class SampleGrid(Callback):
         drawn = self.classes(model.num_classes)
         if model.num_classes and len(drawn) < model.num_classes:
             made = f"{len(drawn)} of {model.num_classes} classes, {made}"
-        columns = len(drawn) if labels is not None and len(drawn) <= 12 else 10
+        columns = self.rows if labels is not None and len(drawn) <= MOST_CLASSES else 10
         figure = figures.sample_grid(images, labels, data.classes, columns, made)
         figures.save(figure, Path(trainer.default_root_dir) / "figures" / "training.png")
         for logger in trainer.loggers:
