@@ -11,7 +11,6 @@ from PIL import Image
 from bayesdiff.checks import UserError
 from bayesdiff.data import sources
 from bayesdiff.data.framing import Framing
-from bayesdiff.networks import UNet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RANDOM = np.random.RandomState(0)
@@ -156,12 +155,3 @@ def test_celeba_as_kaggle_packs_it(tmp_path):
         recipe(tmp_path)
     with pytest.raises(UserError, match="holds no img_align_celeba/; download"):
         recipe(tmp_path / "nowhere")
-
-
-def test_the_network_of_the_recipe_takes_its_images():
-    options = OmegaConf.to_container(OmegaConf.load(CONFIGS / "net" / "unet64.yaml"))
-    options.pop("_target_")
-    with torch.device("meta"):
-        net = UNet(in_channels=3, image_size=64, num_classes=2, **options)
-        x = torch.empty(1, 3, 64, 64)
-        assert net(x, torch.empty(1), torch.zeros(1, dtype=torch.long)).shape == x.shape
