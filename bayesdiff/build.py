@@ -168,7 +168,11 @@ def check_groups(cfg: DictConfig) -> None:
         target = options.get("_target_") if isinstance(options, DictConfig) else None
         if options and not isinstance(target, str):
             place = name if name == "logger" else f"callbacks.{name}"
-            raise UserError(f"{place}={options} has no options; give null to switch it off")
+            like = "loggers.CSVLogger" if name == "logger" else "callbacks.ModelCheckpoint"
+            raise UserError(
+                f"{place}={options} has no _target_ that makes it; give one, such as "
+                f"{place}._target_=lightning.pytorch.{like}, or give null to switch it off"
+            )
     for name in _PATHS:
         value = cfg.get(name)
         if not isinstance(value, str) and (value is not None or name == "output_dir"):
