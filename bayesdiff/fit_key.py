@@ -14,7 +14,7 @@ from bayesdiff.trainer_options import weighty
 _DISPLAY = frozenset({
     "RichProgressBar", "TQDMProgressBar", "ProgressBar", "LearningRateMonitor", "ModelCheckpoint",
     "DeviceStatsMonitor", "ThroughputMonitor", "ModelSummary", "RichModelSummary", "Timer",
-    "SampleGrid", "OnExceptionCheckpoint",
+    "SampleGrid", "Snapshots", "OnExceptionCheckpoint",
 })  # fmt: skip
 _OURS = ("lightning.", "bayesdiff.", "pytorch_lightning.")
 
@@ -70,8 +70,7 @@ def _displays(options: dict[str, Any]) -> bool:
 def _heedless(options: dict[str, Any]) -> bool:
     """Whether a callback does the same whatever the validation finds."""
     name = str(options.get("_target_"))
-    heedless = ("EMAWeightAveraging", "Snapshots")
-    return name.startswith(_OURS) and name.rpartition(".")[2] in heedless
+    return name.startswith(_OURS) and name.rpartition(".")[2] == "EMAWeightAveraging"
 
 
 def plain(cfg: Any) -> Any:

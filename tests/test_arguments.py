@@ -212,6 +212,6 @@ def test_callbacks_are_in_the_key_whatever_they_are_called(compose: Compose):
     ).key
     assert stopping != build(compose()).key
     shown = ("callbacks=snapshots", "callbacks.samples=null", "callbacks.progress=null")
-    assert build(compose(*shown)).key != build(compose()).key
+    assert build(compose(*shown)).key == build(compose()).key
     bar = "+callbacks.bar._target_=lightning.pytorch.callbacks.TQDMProgressBar"
     assert build(compose(bar)).key == build(compose()).key
