@@ -6,8 +6,10 @@ from typing import Any
 
 from bayesdiff.artefacts import key_of
 from bayesdiff.build import Run, plain
+from bayesdiff.fit_key import network_code
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver
+from bayesdiff.source_code import code_of
 from bayesdiff.study import scored, with_effect
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.chosen import sample_numbers
@@ -46,9 +48,8 @@ class Address:
         cls, run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, weights: str
     ) -> "Address":
         """Of the cell with these trained weights and this posterior."""
-        cfg, name = run.cfg, f"{solver.name}-{estimator.name}"
-        # The same weights make other images where they are told to predict something else.
-        sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
+        name = f"{solver.name}-{estimator.name}"
+        sampled = sampled_from(run, weights)
         images = images_key(run, weights)
         told, sources = maps_settings(run, estimator), estimator.sources(run)
         maps = key_of(*sampled, settings_of(posterior), told, *sources)
@@ -72,14 +73,22 @@ def maps_settings(run: Run, estimator: Estimator) -> dict[str, Any]:
     """Options that change the run's own maps, chosen samples by their numbers."""
     chosen = sample_numbers(estimator, run)
     told = with_effect(run.cfg.uncertainty)
+    if code := code_of(plain(run.cfg.uncertainty)):
+        told = told | {"code": code}
     return told if chosen is None else told | {"numbers": chosen}
 
 
 def images_key(run: Run, weights: str) -> str:
     """What the images come from, the posterior not among it."""
+    return key_of(*sampled_from(run, weights), run.cfg.metrics.num_images)
+
+
+def sampled_from(run: Run, weights: str) -> list[Any]:
+    """All that samples of these weights depend on, apart from their numbers."""
     cfg = run.cfg
-    sampled = [weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
-    return key_of(*sampled, cfg.metrics.num_images)
+    # The same weights make other images where they are to predict something else.
+    options = [cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
+    return [weights, *options, *network_code(cfg), code_of(plain(cfg.solver))]
 
 
 def images_path(run: Run, solver: Solver, key: str) -> Path:

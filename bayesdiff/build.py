@@ -1,8 +1,6 @@
 """From a configuration to checked objects: all that can be refused is refused here."""
 
-import hashlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,24 +8,23 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from bayesdiff.artefacts import key_of
+from bayesdiff.checkpoints import checkpoint_at, load_weights, note_of
 from bayesdiff.checks import UserError, at_least, positive, seed_of, share
+from bayesdiff.data.corruption import images_per_epoch
+from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.device import autocast_dtype
 from bayesdiff.disk import check_writable
+from bayesdiff.fit_key import fit_key
+from bayesdiff.fit_key import plain as plain
 from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.laplace.requirements import require_module
 from bayesdiff.models import GenerativeModel
-
-# Trainer options that change the weights; devices and strategy must not.
-_TRAINER_KEYS = (
-    "max_epochs", "max_steps", "gradient_clip_val", "accumulate_grad_batches",
-    "limit_train_batches", "overfit_batches", "precision",
-)  # fmt: skip
-
-
-# Weights in half precision would lose the steps, and scaled gradients the bound on their norm.
-_PRECISIONS = ("auto", "32-true", "bf16-mixed")
+from bayesdiff.networks import UNet
+from bayesdiff.targets import arguments, fitting
+from bayesdiff.trainer_options import check_interval, check_trainer
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class Run:
         device: where sampling and scoring happen.
         key: content key of everything the trained weights depend on.
         folder: the run folder.
+        parent: what the training starts from (``init_from``): path, key of its run and weights.
     """
 
     cfg: DictConfig
@@ -49,6 +47,7 @@ class Run:
     device: torch.device
     key: str
     folder: Path
+    parent: dict[str, Any] | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -66,13 +65,15 @@ def build(cfg: DictConfig) -> Run:
         flip=cfg.data.flip,
         seed=cfg.seed,
     )
+    check_interval(cfg.trainer, images_per_epoch(data.data) // data.batch_size)
     model = build_model(cfg, data)
-    key = fit_key(cfg, data)
+    parent = start_from(cfg, model)
+    key = fit_key(cfg, data.data.fingerprint, parent["weights"] if parent else None)
     name = f"{data.data.name}-{model.path.family}-{key[:8]}"
     folder = Path(cfg.run_dir or Path(cfg.output_dir) / name)
     if is_main_process() and not cfg.get("dry_run"):
         check_writable(Path(cfg.run_dir or cfg.output_dir))
-    return Run(cfg, data, model, device, key, folder)
+    return Run(cfg, data, model, device, key, folder, parent)
 
 
 def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
@@ -93,28 +94,60 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
                 "use model.num_classes=auto, or null for an unconditional model"
             )
     torch.manual_seed(cfg.seed)
-    net = instantiate(
-        cfg.net,
-        in_channels=images.channels,
-        image_size=images.image_size,
-        num_classes=classes,
-        _convert_="all",
-    )
     path = instantiate(cfg.path)
-    model = instantiate(cfg.model, net=net, path=path, num_classes=classes, _convert_="all")
+    options = OmegaConf.create(plain(cfg.model))
+    options.optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
+    net = build_network(cfg.net, images, classes)
+    model = instantiate(options, net=net, path=path, num_classes=classes, _convert_="all")
+    require_module(model, "last-layer Laplace")
     HeadGeometry.of(model.net.head)
     try:
-        instantiate(cfg.model.optimizer, _convert_="all")(model.parameters())
+        instantiate(options.optimizer, _convert_="all")(model.parameters())
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model.optimizer does not work: {error}; correct its options") from error
     return model
+
+
+def build_network(options: DictConfig, images: ImageData, classes: int | None) -> nn.Module:
+    """The network for these images.
+
+    Raises:
+        UserError: for options that it does not take, or labels that it would not read.
+    """
+    known = arguments(str(options.get("_target_")))
+    size: dict[str, Any] = {"in_channels": images.channels, "image_size": images.image_size}
+    given = {name: value for name, value in size.items() if known is None or name in known}
+    if known is None or "num_classes" in known:
+        given["num_classes"] = classes
+    elif classes:
+        raise UserError(
+            f"net._target_={options._target_} takes no num_classes and would not see the labels; "
+            "give model.num_classes=null, or let it take num_classes"
+        )
+    net: nn.Module = instantiate(fitting(options, "net", UNet), **given, _convert_="all")
+    return net
+
+
+def start_from(cfg: DictConfig, model: GenerativeModel) -> dict[str, Any] | None:
+    """Load the weights that a training starts from, and say where they are from.
+
+    Raises:
+        UserError: if they are missing, or belong to another network.
+    """
+    if cfg.init_from is None:
+        return None
+    if not cfg.fit:
+        raise UserError("init_from begins a training and fit=false has none; use ckpt_path=")
+    path = checkpoint_at(cfg.init_from)
+    weights = load_weights(model, path)
+    return {"path": str(path.resolve()), "key": note_of(path).get("key"), "weights": weights}
 
 
 _GROUPS = (
     "data", "data.source", "model", "model.optimizer", "net", "path", "laplace", "solver",
     "uncertainty", "metrics", "trainer",
 )  # fmt: skip
-_PATHS = ("output_dir", "run_dir", "ckpt_path")
+_PATHS = ("output_dir", "run_dir", "ckpt_path", "init_from")
 
 
 def check_groups(cfg: DictConfig) -> None:
@@ -135,7 +168,11 @@ def check_groups(cfg: DictConfig) -> None:
         target = options.get("_target_") if isinstance(options, DictConfig) else None
         if options and not isinstance(target, str):
             place = name if name == "logger" else f"callbacks.{name}"
-            raise UserError(f"{place}={options} has no options; give null to switch it off")
+            like = "loggers.CSVLogger" if name == "logger" else "callbacks.ModelCheckpoint"
+            raise UserError(
+                f"{place}={options} has no _target_ that makes it; give one, such as "
+                f"{place}._target_=lightning.pytorch.{like}, or give null to switch it off"
+            )
     for name in _PATHS:
         value = cfg.get(name)
         if not isinstance(value, str) and (value is not None or name == "output_dir"):
@@ -157,20 +194,9 @@ def check_values(cfg: DictConfig) -> None:
     for name in ("model.class_dropout", "net.dropout", "callbacks.ema.decay"):
         if (value := OmegaConf.select(cfg, name)) is not None:
             share(name, value)
-    limit = "max_epochs" if cfg.trainer.get("max_steps", -1) in (-1, None) else "max_steps"
-    at_least(f"trainer.{limit}", cfg.trainer[limit])
-    if cfg.trainer.precision not in _PRECISIONS:
-        raise UserError(
-            f"trainer.precision={cfg.trainer.precision} is not offered; "
-            f"choose from {', '.join(_PRECISIONS)}"
-        )
-    if (clip := cfg.trainer.get("gradient_clip_val")) is not None:
-        positive("trainer.gradient_clip_val", clip, "give a number above 0, or null")
-    if cfg.trainer.get("gradient_clip_algorithm") not in (None, "norm"):
-        algorithm = cfg.trainer.gradient_clip_algorithm
-        raise UserError(f"trainer.gradient_clip_algorithm={algorithm} is not offered; use norm")
-    if (every := cfg.trainer.get("check_val_every_n_epoch")) is not None:
-        at_least("trainer.check_val_every_n_epoch", every)
+    check_trainer(cfg.trainer)
+    if cfg.sample_from not in ("last", "best"):
+        raise UserError(f"unknown sample_from {cfg.sample_from!r}; choose last or best")
     if not cfg.fit and not cfg.ckpt_path:
         raise UserError("fit=false needs a checkpoint; give ckpt_path=/path/to/last.ckpt")
     if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():
@@ -198,29 +224,6 @@ def precision(cfg: DictConfig, device: torch.device) -> str:
     if cfg.trainer.precision != "auto":
         return cfg.trainer.precision
     return "bf16-mixed" if autocast_dtype(device) else "32-true"
-
-
-def fit_key(cfg: DictConfig, data: ImageDataModule) -> str:
-    """Content key of everything the trained weights depend on, devices left out."""
-    ema: Mapping[str, Any] | None = (cfg.callbacks or {}).get("ema")
-    parts = {
-        "data": [data.data.fingerprint, data.batch_size, data.flip],
-        "seed": cfg.seed,
-        "model": plain(cfg.model),
-        "net": plain(cfg.net),
-        "path": plain(cfg.path),
-        "trainer": {k: cfg.trainer[k] for k in _TRAINER_KEYS if k in cfg.trainer},
-        "ema": plain(ema) if ema else None,
-    }
-    if not cfg.fit and cfg.ckpt_path != "last":
-        # A checkpoint from elsewhere has a folder of its own, whatever the options say.
-        parts["checkpoint"] = hashlib.sha256(Path(cfg.ckpt_path).read_bytes()).hexdigest()
-    return key_of(parts)
-
-
-def plain(cfg: Any) -> Any:
-    """A configuration node as plain values."""
-    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
 
 
 def is_main_process() -> bool:

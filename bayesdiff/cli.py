@@ -108,6 +108,10 @@ def explain(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         key = re.search(r"full_key: (\S+)", str(error))
         return f"{key.group(1) if key else 'a value'} does not work: {_line(error.__cause__)}"
+    if present := re.search(
+        r"Could not append to config. An item is already at '([^']+)'", str(error)
+    ):
+        return f"{present.group(1)} is there already; leave out the + before it"
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", str(error))
     if unknown:
         name = unknown.group(1) or unknown.group(2)
@@ -129,6 +133,17 @@ def _line(error: BaseException) -> str:
 
 
 def _cure(name: str) -> str:
-    if name.rpartition(".")[2] in _OF_ESTIMATORS and not name.startswith("laplace."):
+    from bayesdiff.spelling import near, option_names
+    from bayesdiff.trainer_options import SUPPLIED
+
+    group, _, last = name.rpartition(".")
+    if last in _OF_ESTIMATORS and not name.startswith("laplace."):
         return f"; it belongs to another uncertainty=..., each of {_ESTIMATORS} has its own"
-    return "; --cfg job lists every option"
+    if group == "trainer" and last in SUPPLIED:
+        return f", it is given by the run itself; {SUPPLIED[last]}"
+    if name.startswith("callbacks.checkpoint"):
+        return (
+            ", last.ckpt is written in any case; for further checkpoints add "
+            "+callbacks.NAME._target_=lightning.pytorch.callbacks.ModelCheckpoint"
+        )
+    return near(name, option_names()) + "; --cfg job lists every option"

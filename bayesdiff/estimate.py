@@ -17,6 +17,7 @@ from bayesdiff.probe import Counts, Probe, count, seconds_of
 from bayesdiff.report.callback import grid_size
 from bayesdiff.solvers import Solver
 from bayesdiff.study import with_effect
+from bayesdiff.trainer_options import steps_and_epochs
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.memory import GIB, activation_bytes, images_at_once
 from bayesdiff.uncertainty.refined import Refined
@@ -183,17 +184,8 @@ class Estimates:
 
 def steps_of(run: Run) -> tuple[int, float]:
     """Optimiser steps and epochs of the whole training."""
-    trainer = run.cfg.trainer
     batches = images_per_epoch(run.data.data) // int(run.cfg.data.batch_size)
-    for name in ("limit_train_batches", "overfit_batches"):
-        limit = trainer.get(name)
-        if limit:
-            batches = min(batches, limit) if isinstance(limit, int) else round(limit * batches)
-    batches = max(1, batches)
-    most = trainer.get("max_steps") or -1
-    if most > 0:
-        return most, max(1.0, most / batches)
-    return batches * trainer.max_epochs, float(trainer.max_epochs)
+    return steps_and_epochs(run.cfg.trainer, batches)
 
 
 def _resident() -> int:

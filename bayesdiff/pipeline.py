@@ -13,10 +13,12 @@ from bayesdiff.ablation import ablate, check_ablation
 from bayesdiff.address import Address, scores_key, scores_path, settings_of
 from bayesdiff.artefacts import read_json, weights_key, write_json, write_text
 from bayesdiff.build import Run, build, check_groups, plain
+from bayesdiff.callback_options import check_callbacks
 from bayesdiff.checks import at_least, seed_of
 from bayesdiff.disk import named_disk
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.filtering import check_filtering, filter_images
+from bayesdiff.fit_key import network_code
 from bayesdiff.head_chain import chain_head, check_head_chain
 from bayesdiff.interpolation import check_interpolation, interpolate
 from bayesdiff.laplace.block import check_subset
@@ -32,7 +34,7 @@ from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.stages import check_metrics, make_images, make_maps, make_scores, make_validation
 from bayesdiff.study import STUDIES
-from bayesdiff.training import fit
+from bayesdiff.training import fit, weights_in_words
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
@@ -53,6 +55,7 @@ class Result:
         metrics: flat scalars; names carry their conditions.
         settings: the settings behind them, flat.
         studies: folders of the studies that were asked for.
+        weights: which weights they are of, in words.
     """
 
     folder: Path
@@ -60,6 +63,7 @@ class Result:
     metrics: dict[str, float]
     settings: dict[str, Any]
     studies: tuple[Path, ...] = ()
+    weights: str = ""
 
 
 def run(cfg: DictConfig) -> Result:
@@ -93,7 +97,7 @@ def run(cfg: DictConfig) -> Result:
         with together(path):
             scores = make_scores(this, images, path, scores_key(this, at.images))
     told = settings(cfg, this, posterior, solver.name, estimator.name)
-    result = Result(folder, at.samples_path, {}, told)
+    result = Result(folder, at.samples_path, {}, told, weights=weights_in_words(this))
     if rank() == 0:
         with alone(folder / "metrics.json"):
             metrics = scores | statistics_of(samples, this.classes)
@@ -139,8 +143,10 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
     this = build(cfg)
+    check_callbacks(this)
     laplace = LastLayerLaplace(**plain(cfg.laplace))
     laplace.path = this.folder / laplace.file_name
+    laplace.context = (cfg.model.prediction, plain(cfg.path), network_code(cfg))
     laplace.check(this.model, len(this.data.data.images))
     model = this.model
     check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
@@ -259,6 +265,7 @@ def show(result: Result, logdir: str) -> None:
     if rank():
         return
     rows = table.summary(result.metrics)
+    rows.insert(0, {"metric": "weights", "value": result.weights})
     rows.append({"metric": "pictures", "value": str(result.folder / "figures")})
     rows += [{"metric": "study", "value": str(folder)} for folder in result.studies]
     rows.append({"metric": "curves", "value": f"tensorboard --logdir {logdir}"})

@@ -18,12 +18,11 @@ from bayesdiff.address import (
 )
 from bayesdiff.artefacts import (
     key_of,
-    load_weights,
     read_arrays,
-    read_checkpoint,
     read_json,
 )
 from bayesdiff.build import Run, plain
+from bayesdiff.checkpoints import load_weights, read_checkpoint
 from bayesdiff.cli import mendable
 from bayesdiff.estimate import Estimates, duration, schedule
 from bayesdiff.laplace.callback import LastLayerLaplace
@@ -33,6 +32,7 @@ from bayesdiff.report.sweep import flatten, swept_keys
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
 from bayesdiff.study import STUDIES, scored, with_effect
+from bayesdiff.training import chosen
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.block_ensemble import with_block
 from bayesdiff.uncertainty.refined import Refined
@@ -148,12 +148,13 @@ def _of_images(run: Run, solver: Solver, weights: str) -> list[Work]:
 def trained(run: Run) -> tuple[Work, str | None]:
     """State of the training, and the key of its weights once it is done; loads them."""
     last = run.folder / "checkpoints" / "last.ckpt"
+    sampled = last.with_name(chosen(run))
     if not run.cfg.fit:
-        path = last if run.cfg.ckpt_path == "last" else Path(run.cfg.ckpt_path)
+        path = sampled if run.cfg.ckpt_path == "last" else Path(run.cfg.ckpt_path)
         return Work("training", str(run.folder), True), load_weights(run.model, path)
     record = read_json(run.folder / "fit.json") or {}
-    if record.get("key") == run.key and last.is_file():
-        return Work("training", str(run.folder), True), load_weights(run.model, last)
+    if record.get("key") == run.key and last.is_file() and sampled.is_file():
+        return Work("training", str(run.folder), True), load_weights(run.model, sampled)
     share = 1.0
     if last.is_file():
         loops = read_checkpoint(last).get("loops", {})

@@ -2,40 +2,48 @@
 
 import logging
 import shutil
-import signal
 import time
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import (
-    Callback,
-    EMAWeightAveraging,
-    LearningRateMonitor,
-)
-from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from omegaconf import OmegaConf
 
-from bayesdiff.artefacts import (
+from bayesdiff.artefacts import read_json, write_atomic, write_json, write_text
+from bayesdiff.build import Run, is_main_process, plain, precision
+from bayesdiff.callback_options import callbacks_of
+from bayesdiff.checkpoints import (
+    BEST,
+    LAST,
     load_weights,
     note_of,
     read_checkpoint,
-    read_json,
     require_options,
-    write_atomic,
-    write_json,
-    write_text,
 )
-from bayesdiff.build import Run, is_main_process, plain, precision
 from bayesdiff.checks import UserError
+from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.disk import named_disk
-from bayesdiff.distributed import world_size
+from bayesdiff.distributed import barrier, world_size
+from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.locks import together
 from bayesdiff.models import GenerativeModel
+from bayesdiff.run_callbacks import (
+    EndsWhenTold,
+    PosteriorAtEnd,
+    Provenance,
+    RunCheckpoints,
+    RunTime,
+    WholeCheckpoints,
+    cut_by,
+    rule_of,
+)
+from bayesdiff.trainer_options import duration, steps_and_epochs
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +54,10 @@ _NOISE = (
     r"Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed",
 )
+_PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
-def fit(run: Run, laplace: Callback) -> str:
+def fit(run: Run, laplace: LastLayerLaplace) -> str:
     """Leave trained (averaged) weights in the model, training only as far as is needed.
 
     Returns:
@@ -59,58 +68,121 @@ def fit(run: Run, laplace: Callback) -> str:
     """  # noqa: DOC502 - raised one level down
     last = run.folder / "checkpoints" / "last.ckpt"
     if not run.cfg.fit:
-        path = last if run.cfg.ckpt_path == "last" else Path(run.cfg.ckpt_path)
+        own = run.cfg.ckpt_path == "last"
+        path = last.with_name(chosen(run)) if own else Path(run.cfg.ckpt_path)
         require_same_kind(run, path)
         return load_weights(run.model, path)
     with together(run.folder / "fit.json"):
         return _finish(run, laplace, last)
 
 
-def _finish(run: Run, laplace: Callback, last: Path) -> str:
+def _finish(run: Run, laplace: LastLayerLaplace, last: Path) -> str:
     record = read_json(run.folder / "fit.json") or {}
-    if record.get("key") == run.key and last.is_file():
-        weights = load_weights(run.model, last)
+    sampled = last.with_name(chosen(run))
+    if record.get("key") == run.key and last.is_file() and sampled.is_file():
+        weights = load_weights(run.model, sampled)
         if weights == record.get("weights"):
             log.info("fit: done before, weights %s", weights)
             return weights
         raise UserError(
-            f"{last} is not the checkpoint that fit.json beside it names; delete {run.folder} "
+            f"{sampled} is not the checkpoint that fit.json beside it names; delete {run.folder} "
             "to train again, or give fit=false ckpt_path=... to use it as it is"
         )
     resume = resume_from(run, last)
-    finished: dict[str, Any] = {"key": run.key}
-    if resume is not None and is_finished(run, resume):
+    found: dict[str, Any] = {"key": run.key, "checkpoint": sampled.name, "parent": run.parent}
+    kept = None if resume is None else read_checkpoint(resume)
+    if resume is not None and kept is not None and is_finished(run, kept):
         # Stopped between the last epoch and fit.json. Lightning would now train nothing and leave
         # the raw weights in place of the averaged ones.
         if resume != last and is_main_process():
             write_atomic(last, partial(shutil.copyfile, resume))
-        weights = load_weights(run.model, resume)
+        found |= {"epochs": kept["epoch"] + 1, "steps": kept["global_step"]}
     else:
-        started = time.perf_counter()
-        trainer = train(run, laplace, resume)
-        finished |= {
-            "epochs": trainer.current_epoch,
-            "steps": trainer.global_step,
-            "seconds": round(time.perf_counter() - started, 1),
-            **{name: float(value) for name, value in trainer.callback_metrics.items()},
-        }
-        weights = load_weights(run.model, last)
+        found |= _trained(run, laplace, resume, last)
+    barrier()
+    weights = load_weights(run.model, sampled)
     if is_main_process():
-        write_json(run.folder / "fit.json", finished | {"weights": weights})
+        write_json(run.folder / "fit.json", found | {"weights": weights})
     return weights
 
 
-def is_finished(run: Run, path: Path) -> bool:
-    """Whether a checkpoint of this run has all the epochs or steps that were asked for."""
-    trainer, checkpoint = run.cfg.trainer, read_checkpoint(path)
+def _trained(
+    run: Run, laplace: LastLayerLaplace, resume: Path | None, last: Path
+) -> dict[str, Any]:
+    """Train to the end and return what is to be remembered of it.
+
+    Raises:
+        UserError: if something cut the training before its end; the same command continues.
+    """
+    started = time.perf_counter()
+    trainer, checkpoints = train(run, laplace, resume)
+    if not checkpoints.finished(trainer):
+        why = cut_by(trainer)
+        cure = "; the same command continues"
+        if why == "trainer.max_time":
+            cure += ", without trainer.max_time to the end"
+        elif "should_stop" in why:
+            cure += "; a rule that ends trainings sets ended_training = True beside should_stop"
+        raise UserError(f"training cut at {progress(run, trainer, checkpoints)} by {why}{cure}")
+    ended = rule_of(trainer)
+    if ended:
+        log.info("fit: ended at %s by %s", progress(run, trainer, checkpoints), ended)
+    return {
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        **({"ended_by": ended} if ended else {}),
+        **({"best_val_loss": checkpoints.score} if checkpoints.best else {}),
+        "seconds": round(time.perf_counter() - started, 1),
+        **{name: float(value) for name, value in trainer.callback_metrics.items()},
+    }
+
+
+def progress(run: Run, trainer: L.Trainer, checkpoints: RunCheckpoints) -> str:
+    """How far a training is, and from where it would go on, as "7 of 440 steps"."""
+    batches = images_per_epoch(run.data.data) // run.data.batch_size
+    total = steps_and_epochs(run.cfg.trainer, batches)[0]
+    kept = checkpoints.kept_step
+    place = "" if kept == trainer.global_step else f" (the checkpoint is that of step {kept})"
+    return f"{trainer.global_step} of {total} steps{place}"
+
+
+def chosen(run: Run) -> str:
+    """Name of the checkpoint that the stages after the training read."""
+    return BEST if run.cfg.sample_from == "best" else LAST
+
+
+def weights_in_words(run: Run) -> str:
+    """Which weights the stages after the training read."""
+    if not run.cfg.fit:
+        return f"those in {run.cfg.ckpt_path}"
+    record = read_json(run.folder / "fit.json") or {}
+    if chosen(run) == BEST:
+        loss = record.get("best_val_loss")
+        return "lowest validation loss" + ("" if loss is None else f", {loss:.4g}")
+    steps, rule = record.get("steps"), record.get("ended_by")
+    return (
+        f"last step{'' if steps is None else f', {steps}'}{f', ended by {rule}' if rule else ''}"
+    )
+
+
+def is_finished(run: Run, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has all that was asked for, or a rule of the run's own ended it."""
+    trainer, loop = run.cfg.trainer, checkpoint["loops"]["fit_loop"]
     epochs, steps = trainer.get("max_epochs") or -1, trainer.get("max_steps") or -1
-    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    done = loop["epoch_progress"]["current"]["processed"]
+    if (checkpoint.get("bayesdiff") or {}).get("ended"):
+        return True
     return 0 < epochs <= done or 0 < steps <= checkpoint["global_step"]
 
 
 def require_same_kind(run: Run, path: Path) -> None:
-    """Refuse a checkpoint whose network predicts something else, which no shape would betray."""
-    require_options(path, plain(run.cfg), ("model.prediction", "path"))
+    """Refuse a checkpoint whose network is another one, which no shape would betray."""
+    config = plain(run.cfg)
+    net = [f"net.{name}" for name in config["net"] if name != "dropout"]
+    require_options(path, config, ("model.prediction", "path", *net))
+    trained_on = note_of(path).get("data")
+    if trained_on not in (None, run.data.data.fingerprint):
+        log.warning("%s was trained on other images than data=%s", path, run.cfg.data.name)
 
 
 def resume_from(run: Run, last: Path) -> Path | None:
@@ -125,7 +197,13 @@ def resume_from(run: Run, last: Path) -> Path | None:
         return None
     if wanted == "last" and not last.is_file():
         raise UserError(f"ckpt_path=last but there is no {last}; leave ckpt_path out to begin")
-    key = note_of(path).get("key")
+    note = note_of(path)
+    if not note:
+        raise UserError(
+            f"checkpoint {path} has weights of another program, which cannot be continued; "
+            f"init_from={path} begins a training with them, fit=false takes them as they are"
+        )
+    key = note.get("key")
     if key != run.key:
         raise UserError(
             f"checkpoint {path} is of run {key}, this is run {run.key}: other data, model or "
@@ -135,8 +213,10 @@ def resume_from(run: Run, last: Path) -> Path | None:
     return path
 
 
-def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
-    """Run Lightning's trainer and return it.
+def train(
+    run: Run, laplace: LastLayerLaplace, ckpt_path: Path | None
+) -> tuple[L.Trainer, RunCheckpoints]:
+    """Run Lightning's trainer and return it, with what kept the checkpoints.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, which a sweep must not take for one failed cell.
@@ -147,25 +227,8 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
         warnings.filterwarnings("ignore", message=remark)
     L.seed_everything(run.cfg.seed, workers=True, verbose=False)
     model, options = shared_out(run)
-    callbacks = callbacks_of(run, sharded=model is not run.model)
-    logger = run.cfg.get("logger") and instantiate(
-        run.cfg.logger, save_dir=run.folder, name="tensorboard", version=""
-    )
-    if not logger:  # Lightning refuses curves of the learning rate that go nowhere
-        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-    if model is run.model:  # a split network is whole again only after the training
-        callbacks.append(laplace)
-    if "plugins" not in run.cfg.trainer:
-        options["plugins"] = [WholeCheckpoints()]
-    trainer: L.Trainer = instantiate(
-        run.cfg.trainer,
-        callbacks=callbacks,
-        logger=logger or False,
-        default_root_dir=str(run.folder),
-        precision=precision(run.cfg, run.device),
-        _convert_="all",
-        **options,
-    )
+    checkpoints = RunCheckpoints(run.folder / "checkpoints", best=chosen(run) == BEST)
+    trainer = trainer_of(run, laplace, checkpoints, model is not run.model, options)
     try:
         with named_disk(run.folder):
             trainer.fit(
@@ -175,7 +238,47 @@ def train(run: Run, laplace: Callback, ckpt_path: Path | None) -> L.Trainer:
                 weights_only=True,
             )
     except SystemExit as error:  # Lightning's answer to Ctrl-C
+        log.warning("fit: interrupted at %s", progress(run, trainer, checkpoints))
         raise KeyboardInterrupt from error
+    except Exception as error:
+        log.warning("fit: cut at %s by %r", progress(run, trainer, checkpoints), error)
+        raise
+    return trainer, checkpoints
+
+
+def trainer_of(
+    run: Run,
+    laplace: LastLayerLaplace,
+    checkpoints: RunCheckpoints,
+    sharded: bool,
+    options: dict[str, Any],
+) -> L.Trainer:
+    """Lightning's trainer with all that is asked for, and what the run itself needs."""
+    callbacks = [*callbacks_of(run, sharded), Provenance(run), EndsWhenTold(), checkpoints]
+    if limit := duration(run.cfg.trainer.get("max_time")):
+        callbacks.append(RunTime(limit))
+    if not sharded:  # a split network is whole again only after the training
+        callbacks.append(PosteriorAtEnd(laplace, checkpoints))
+    logger = run.cfg.get("logger") and instantiate(
+        run.cfg.logger, save_dir=run.folder, name="tensorboard", version=""
+    )
+    plugins = instantiate(run.cfg.trainer.get("plugins"), _convert_="all") or []
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins = [*plugins, WholeCheckpoints()]
+    profiler = run.cfg.trainer.get("profiler")
+    if profiler in _PROFILERS:  # Lightning's own would only say it where nobody listens
+        options["profiler"] = _PROFILERS[profiler](dirpath=run.folder, filename="profile")
+    trainer: L.Trainer = instantiate(
+        run.cfg.trainer,
+        callbacks=callbacks,
+        logger=logger or False,
+        default_root_dir=str(run.folder),
+        precision=precision(run.cfg, run.device),
+        max_time=None,
+        plugins=plugins,
+        _convert_="all",
+        **options,
+    )
     return trainer
 
 
@@ -189,103 +292,3 @@ def shared_out(run: Run) -> tuple[GenerativeModel, dict[str, Any]]:
     from bayesdiff.sharding import ShardedModel
 
     return ShardedModel.of(run.model), {}
-
-
-def callbacks_of(run: Run, sharded: bool) -> list[Callback]:
-    """The callbacks that are asked for, and the note in every checkpoint.
-
-    Raises:
-        UserError: if the checkpoint callback is switched off.
-    """
-    folder = run.folder / "checkpoints"
-    told = [c for c in (run.cfg.callbacks or {}).values() if c]
-    callbacks = [instantiate(c, **_place(c, folder), **_split(c, sharded)) for c in told]
-    if not any(map(_keeps_last, told)):
-        raise UserError(
-            "callbacks.checkpoint is switched off or changed, but later stages read the last "
-            "epoch's last.ckpt; leave it as it is, and add further callbacks under other names"
-        )
-    # Averaging first: every other callback then sees the averaged weights where Lightning does.
-    callbacks.sort(key=lambda callback: not isinstance(callback, EMAWeightAveraging))
-    return [*callbacks, Provenance(run), EndsWhenTold()]
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all.
-
-    Lightning's own are written elsewhere and moved, which between two disks is a copy: one that is
-    interrupted leaves half of the newest checkpoint in place of the one before.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Write it beside its place first."""
-
-        def write(file: Path) -> None:
-            with file.open("wb") as opened:  # a full disk is told by Python's files, not by torch
-                torch.save(checkpoint, opened)
-
-        write_atomic(Path(path), write)
-
-
-class EndsWhenTold(Callback):
-    """Makes SIGTERM end several processes as Ctrl-C does.
-
-    Lightning's own answer talks to the other processes from inside the signal, where they may
-    already be talking of something else: then all of them wait for ever.
-    """
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the place of Lightning's handler, which it removes after the training."""
-        if trainer.world_size > 1:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-class Provenance(Callback):
-    """Writes into every checkpoint which run it is of, and with what configuration."""
-
-    def __init__(self, run: Run) -> None:
-        self.note = {
-            "key": run.key,
-            "config": plain(run.cfg),
-            "data": run.data.data.fingerprint,
-        }
-
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add the note; plain values only, so that loading it needs no code.
-
-        Raises:
-            UserError: if the last step made the weights infinite or NaN; the file of the epoch
-                before is then still there.
-        """
-        for name, value in checkpoint["state_dict"].items():
-            if not value.isfinite().all():
-                raise UserError(
-                    f"{name} is not finite after step {trainer.global_step}; the last good "
-                    "checkpoint is kept, lower model.optimizer.lr or trainer.gradient_clip_val"
-                )
-        checkpoint["bayesdiff"] = self.note
-
-
-def _keeps_last(options: Any) -> bool:
-    """Whether a callback leaves the last epoch's weights in last.ckpt, whatever the epoch."""
-    rare = [options.get(name) for name in ("every_n_train_steps", "train_time_interval")]
-    return (
-        options._target_.endswith("ModelCheckpoint")
-        and options.get("filename") == "last"
-        and options.get("save_on_train_epoch_end") is True
-        and options.get("every_n_epochs") in (None, 1)
-        and not any(rare)
-    )
-
-
-def _place(callback: Any, folder: Path) -> dict[str, str]:
-    return {"dirpath": str(folder)} if callback._target_.endswith("ModelCheckpoint") else {}
-
-
-def _split(callback: Any, sharded: bool) -> dict[str, str]:
-    averages = callback._target_.endswith(".EMAWeightAveraging")
-    return {"_target_": "bayesdiff.sharding.ShardedAveraging"} if sharded and averages else {}

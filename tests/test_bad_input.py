@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from bayesdiff import build, pipeline, training
-from bayesdiff.artefacts import read_checkpoint, weights_key
+from bayesdiff.artefacts import weights_key
+from bayesdiff.checkpoints import read_checkpoint
 from bayesdiff.checks import UserError
 from bayesdiff.cli import explain, one_line_errors
 from bayesdiff.laplace import callback
@@ -317,10 +318,6 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("ckpt_path=/no/such.ckpt", ["no checkpoint at /no/such.ckpt", "correct ckpt_path"]),
     ("fit=false", ["fit=false needs a checkpoint", "ckpt_path="]),
     (("fit=false", "ckpt_path=last"), ["no checkpoint at", "last.ckpt"]),
-    ("callbacks.checkpoint=null", ["callbacks.checkpoint is switched off", "last.ckpt"]),
-    ("callbacks.checkpoint.filename=best", ["callbacks.checkpoint", "last.ckpt"]),
-    ("+callbacks.checkpoint.every_n_epochs=2", ["callbacks.checkpoint", "last epoch"]),
-    ("callbacks.checkpoint.save_on_train_epoch_end=false", ["callbacks.checkpoint", "last epoch"]),
 ]
 
 

@@ -1,8 +1,10 @@
 """Every option of every group composes and instantiates; every file says what it is for."""
 
+import inspect
 import re
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from conftest import CONFIGS, ROOT, compose_list
@@ -13,13 +15,14 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff import build
+from bayesdiff.callback_options import _place
 from bayesdiff.cli import explain
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.sources import digits
 from bayesdiff.laplace.posterior import check_settings
 from bayesdiff.paths import CondOT, VariancePreserving
 from bayesdiff.solvers.step import check_solver
-from bayesdiff.training import _place
+from bayesdiff.trainer_options import SUPPLIED
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 SHARED = [path for path in FILES if "local" not in path.parts]
@@ -143,6 +146,19 @@ def test_loggers(name, tmp_path):
     made = instantiate(logger, save_dir=tmp_path, name="tensorboard", version="")
     assert isinstance(made, Logger)
     assert Path(made.log_dir) == tmp_path / "tensorboard"
+
+
+def test_every_argument_of_the_trainer_is_listed():
+    """With Lightning's own default, save for those that are chosen here."""
+    options = OmegaConf.to_container(OmegaConf.load(CONFIGS / "trainer" / "default.yaml"))
+    there = inspect.signature(lightning.Trainer.__init__).parameters
+    assert options.keys() - {"_target_"} == there.keys() - {"self"} - SUPPLIED.keys()
+    chosen = (
+        "devices max_epochs gradient_clip_val precision num_sanity_val_steps log_every_n_steps "
+        "enable_model_summary"
+    )
+    for name in options.keys() - {"_target_", *chosen.split()}:
+        assert options[name] == there[name].default, name
 
 
 @every("metrics")

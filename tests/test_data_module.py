@@ -21,8 +21,12 @@ def images(count: int = 20, labels: bool = True, tests: int = 7) -> ImageData:
     return ImageData.build("n", *part(count), *part(tests), ("a", "b", "c") if labels else ())
 
 
-def trainer(epoch: int = 0, rank: int = 0, world: int = 1, overfit: float = 0) -> SimpleNamespace:
+def trainer(
+    epoch: int = 0, rank: int = 0, world: int = 1, overfit: float = 0, seen: int = 0
+) -> SimpleNamespace:
+    progress = SimpleNamespace(current=SimpleNamespace(ready=seen))
     return SimpleNamespace(
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         current_epoch=epoch,
         global_rank=rank,
@@ -61,6 +65,13 @@ def test_an_epoch_is_whole_batches_without_repeats():
     for x, y in batches:
         assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
         assert [int(n) % 3 for n in to_uint8(x)[:, 0, 0, 1]] == y.tolist()
+
+
+def test_an_epoch_goes_on_behind_the_batches_that_were_seen():
+    module = ImageDataModule(images(), 6, flip=True)
+    whole, rest = epoch_of(module, epoch=2), epoch_of(module, epoch=2, seen=1)
+    assert len(rest) == len(whole) - 1
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(whole[1:], rest, strict=True))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():

@@ -10,7 +10,8 @@ import torch
 from conftest import Trained, compose_list, smallest, train_py
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import read_checkpoint, read_json
+from bayesdiff.artefacts import read_json
+from bayesdiff.checkpoints import read_checkpoint
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.metrics import classifier

@@ -410,7 +410,6 @@ def test_other_options_are_other_runs(compose: Compose):
         "trainer.log_every_n_steps=7",
         "solver.num_steps=9",
         "laplace.prior_precision=3",
-        "+trainer.enable_checkpointing=true",
         "uncertainty.members=9",
     )
     assert folder(*same) == first

@@ -92,8 +92,10 @@ def test_times_are_evaluations_times_images(compose, free):
     [
         ([], (2, 1.0)),
         (["trainer.max_epochs=5"], (10, 5.0)),
-        (["++trainer.limit_train_batches=0.5"], (6, 1.0)),
-        (["+trainer.max_steps=7"], (7, 3.5)),
+        (["trainer.limit_train_batches=0.5"], (5, 1.0)),
+        (["trainer.max_steps=7"], (2, 1.0)),
+        (["trainer.max_steps=7", "trainer.max_epochs=-1"], (7, 3.5)),
+        (["trainer.max_epochs=3", "trainer.accumulate_grad_batches=2"], (3, 3.0)),
     ],
     ids=str,
 )

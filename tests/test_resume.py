@@ -8,7 +8,7 @@ from conftest import Compose
 from torch import Tensor
 
 from bayesdiff import pipeline, training
-from bayesdiff.artefacts import read_checkpoint
+from bayesdiff.checkpoints import read_checkpoint
 from bayesdiff.models import GenerativeModel
 
 # Everything that carries state over: dropout, mirroring, label dropout, averaged weights.

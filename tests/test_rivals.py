@@ -31,7 +31,7 @@ from test_resume import SETTINGS, fit, stop_at
 from torch import nn
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import read_checkpoint
+from bayesdiff.checkpoints import read_checkpoint
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.checked_file import save_checked
 from bayesdiff.laplace.gram import head_matrix

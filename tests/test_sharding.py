@@ -11,7 +11,7 @@ from conftest import compose_list, scalars, smallest, train_py
 from torch.distributed.tensor import DTensor
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import read_checkpoint
+from bayesdiff.checkpoints import read_checkpoint
 from bayesdiff.checks import UserError
 from bayesdiff.report import board
 from bayesdiff.uncertainty.snapshots import read_snapshot, snapshots_of

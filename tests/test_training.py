@@ -9,8 +9,9 @@ from conftest import Compose, Trained, scalars
 from lightning.pytorch.callbacks import Callback
 
 from bayesdiff import pipeline, training
-from bayesdiff.artefacts import load_weights, read_checkpoint, weights_key
+from bayesdiff.artefacts import weights_key
 from bayesdiff.build import build
+from bayesdiff.checkpoints import load_weights, read_checkpoint
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace.callback import LastLayerLaplace
@@ -75,9 +76,7 @@ def test_averaging_comes_first(compose: Compose, monkeypatch):
     with pytest.raises(InterruptedError):
         fit(cfg)
     assert seen[0] == "EMAWeightAveraging"
-    assert (
-        seen.index("Provenance") < seen.index("LastLayerLaplace") < seen.index("ModelCheckpoint")
-    )
+    assert seen.index("Provenance") < seen.index("PosteriorAtEnd") < seen.index("RunCheckpoints")
 
 
 def test_it_learns_one_batch_by_heart(compose: Compose):
@@ -98,8 +97,8 @@ def test_it_learns_one_batch_by_heart(compose: Compose):
         ("logger=csv",),
         ("~logger",),
         ("callbacks.ema=null", "trainer.gradient_clip_val=null"),
-        ("debug=fdr", "+trainer.accumulate_grad_batches=2"),
-        ("+trainer.max_steps=1", "trainer.max_epochs=-1"),
+        ("debug=fdr", "trainer.accumulate_grad_batches=2"),
+        ("trainer.max_steps=1", "trainer.max_epochs=-1"),
     ],
     ids=" ".join,
 )

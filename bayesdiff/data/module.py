@@ -1,6 +1,7 @@
 """Whole data sets as one tensor; batches are index operations on it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import lightning as L
 import torch
@@ -100,6 +101,13 @@ class TrainingBatches:
         self.images = module.data.images.to(device)
         self.labels = None if module.data.labels is None else module.data.labels.to(device)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the trainer's own count of batches says where to go on; see ``__iter__``."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load; that both are there tells Lightning that an epoch can be resumed."""
+
     def __len__(self) -> int:
         return images_per_epoch(self.module.data) // self.module.batch_size
 
@@ -113,7 +121,9 @@ class TrainingBatches:
         if isinstance(module.data, RarelyVisited):
             order = order[torch.isin(order, module.data.visited(epoch))]
         mirrored = torch.rand(len(self.images), generator=generator) < 0.5
-        for i in range(len(self)):
+        # Batches of this epoch that were seen before a checkpoint in the middle of it.
+        seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        for i in range(seen, len(self)):
             chosen = order[i * module.batch_size : (i + 1) * module.batch_size]
             chosen = chosen[trainer.global_rank :: trainer.world_size].to(self.images.device)
             images = to_model_range(self.images[chosen])

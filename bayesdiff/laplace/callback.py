@@ -1,7 +1,7 @@
 """Last-layer Laplace as a Lightning callback, after training or on its own."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,17 @@ from bayesdiff.laplace.curvature import check_pass, fit_curvature
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
+from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.laplace.structures import check_structure
 from bayesdiff.locks import together
+from bayesdiff.spelling import near
 
 log = logging.getLogger(__name__)
+
+_OWN = (
+    "path", "structure", "sigma_noise", "prior_precision", "n_eff", "rank", "subset", "probes",
+)  # fmt: skip
+_PASS = ("draws", "num_images", "batch_size", "seed", "time_bins")  # options of fit_curvature
 
 
 class LastLayerLaplace(Callback):
@@ -37,7 +44,7 @@ class LastLayerLaplace(Callback):
         laplace.posterior.predictive_variance(features)
 
     Args:
-        path: where the curvature is kept; None keeps it in memory.
+        path: new file that keeps the curvature; None keeps it in memory.
         structure: what is kept of the data's part, see ``HeadPosterior.fit``.
         sigma_noise: number, ``mle`` or ``mle_per_time``.
         prior_precision: number or ``evidence``.
@@ -47,12 +54,15 @@ class LastLayerLaplace(Callback):
             in ``block``; its factors are kept next to the curvature, as ``block-....safetensors``.
             Whatever is fitted, such as the evidence, is fitted to the head.
         probes: of ``fit_block``.
-        curvature: options of ``fit_curvature``.
+        curvature: options of ``fit_curvature``: draws, num_images, batch_size, seed, time_bins.
+
+    Raises:
+        UserError: for an option that there is not, or a value that cannot work.
     """
 
     def __init__(
         self,
-        path: Path | None = None,
+        path: str | Path | None = None,
         structure: str = "full",
         sigma_noise: float | str = "mle",
         prior_precision: float | str = 1.0,
@@ -62,7 +72,12 @@ class LastLayerLaplace(Callback):
         probes: int | str = 4,
         **curvature: Any,
     ) -> None:
-        self.path = path
+        for name in curvature:
+            if name not in _PASS:
+                raise UserError(
+                    f"LastLayerLaplace has no option {name!r}{near(name, (*_OWN, *_PASS))}"
+                )
+        self.path = None if path is None else Path(path)
         self.subset, self.probes = subset, probes
         self.settings: dict[str, Any] = {
             "structure": structure,
@@ -74,6 +89,8 @@ class LastLayerLaplace(Callback):
         check_settings(**self.settings, time_bins=curvature.get("time_bins", 1))
         check_subset(subset, structure, sigma_noise, probes)
         self.pass_options = curvature
+        # What the features depend on beside the weights, where a caller knows it: see ``source``.
+        self.context: tuple[Any, ...] = ()
         self.posterior: HeadPosterior | None = None
         self.block: BlockPosterior | None = None
 
@@ -81,15 +98,19 @@ class LastLayerLaplace(Callback):
         """Refuse before training what would fail after it.
 
         Raises:
-            UserError: if the images or a usable head are missing, or do not go with the settings.
+            UserError: if the images or a usable head are missing, or do not go with the settings,
+                or if the file is there already.
         """
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(getattr(datamodule, "data", None), "images", None) is None:
-            raise UserError(
-                "LastLayerLaplace needs the images in datamodule.data.images; "
-                "call trainer.fit(model, datamodule=...) with such a data module"
-            )
-        self.check(pl_module, len(datamodule.data.images))
+        data = require_data(trainer, "LastLayerLaplace", "labels", "fingerprint")
+        require_module(pl_module, "LastLayerLaplace")
+        self.check(pl_module, len(data.images))
+        paths = (self.path, self.block_path if self.subset == "last_block" else None)
+        for path in paths:
+            if path is not None and path.exists():
+                raise UserError(
+                    f"{path} holds what belongs to the weights before this training; delete it, "
+                    "or give LastLayerLaplace another path"
+                )
 
     def check(self, model: Any, images: int) -> None:
         """Refuse a head or a number of images that the settings do not go with."""
@@ -128,6 +149,18 @@ class LastLayerLaplace(Callback):
         options = {k: v for k, v in self.pass_options.items() if k != "time_bins"}
         return options | {"probes": self.probes}
 
+    def discard_others(self, weights: str) -> None:
+        """Remove files beside ``path`` that were made from other weights than these."""
+        if self.path is None or rank():
+            return
+        kinds: tuple[tuple[str, Any], ...] = (("curvature", Curvature), ("block", BlockFactors))
+        for name, kind in kinds:
+            for path in self.path.parent.glob(f"{name}-*.safetensors"):
+                with suppress(UserError):  # what cannot be read is refused where it is needed
+                    if not kind.load(path).source.startswith(weights):
+                        log.info("%s belongs to other weights and is removed", path)
+                        path.unlink()
+
     def check_files(self) -> None:
         """Refuse kept files that cannot be read, before there is any work they could waste."""
         if self.path is not None and self.path.is_file():
@@ -156,7 +189,7 @@ class LastLayerLaplace(Callback):
         weights = weights_key(model)
         if self._stored(self.source(weights, data)) is None:
             return None
-        source = f"{weights}-{data.fingerprint}-{key_of(self._block_pass)}"
+        source = f"{weights}-{data.fingerprint}-{key_of(self._block_pass, *self.context)}"
         if self.subset == "last_block" and stored_factors(self.block_path, source) is None:
             return None
         return self._fit(model, data)
@@ -176,14 +209,14 @@ class LastLayerLaplace(Callback):
         _remark(self.posterior)
         if self.subset == "last_block":
             options = self._block_pass
-            source = f"{made_from}-{key_of(options)}"
+            source = f"{made_from}-{key_of(options, *self.context)}"
             factors = factors_of(model, data, self.block_path, source, **options)
             self.block = BlockPosterior.beside(self.posterior, factors)
         return self.posterior
 
     def source(self, weights: str, data: Any) -> str:
         """What the curvature of these weights and data comes from."""
-        return f"{weights}-{data.fingerprint}-{key_of(self._pass)}"
+        return f"{weights}-{data.fingerprint}-{key_of(self._pass, *self.context)}"
 
     def block_statistics(self) -> dict[str, float]:
         """How much the data say of the last block, as flat scalars; none without one."""

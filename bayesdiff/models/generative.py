@@ -37,7 +37,8 @@ class GenerativeModel(L.LightningModule):
         seed: fixes times, noise and label dropout of every step.
 
     Raises:
-        UserError: for an unknown prediction or time sampling, or a share outside [0, 1).
+        UserError: for an unknown prediction or time sampling, a share outside [0, 1), or a
+            network that knows another number of classes.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class GenerativeModel(L.LightningModule):
         if not 0 <= class_dropout < 1:
             raise UserError(f"model.class_dropout must be in [0, 1), got {class_dropout}")
         at_least("model.warmup_steps", warmup_steps, 0)
+        _check_classes(net, num_classes)
         self.net = cast(Network, net.to(memory_format=torch.channels_last))
         self.path = path
         self.prediction = prediction
@@ -184,3 +186,17 @@ class GenerativeModel(L.LightningModule):
                 "checkpoint is kept, lower model.optimizer.lr or trainer.gradient_clip_val"
             )
         self._loss_sum = 0.0
+
+
+def _check_classes(net: nn.Module, num_classes: int | None) -> None:
+    """Refuse labels that the network would not read, and a network that would never get any.
+
+    Raises:
+        UserError: if the numbers differ; networks without ``num_classes`` are taken as they are.
+    """
+    known = getattr(net, "num_classes", num_classes)
+    if (known or None) != (num_classes or None):
+        raise UserError(
+            f"{type(net).__name__} has num_classes={known} and the model has "
+            f"num_classes={num_classes}; give both the same number, or None for no labels"
+        )

@@ -1,6 +1,7 @@
 """Pictures while a model trains."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bayesdiff.checks import at_least
 from bayesdiff.distributed import rank
+from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.models import GenerativeModel
 from bayesdiff.report import figures
 from bayesdiff.report.layout import MOST_CLASSES
@@ -36,13 +38,23 @@ class SampleGrid(Callback):
         self.rows = at_least("callbacks.samples.rows", rows)
         self.max_images = at_least("callbacks.samples.max_images", max_images)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse before training what would fail in it.
+
+        Raises:
+            UserError: for a module that cannot be sampled from, or data without classes.
+        """  # noqa: DOC502 - raised one level down
+        require_module(pl_module, "SampleGrid")
+        require_data(trainer, "SampleGrid", "classes")
+
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the grid here, where Lightning has swapped the averaged weights in."""
         epoch, last = trainer.current_epoch + 1, max(trainer.max_epochs or 1, 1)
         due = epoch == last or epoch * self.grids // last > (epoch - 1) * self.grids // last
         if trainer.sanity_checking or not due:
             return
-        model = pl_module.whole()  # type: ignore[operator]
+        whole: Any = getattr(pl_module, "whole", lambda: pl_module)
+        model = whole()
         if rank():
             return
         data = trainer.datamodule.data  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from bayesdiff.checks import UserError
 from bayesdiff.distributed import rank
 from bayesdiff.laplace.callback import LastLayerLaplace
+from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.metrics.validation import Validation, reference_at_once, reference_of, validate
 from bayesdiff.report import figures
 from bayesdiff.solvers import Solver
@@ -59,6 +60,8 @@ class ValidateUncertainty(Callback):
                 "ValidateUncertainty needs a posterior; "
                 "put LastLayerLaplace() before it in the Trainer's callbacks"
             )
+        require_module(model, "ValidateUncertainty")
+        require_data(trainer, "ValidateUncertainty")
         conditional = bool(model.num_classes) and model.class_dropout > 0
         check_solver(self.solver, model.path, conditional)
         for size_of in (images_at_once, reference_at_once):

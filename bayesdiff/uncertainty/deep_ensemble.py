@@ -9,7 +9,13 @@ from typing import Any, ClassVar, Self
 
 from omegaconf import OmegaConf
 
-from bayesdiff.artefacts import load_weights, note_of, require_options, weights_key
+from bayesdiff.artefacts import weights_key
+from bayesdiff.checkpoints import (
+    load_weights,
+    note_of,
+    require_options,
+    sampled_checkpoint,
+)
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
@@ -161,7 +167,7 @@ def _remark(path: Path, config: Any) -> None:
 
 
 def _last(folder: Path) -> Path:
-    return folder.resolve() / "checkpoints" / "last.ckpt"
+    return sampled_checkpoint(folder.resolve())
 
 
 def _checkpoint(path: Path, own: Path | None) -> Path:

@@ -48,7 +48,9 @@ class Snapshots(Callback):
         epochs = trainer.current_epoch + 1
         if epochs % self.every:
             return
-        model = pl_module.whole()  # type: ignore[operator]
+        # Of a user's own module there is no other form than the whole one.
+        whole: Any = getattr(pl_module, "whole", lambda: pl_module)
+        model = whole()
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from bayesdiff.artefacts import load_state
+from bayesdiff.checkpoints import load_state
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.uncertainty.estimator import Training

@@ -42,7 +42,7 @@ FULL = [
 SMOKE = [
     *("trainer.max_epochs=2", "metrics.num_images=20", "solver.num_steps=3"),
     *("laplace.num_images=64", "uncertainty.num_images=4", "uncertainty.train_images=24"),
-    *("uncertainty.epochs=1", "++trainer.limit_train_batches=3", "callbacks.samples=null"),
+    *("uncertainty.epochs=1", "trainer.limit_train_batches=3", "callbacks.samples=null"),
 ]
 # The stage that ends with a file of this name.
 STAGES = {

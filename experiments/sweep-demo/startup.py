@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # Digits, at a size that trains in seconds: what is measured are the runs after it.
 SMALL = [
     *("net=tiny", "trainer=cpu", "trainer.precision=32-true", "trainer.max_epochs=1"),
-    *("++trainer.limit_train_batches=2", "solver.num_steps=3", "laplace.num_images=64"),
+    *("trainer.limit_train_batches=2", "solver.num_steps=3", "laplace.num_images=64"),
     *("metrics.num_images=12", "uncertainty.num_images=4", "uncertainty.train_images=24"),
     *("uncertainty.epochs=1", "callbacks.samples=null"),
 ]
