@@ -44,7 +44,7 @@ DATA = {
     ],
 }
 MAIN = "fashion"  # of the keys without a data set
-SEEDS, MOST = 5, 2000  # disjoint parts of the test images, and images of each at most
+SEEDS, MOST = 5, 1000  # disjoint parts of the test images, and images of each at most
 LEVELS = (1, 2, 3, 4, 5)
 METRICS = ("fid", "cmmd", "lpips")
 VERSION = 1  # of what is measured and kept

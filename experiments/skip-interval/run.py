@@ -28,8 +28,11 @@ from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-STEPS, IMAGES, TENTH = 20, 300, 0.1
-COMMON = ["data=digits", f"solver.num_steps={STEPS}", "uncertainty=ensemble"]
+STEPS, IMAGES, TENTH = 20, 200, 0.1
+COMMON = [
+    *("data=digits", "trainer.max_epochs=40", f"solver.num_steps={STEPS}"),
+    *("uncertainty=ensemble", "metrics.num_images=0"),
+]
 MODELS = {
     "flow": ["model=flow", "solver=euler"],
     "ddim": ["model=diffusion", "solver=ddim"],
