@@ -185,3 +185,28 @@ def test_the_study_of_skip_intervals(script, copied, tmp_path, monkeypatch):
     assert results["flow.ensemble.skip.1.rank_other_draws"] < 1
     made = {path.name for path in (tmp_path / "study").iterdir()}
     assert made == {"results.json", "table.md", "skip-interval.png"}
+
+
+def test_rejection_has_a_number_for_every_score(script, tmp_path):
+    run = script("rectify")
+    ends = ("", "_low", "_high")
+
+    def row(value, **names):
+        return names | {f"better{end}": value + 0.01 * place for place, end in enumerate(ends)}
+
+    picks = [
+        row(0.6, score="map.sum", among="draws"),
+        row(0.7, score="map.sum", among="all"),
+        row(0.8, score="classifier.off_label", among="draws"),
+    ]
+    one = {"original": {"quality": 0.5}, "draws": [row(0.5, time=0.0, way="fresh")]}
+    (tmp_path / "study").mkdir()
+    run.write({run.REJECTION: {"rejection": one | {"picks": picks}}})
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    main = "rejection.map_better_than_original"
+    assert [results[main + end] for end in ends] == pytest.approx([0.6, 0.61, 0.62])
+    assert results[f"{main}.by_chance"] == 0.5
+    assert results[f"{run.REJECTION}.rejection.classifier.off_label.draws.better"] == 0.8
+    lines = (tmp_path / "study" / "table.md").read_text().splitlines()
+    assert "| map.sum | 0.6 [0.61, 0.62] |" in lines
+    assert not any("0.7 [" in line for line in lines)  # among alternatives alone
