@@ -1,0 +1,222 @@
+"""Does a skip interval leave the order of the images as it is?
+
+    python experiments/skip-interval/run.py [MODEL ...] [seed=N ...] [KEY=VALUE ...]
+
+Trainings and maps are kept in the run folders, so an interrupted study goes on where it was;
+models and seeds of an earlier call stay in results.json.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from bayesdiff import pipeline
+from bayesdiff.address import Address
+from bayesdiff.artefacts import finite, read_json, write_json, write_text
+from bayesdiff.metrics.seeds import mean_interval
+from bayesdiff.metrics.selection import top_recall
+from bayesdiff.metrics.uncertainty import ranks, spearman
+from bayesdiff.pools import ImagePool
+from bayesdiff.report import figures, table
+from bayesdiff.report.layout import chart, style
+from bayesdiff.training import fit
+from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+STEPS, IMAGES, TENTH = 20, 200, 0.1
+COMMON = [
+    *("data=digits", "trainer.max_epochs=40", f"solver.num_steps={STEPS}"),
+    *("uncertainty=ensemble", "metrics.num_images=0"),
+]
+MODELS = {
+    "flow": ["model=flow", "solver=euler"],
+    "ddim": ["model=diffusion", "solver=ddim"],
+    "dpmpp": ["model=diffusion", "solver=dpmpp_2m"],
+}
+SEEDS = (0, 1, 2)  # of training, noise and the estimators' draws
+OTHER = 100  # is added to the seed of the draws to see what chance does
+SKIPS = (1, 2, 3, 4, 5, 8)
+ESTIMATORS: dict[str, Callable[[int, int], Estimator]] = {
+    "ensemble": lambda skip, seed: Ensemble(
+        members=16, noise_members=0, skip_interval=skip, seed=seed
+    ),
+    "linearised": lambda skip, seed: Linearised(
+        draws=16, derivative="difference", noise_draws=0, skip_interval=skip, seed=seed
+    ),
+    "published": lambda skip, seed: Published(mc_samples=10, skip_interval=skip, seed=seed),
+}
+MAIN = "flow.linearised"  # of the keys without a model
+MEASURES = ("rank", "top_tenth_overlap", "bottom_tenth_overlap", "crossed", "size")
+TABLE = ("rank", "top_tenth_overlap", "bottom_tenth_overlap", "crossed")
+
+
+def summed_maps(model: str, seed: int, *more: str) -> dict[str, dict[str, Tensor]]:
+    """Summed variance ``(IMAGES,)`` of every estimator at every skip interval, and by other draws.
+
+    Whatever does not exist is made.
+    """
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", [*MODELS[model], *COMMON, f"seed={seed}", *more])
+    run, solver, own, laplace = pipeline.prepare(cfg)
+    weights = fit(run, laplace)
+    run.model.to(run.device).eval()
+    posterior = laplace.fit(run.model, run.data.data)
+    made_from = Address.of(run, solver, own, posterior, weights).made_from
+    pool = ImagePool(run, solver, posterior, IMAGES, seed, run.folder / "pools", made_from)
+
+    def summed(estimator: Estimator) -> Tensor:
+        return pool.maps(estimator).variance.double().flatten(1).sum(1)
+
+    return {
+        name: {str(skip): summed(make(skip, seed)) for skip in SKIPS}
+        | {"other": summed(make(1, seed + OTHER))}
+        for name, make in ESTIMATORS.items()
+    }
+
+
+def compare(sums: Tensor, unskipped: Tensor) -> dict[str, float]:
+    """How one ranking of the images agrees with the unskipped one.
+
+    ``crossed`` is the number of images in the top tenth of one and the bottom tenth of the other;
+    ``size`` the ratio of the means, which no ranking sees.
+    """
+    ends = [extremes(each) for each in (sums, unskipped)]
+    return {
+        "rank": float(spearman(sums, unskipped)),
+        "top_tenth_overlap": float(top_recall(sums, ends[1][0], TENTH)),
+        "bottom_tenth_overlap": float(top_recall(-sums, ends[1][1], TENTH)),
+        "crossed": int((ends[0][0] & ends[1][1] | ends[0][1] & ends[1][0]).sum()),
+        "size": float(sums.mean() / unskipped.mean()),
+    }
+
+
+def extremes(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each image is in the top, and in the bottom tenth, bool ``(N,)`` each."""
+    place, size = ranks(sums), round(TENTH * len(sums))
+    return place >= len(sums) - size, place < size
+
+
+def of_seed(maps: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    """``ESTIMATOR.skip.K.MEASURE``; the same with ``other_draws`` for unskipped ones by others.
+
+    ``ESTIMATOR.skip.1.MEASURE_other_draws`` is what chance alone does to the ranking.
+    """
+    measured = {}
+    for name, sums in maps.items():
+        for suffix, unskipped in (("", sums["1"]), ("_other_draws", sums["other"])):
+            for skip in SKIPS:
+                for measure, value in compare(sums[str(skip)], unskipped).items():
+                    measured[f"{name}.skip.{skip}.{measure}{suffix}"] = value
+    return measured
+
+
+def over_seeds(seeds: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Means with their intervals; of ``crossed`` the largest."""
+    together = {}
+    for name in next(iter(seeds.values())):
+        values = [measured[name] for measured in seeds.values()]
+        ends = (name, f"{name}_low", f"{name}_high")
+        together |= dict(zip(ends, mean_interval(values), strict=True))
+        if "crossed" in name:
+            together[f"{name}_most"] = max(values)
+    return together
+
+
+def cell(flat: dict[str, float], name: str) -> str:
+    """Mean and interval, cut to three digits."""
+    mean, low, high = (flat[name + end] for end in ("", "_low", "_high"))
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def rows_of(model: str, flat: dict[str, float]) -> list[dict[str, Any]]:
+    """One line for each estimator and skip interval, and one for what chance does."""
+    lines = []
+    for name in ESTIMATORS:
+        for skip, suffix in ((1, "_other_draws"), *((k, "") for k in SKIPS if k > 1)):
+            place = f"{name}.skip.{skip}"
+            line: dict[str, Any] = {"model": model, "estimator": name}
+            line["skip"] = "1, other draws" if suffix else str(skip)
+            for measure in TABLE[:3]:
+                line[measure.replace("_", " ")] = cell(flat, f"{place}.{measure}{suffix}")
+            line["crossed, most of a seed"] = int(flat[f"{place}.crossed{suffix}_most"])
+            line["rank, other draws"] = cell(flat, f"{place}.rank_other_draws")
+            line["size"] = f"{flat[f'{place}.size{suffix}']:.3g}"
+            lines.append(line)
+    return lines
+
+
+@style()
+def draw(flats: dict[str, dict[str, float]], seeds: int) -> Any:
+    """Rank and overlaps over the skip interval; dashed: unskipped maps by other draws."""
+    caption = (
+        f"Digits, {STEPS} steps, {IMAGES} images ranked by the sum of their map, {seeds} "
+        "trainings; mean and 95 % interval over them. Solid: against the unskipped ranking of the "
+        "same draws. "
+        "Dashed: two unskipped rankings of different draws, so what chance alone does. Dotted: an "
+        "overlap by chance."
+    )
+    title = "What a skip interval does to the ranking of the images"
+    measures = ("rank", "top_tenth_overlap", "bottom_tenth_overlap")
+    figure, axes = chart(1300, 320 * len(flats), title, caption, len(flats), 3, sharey="col")
+    for row, (model, flat) in enumerate(flats.items()):
+        for axis, measure in zip(axes[row], measures, strict=True):
+            for colour, name in zip(("C0", "C1", "C2"), ESTIMATORS, strict=True):
+                at = [f"{name}.skip.{skip}.{measure}" for skip in SKIPS]
+                ends = [[flat[f"{place}_{end}"] for place in at] for end in ("low", "high")]
+                axis.fill_between(SKIPS, *ends, color=colour, alpha=0.15, linewidth=0)
+                axis.plot(SKIPS, [flat[place] for place in at], "o-", color=colour, label=name)
+                chance = flat[f"{name}.skip.1.{measure}_other_draws"]
+                axis.axhline(chance, color=colour, linestyle="--", linewidth=1)
+            axis.set(xticks=SKIPS, ylim=(min(-0.1, axis.get_ylim()[0]), 1.04))
+            axis.set_title(f"{model}: {measure.replace('_', ' ')}")
+            if measure != "rank":
+                axis.axhline(TENTH, color="0.4", linestyle=":", linewidth=1)
+            if row == len(flats) - 1:
+                axis.set_xlabel("skip interval")
+    axes[0, 0].legend(loc="lower left")
+    return figure
+
+
+def write(models: dict[str, dict[str, dict[str, float]]]) -> None:
+    """results.json, the table and the figure."""
+    flats = {model: over_seeds(seeds) for model, seeds in models.items()}
+    flat = {f"{model}.{key}": value for model, own in flats.items() for key, value in own.items()}
+    main = {k.removeprefix(f"{MAIN}."): v for k, v in flat.items() if k.startswith(f"{MAIN}.")}
+    conditions = {
+        "keys_without_a_model": MAIN,
+        "data": "digits",
+        "images": IMAGES,
+        "steps": STEPS,
+        "seeds": {model: list(seeds) for model, seeds in models.items()},
+        "estimators": {name: repr(make(1, 0)) for name, make in ESTIMATORS.items()},
+    }
+    results = {**main, **flat, "conditions": conditions, "models": models}
+    write_json(HERE / "results.json", finite(results))
+    rows = [row for model, own in flats.items() for row in rows_of(model, own)]
+    write_text(HERE / "table.md", table.markdown(rows))
+    seeds = min(len(each) for each in models.values())
+    figures.save(draw(flats, seeds), HERE / "skip-interval.png")
+
+
+def main(arguments: list[str]) -> None:
+    """Measure the models asked for."""
+    seeds = [int(word[5:]) for word in arguments if word.startswith("seed=")] or SEEDS
+    overrides = [word for word in arguments if "=" in word and not word.startswith("seed=")]
+    names = [word for word in arguments if "=" not in word]
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        sys.exit(f"unknown {unknown[0]}; choose from {', '.join(MODELS)}")
+    models = (read_json(HERE / "results.json") or {}).get("models", {})
+    for seed in seeds:
+        for name in names or MODELS:
+            models.setdefault(name, {})[str(seed)] = of_seed(summed_maps(name, seed, *overrides))
+            write({name: models[name] for name in MODELS if name in models})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
