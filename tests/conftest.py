@@ -34,6 +34,7 @@ SMALLEST = (
     "metrics.num_images=12",
     "uncertainty.num_images=4",
     "uncertainty.batch_size=2",
+    "report.pdf=false",
 )
 
 # As few draws as each estimator takes.

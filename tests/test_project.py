@@ -19,8 +19,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "checks disk cli artefacts device distributed locks slots progress rows data paths "
     "networks models sharding laplace solvers uncertainty metrics report build processes "
-    "training stages study address ablation pools doubts filtering repair_results repair "
-    "interpolation head_chain pipeline probe estimate planner dry_run search sweep"
+    "training stages study address ablation pools doubts report_scores filtering "
+    "repair_results repair interpolation head_chain pipeline probe estimate planner dry_run "
+    "search sweep"
 ).split()
 
 
