@@ -56,6 +56,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def without_pdf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures as PNG alone: drawing each twice is what ``test_figure_files`` is for."""
+    monkeypatch.setattr("bayesdiff.report.style._save_pdf", lambda figure, file, *_: None)
+
+
 Compose = Callable[..., DictConfig]
 # One pass over the digits is enough for a feature space of tests.
 QUICK_CLASSIFIER = ("bayesdiff.metrics.classifier._epochs", lambda size: 1)

@@ -15,6 +15,8 @@ from bayesdiff.report.options import ReportOptions
 from bayesdiff.report.style import DPI
 from bayesdiff.report.sweep_charts import sweep_figure
 
+pytestmark = pytest.mark.usefixtures("without_pdf")
+
 CLASSES = ["cat", "dog", "$5 bill and a very long name for a class $"]
 
 
@@ -285,7 +287,9 @@ def board_of(folder):
 def written(tmp_path_factory):
     """A board and what it was made of: samples, PNG files, folder."""
     samples, folder = fake(), tmp_path_factory.mktemp("run") / "tensorboard"
-    return samples, board.write(folder, samples, METRICS, HPARAMS, CLASSES), folder
+    options = ReportOptions(pdf=False)
+    made = board.write(folder, samples, METRICS, HPARAMS, CLASSES, options=options)
+    return samples, made, folder
 
 
 def test_board_writes_what_tensorboard_reads(written):

@@ -166,13 +166,8 @@ def _collapse(axes: "Axes", total: Any, sigma: Sequence[float], tau: Sequence[fl
         axes.plot(x, y, label=f"{sigma[row]:.3g}", **how)
     axes.set(xscale="log", yscale="log", xlabel="prior_precision × sigma_noise²")
     axes.set_title("summed variance / sigma_noise²")
-    beside: dict[str, Any] = {
-        "loc": "center left",
-        "bbox_to_anchor": (1, 0.5),
-        "fontsize": 8,
-        "title_fontsize": 8,
-    }
-    axes.legend(title="sigma_noise", **beside)
+    small: dict[str, Any] = {"fontsize": 7, "title_fontsize": 8, "ncols": 2, "handlelength": 1}
+    axes.legend(title="sigma_noise", loc="lower left", columnspacing=0.8, **small)
 
 
 def _own(results: Mapping[str, Any]) -> str:

@@ -147,7 +147,7 @@ def gain_over_keep(results: Mapping[str, Any], own: str, conditions: str = "") -
         f"seeds; {bars}in each panel its {_CURVES} best scores, the run's own, and a random one. "
         f"{conditions}"
     )
-    size = 760, 440
+    size = 980, 380
     figure, axes = chart(*size, "Gain over the share kept", caption, 1, len(modes), sharey=True)
     looks = score_looks(results, own)
     for panel, mode in zip(axes[0], modes, strict=True):
@@ -177,11 +177,11 @@ def _gain_curve(
 
 
 def _legend(figure: "Figure", looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """One for all panels, below them."""
+    """One for all panels, beside them."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], label=name, **how) for name, how in looks.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3)
+    figure.legend(handles=lines, loc="outside right upper")
 
 
 @style()

@@ -140,7 +140,7 @@ def quality_over_diversity(
         "left; bars: 95 % over images; dotted: the images themselves. "
         f"{conditions}"
     )
-    figure, axes = chart(860, 420, "Quality against diversity", caption, 1, 2, sharey=True)
+    figure, axes = chart(940, 380, "Quality against diversity", caption, 1, 2, sharey=True)
     times = sorted({row["time"] for row in results["draws"]})
     apart = {(row["time"], row["way"]): row["feature_distance"] for row in results["draws"]}
     best = [row for row in results["picks"] if (row["score"], row["among"]) == (score, "draws")]
@@ -177,7 +177,7 @@ def success_and_harm(results: Mapping[str, Any], score: str, conditions: str = "
         f"class, those right afterwards; harm: of the other {count - wrong}, those wrong "
         f"afterwards. Bars: 95 % over images. {conditions}"
     )
-    figure, axes = chart(860, 400, "Images mended and images spoiled", caption, 1, 2)
+    figure, axes = chart(940, 360, "Images mended and images spoiled", caption, 1, 2)
     rows = [row for row in results["picks"] if (row["score"], row["among"]) == (score, "all")]
     for panel, name in zip(axes[0], ("success", "harm"), strict=True):
         for place, way in enumerate(_ways(results)):
@@ -193,8 +193,8 @@ def success_and_harm(results: Mapping[str, Any], score: str, conditions: str = "
 
 
 def _legend(figure: "Figure", panel: "Axes") -> None:
-    """One for all panels, below them."""
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    """One for all panels, beside them."""
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper")
 
 
 def _with_bars(
