@@ -61,6 +61,12 @@ def check_report(run: Run) -> None:
                 f"unknown score report.{option}={name}; choose from {', '.join(NAMES)}"
             )
         kind = name.partition(".")[0]
+        chosen = [k for k in ("numbers", "labels") if run.cfg.uncertainty.get(k) is not None]
+        if chosen and kind in ("members", "likelihood"):
+            raise UserError(
+                f"report.{option}={name} is known for samples 0, 1, ... alone; leave "
+                f"uncertainty.{chosen[0]} out, or sort by map.*, image.* or classifier.*"
+            )
         if kind in ("classifier", "members", "real"):
             check_judge(run, f"report.{option}={name}")
         if name == NLL:
