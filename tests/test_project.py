@@ -137,7 +137,7 @@ def test_no_file_names_a_machine_path():
     machine = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|scratch)/\w")
     made = {".git", ".venv", "outputs", "build", "dist"}
     cache = re.compile(r"__pycache__|\.\w+_cache|\.hypothesis|\.egg-info|\.coverage")
-    binary = {".png", ".npz", ".safetensors", ".ckpt", ".zip"}
+    binary = {".png", ".pdf", ".npz", ".safetensors", ".ckpt", ".zip"}
     found = []
     for top in (path for path in ROOT.iterdir() if path.name not in made):
         for path in [top, *top.rglob("*")]:

@@ -181,7 +181,7 @@ def test_extremes_pick_the_ends_of_the_ranking():
     for shown, index in zip(maps, expected, strict=True):
         np.testing.assert_allclose(shown, standard_deviation(samples.variance[index]))
     best = figures.extremes(samples, CLASSES, 1, scores=torch.arange(24.0))
-    assert " 23 |" in words(best) and " 0 |" in words(best)
+    assert " 23.0 |" in words(best) and " 0.00 |" in words(best)
 
 
 def test_sweep_figure_scales_and_gaps(tmp_path):
