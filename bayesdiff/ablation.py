@@ -6,9 +6,9 @@ for all cells of a structure (``uncertainty/bands.py``).
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,12 @@ from bayesdiff.report import ablation as pictures
 from bayesdiff.report import board
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
-from bayesdiff.study import Study, configured
+from bayesdiff.study import Study, conditions, configured, pdf
 from bayesdiff.uncertainty.ablation import Ablation, GridMaps
 from bayesdiff.uncertainty.memory import images_at_once
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +68,8 @@ def ablate(run: Run, solver: Solver, posterior: HeadPosterior, made_from: str) -
     results, arrays = make(run, solver, ablation, posterior)
     if rank() == 0:
         write_arrays(study.folder / "maps.npz", study.key, arrays)
-        report(study.folder, results, arrays)
+        made = pictures.every(results, arrays, conditions(run, solver, posterior))
+        report(study.folder, results, made, pdf(run))
         study.close(results)
     barrier()
     log.info("ablation: %d cells in %s", math.prod(ablation.shape), study.folder)
@@ -184,7 +188,9 @@ def _describe(ablation: Ablation, posterior: HeadPosterior) -> dict[str, Any]:
     }
 
 
-def report(folder: Path, results: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
+def report(
+    folder: Path, results: Mapping[str, Any], made: Iterable[tuple[str, "Figure"]], as_pdf: bool
+) -> None:
     """Every figure of the study, as files and in TensorBoard, beside the curves."""
     own = results["structures"][results["structure"]]["curve"]
     taus = own["prior_precision"]
@@ -194,5 +200,4 @@ def report(folder: Path, results: Mapping[str, Any], arrays: Mapping[str, Tensor
         if name != "prior_precision"
     }
     scalars = {"ablation/grid_cost_ratio": results["grid_cost_ratio"]}
-    made = pictures.every(results, arrays)
-    board.write_study(folder / "tensorboard", scalars, curves, made)
+    board.write_study(folder / "tensorboard", scalars, curves, made, pdf=as_pdf)

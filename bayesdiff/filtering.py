@@ -6,11 +6,11 @@ features.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from bayesdiff.build import Run
 from bayesdiff.checks import UserError, at_least, listed, seed_of, share
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, rank
-from bayesdiff.doubts import ScoreOptions, Seen, check_scores, doubts_of, seen_of
+from bayesdiff.doubts import ScoreOptions, check_scores, doubts_of, seen_of
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.choice import choice
 from bayesdiff.metrics.gains import NAMES, SCORES, VALUES, Row, gains
@@ -33,10 +33,12 @@ from bayesdiff.report import board, table
 from bayesdiff.report import filtering as pictures
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import judge
-from bayesdiff.study import Study, check_judge, configured, scored, with_effect
+from bayesdiff.study import Study, check_judge, conditions, configured, pdf, scored, with_effect
 from bayesdiff.uncertainty import Estimator, Samples
-from bayesdiff.uncertainty.image_scores import MAP_SCORES
 from bayesdiff.uncertainty.memory import images_at_once
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Judged(NamedTuple):
@@ -47,8 +49,8 @@ class Judged(NamedTuple):
     rules: Sequence[Row] = ()
 
 
-# Samples with the number of each by which they are sorted.
-Shown = tuple[Samples, Tensor]
+# Samples with their scores by name.
+Shown = tuple[Samples, dict[str, Tensor]]
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +180,9 @@ def filter_images(
     if study.is_made:
         return study.folder
     results, shown = _over_seeds(run, solver, own, posterior, wanted, made_from)
-    if rank() == 0:
-        _report(study.folder, wanted, results, shown, own.name)
+    if shown is not None:  # on the first process
+        made = pictures.every(results, *shown, own.name, conditions(run, solver, posterior, own))
+        _report(study.folder, wanted, results, made, pdf(run))
         study.close(results)
     barrier()
     log.info("filtering: %d seeds in %s", len(wanted.seeds), study.folder)
@@ -193,7 +196,7 @@ def _over_seeds(
     posterior: HeadPosterior,
     wanted: Filtering,
     made_from: str,
-) -> tuple[dict[str, Any], Shown]:
+) -> tuple[dict[str, Any], Shown | None]:
     """Numbers of all seeds, empty but on the first process, and what the first pool shows."""
     tables: list[Judged] = []
     shown: Shown | None = None
@@ -204,20 +207,19 @@ def _over_seeds(
         maps = {own.name: made.maps(own)} | {k: made.maps(v) for k, v in wanted.maps.items()}
         seen, spent = seen_of(made, wanted, maps[own.name].in_model_range().images)
         nfe = {name: each.nfe for name, each in maps.items()} | spent
-        if shown is None:
-            image, variance = maps[own.name].images, maps[own.name].variance
-            shown = maps[own.name], MAP_SCORES["sum"](variance, image)
         if rank() == 0:
-            tables.append(_judged(run, wanted, maps, seen))
-    assert shown is not None  # a Filtering has a seed
+            scores = doubts_of(run, maps, seen, wanted.seed)
+            tables.append(_judged(run, wanted, maps, scores))
+            shown = shown or (maps[own.name], scores)
     return (_results(wanted, tables, nfe) if tables else {}), shown
 
 
-def _judged(run: Run, wanted: Filtering, maps: Mapping[str, Samples], seen: Seen) -> Judged:
+def _judged(
+    run: Run, wanted: Filtering, maps: Mapping[str, Samples], doubts: Mapping[str, Tensor]
+) -> Judged:
     """What every score of one pool gains, and what it follows."""
     from bayesdiff.metrics.features import extract
 
-    doubts = doubts_of(run, maps, seen, wanted.seed)
     samples = next(iter(maps.values())).in_model_range()
     extractor, reference = judge(run)
     read = extract(extractor, to_uint8(samples.images), run.cfg.metrics.batch_size)
@@ -262,8 +264,8 @@ def _report(
     folder: Path,
     wanted: Filtering,
     results: Mapping[str, Any],
-    shown: Shown,
-    name: str,
+    made: Iterable[tuple[str, "Figure"]],
+    as_pdf: bool,
 ) -> None:
     """Table, figures and TensorBoard."""
     rows = sorted(
@@ -287,5 +289,4 @@ def _report(
         columns = [*RULE_NAMES, "keep", "fid", "fid_gain", "z", "z_low", "z_high"]
         write_text(folder / "table-rules.md", table.markdown(by_rule, columns))
     scalars = {f"filtering/{row['mode']}/{row['score']}/z": row["z"] for row in rows}
-    figures = pictures.every(results, *shown, name)
-    board.write_study(folder / "tensorboard", scalars, {}, figures)
+    board.write_study(folder / "tensorboard", scalars, {}, made, pdf=as_pdf)

@@ -27,7 +27,7 @@ from bayesdiff.metrics.head_chain import ChainTest, measure
 from bayesdiff.processes import check_devices
 from bayesdiff.report import board, table
 from bayesdiff.report.head_chain import posterior_and_chains
-from bayesdiff.study import Study, configured
+from bayesdiff.study import Study, configured, pdf
 
 log = logging.getLogger(__name__)
 
@@ -213,5 +213,9 @@ def _report(
     scalars = {f"head_chain/{name}": found[name] for name in names}
     figure = posterior_and_chains(test, found, conditions)
     board.write_study(
-        folder / "tensorboard", scalars, {}, [("head_chain/posterior_and_chains", figure)]
+        folder / "tensorboard",
+        scalars,
+        {},
+        [("head_chain/posterior_and_chains", figure)],
+        pdf=pdf(run),
     )

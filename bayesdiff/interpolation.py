@@ -24,7 +24,7 @@ from bayesdiff.report import board, table
 from bayesdiff.report import interpolation as pictures
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.stages import Rows, made_rows, starts
-from bayesdiff.study import Study, configured, with_effect
+from bayesdiff.study import Study, configured, pdf, with_effect
 from bayesdiff.uncertainty import Estimator, Samples, Starts
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.restart import with_state
@@ -148,7 +148,7 @@ def interpolate(
     if rank() == 0:
         results = results_of(wanted, pairs, drawn["variance"])
         results["conditions"] |= {"solver": solver.name, "estimator": own.name}
-        _report(study.folder, results, drawn)
+        _report(study.folder, results, drawn, pdf(run))
         study.close(results)
     barrier()
     log.info("interpolation: %d pairs in %s", len(pairs), study.folder)
@@ -245,7 +245,7 @@ def _relative(inside: Tensor, ends: Tensor) -> Tensor:
     return inside.mean(-1) / ends.mean(-1) - 1
 
 
-def _report(folder: Path, results: dict[str, Any], drawn: Rows) -> None:
+def _report(folder: Path, results: dict[str, Any], drawn: Rows, as_pdf: bool) -> None:
     """Table, figures and TensorBoard."""
     names = ("rise", "rise_relative", "highest_inside")
     rows = [
@@ -256,4 +256,4 @@ def _report(folder: Path, results: dict[str, Any], drawn: Rows) -> None:
     write_text(folder / "table.md", table.markdown(rows))
     scalars = {f"interpolation/{name}": results[name] for name in names}
     made = pictures.every(results, drawn["images"], drawn["variance"])
-    board.write_study(folder / "tensorboard", scalars, {}, made)
+    board.write_study(folder / "tensorboard", scalars, {}, made, pdf=as_pdf)

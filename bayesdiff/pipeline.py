@@ -1,6 +1,7 @@
 """fit -> curvature -> images -> maps -> validation -> score -> report; nothing is made twice."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bayesdiff.ablation import ablate, check_ablation
 from bayesdiff.address import Address, scores_key, scores_path, settings_of
-from bayesdiff.artefacts import read_json, weights_key, write_json, write_text
+from bayesdiff.artefacts import finite, read_json, weights_key, write_json, write_text
 from bayesdiff.build import Run, build, check_groups, plain
 from bayesdiff.callback_options import check_callbacks
 from bayesdiff.checks import at_least, seed_of
@@ -30,6 +31,7 @@ from bayesdiff.metrics.validation import Validation, reference_at_once
 from bayesdiff.processes import check_devices, launch
 from bayesdiff.repair import check_repair, repair_images
 from bayesdiff.report import table
+from bayesdiff.report_scores import check_report, options_of, report_scores
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.stages import check_metrics, make_images, make_maps, make_scores, make_validation
@@ -98,6 +100,7 @@ def run(cfg: DictConfig) -> Result:
             scores = make_scores(this, images, path, scores_key(this, at.images))
     told = settings(cfg, this, posterior, solver.name, estimator.name)
     result = Result(folder, at.samples_path, {}, told, weights=weights_in_words(this))
+    shown = report_scores(this, solver, posterior, samples, at.made_from)
     if rank() == 0:
         with alone(folder / "metrics.json"):
             metrics = scores | statistics_of(samples, this.classes)
@@ -105,7 +108,7 @@ def run(cfg: DictConfig) -> Result:
                 metrics |= checked.metrics(cfg.seed)
             metrics |= laplace.statistics() | laplace.block_statistics()
             result = replace(result, metrics=metrics)
-            report(this, result, samples, at.cell, checked, evidence_curve(posterior))
+            report(this, result, samples, at.cell, shown, checked, evidence_curve(posterior))
         export(this, estimator, at, samples, images)
     barrier()
     return replace(result, studies=studies_of(this, solver, estimator, posterior, at.made_from))
@@ -160,6 +163,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     if estimator.validate:
         reference_at_once(estimator, solver, model, shape)
     check_metrics(cfg.metrics, this)
+    check_report(this)
     check_ablation(this, solver)
     check_filtering(this, solver, estimator)
     check_repair(this, solver, estimator)
@@ -215,14 +219,16 @@ def report(
     result: Result,
     samples: Samples,
     cell_key: str,
+    scores: Mapping[str, Tensor],
     checked: Validation | None,
     evidence: EvidenceCurve | None,
 ) -> None:
     """Pictures, TensorBoard, metrics.json last: its presence says that all else is there."""
     from bayesdiff.report import board
 
-    path = result.folder / "metrics.json"
-    if (read_json(path) or {}).get("key") != cell_key:
+    path, asked = result.folder / "metrics.json", plain(this.cfg.get("report"))
+    there = read_json(path) or {}
+    if (there.get("key"), there.get("report")) != (cell_key, asked):
         with named_disk(result.folder):
             board.write(
                 result.folder / "tensorboard",
@@ -230,6 +236,9 @@ def report(
                 result.metrics,
                 result.settings,
                 this.classes,
+                scores=scores,
+                options=options_of(this),
+                settings=result.settings,
                 validation=checked,
                 evidence=evidence,
             )
@@ -243,7 +252,10 @@ def report(
             "samples": result.samples.name,
             "estimator": samples.estimator,
             "weights": weights_key(this.model),
+            "report": asked,
         }
+        if scores:
+            write_json(result.folder / "image-scores.json", finite(dict(scores)))
         write_json(path, record)
 
 

@@ -5,10 +5,10 @@ and are finished by the trained sampler. One classifier chooses among them, anot
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,12 +23,15 @@ from bayesdiff.report import board, table
 from bayesdiff.report import repair as pictures
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.stages import Rows, made_rows, make_maps, starts
-from bayesdiff.study import Study, check_judge, configured, scored, with_effect
+from bayesdiff.study import Study, check_judge, conditions, configured, pdf, scored, with_effect
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
 from bayesdiff.uncertainty.members import Members
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.redraw import Repair, redraw
 from bayesdiff.uncertainty.resample import Origin, weight_draws
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +116,9 @@ def repair_images(
     if rank() == 0:
         nfe = Origin.of(starts(run, solver)([0])).evaluations(-1)[1]
         results = results_of(run, wanted, samples, drawn, nfe)
-        _report(study.folder, wanted, results, drawn)
+        made_of = conditions(run, solver, posterior, own)
+        made = pictures.every(results, drawn, wanted.rewinding, wanted.score, made_of)
+        _report(study.folder, wanted, results, made, pdf(run))
         study.close(results)
     barrier()
     log.info("repair: %d images in %s", wanted.count, study.folder)
@@ -179,7 +184,11 @@ def _redrawn(
 
 
 def _report(
-    folder: Path, wanted: Repair, results: Mapping[str, Any], drawn: Mapping[str, Tensor]
+    folder: Path,
+    wanted: Repair,
+    results: Mapping[str, Any],
+    made: Iterable[tuple[str, "Figure"]],
+    as_pdf: bool,
 ) -> None:
     """Tables, figures and TensorBoard."""
     picks = [row for row in results["picks"] if row["score"] == wanted.score]
@@ -200,5 +209,4 @@ def _report(
         for row in picks
         for name in ("gain", "success", "harm")
     }
-    made = pictures.every(results, drawn, wanted.rewinding, wanted.score)
-    board.write_study(folder / "tensorboard", scalars, {}, made)
+    board.write_study(folder / "tensorboard", scalars, {}, made, pdf=as_pdf)

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.artefacts import finite, key_of, read_json, write_json
 from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import check_classifiable
 from bayesdiff.distributed import barrier
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.report.layout import conditions_of
+from bayesdiff.solvers import Solver
+from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 
 log = logging.getLogger(__name__)
@@ -59,6 +63,29 @@ def with_effect(options: Any) -> dict[str, Any]:
 def scored(run: Run) -> dict[str, Any]:
     """Options of ``metrics`` that change a score."""
     return {k: v for k, v in plain(run.cfg.metrics).items() if k != "export"}
+
+
+def conditions(
+    run: Run, solver: Solver, posterior: HeadPosterior, estimator: Estimator | None = None
+) -> str:
+    """What a study's figures are made from, a sentence for their captions."""
+    found = {
+        "data": run.data.data.name,
+        "model": run.model.path.family,
+        "prediction": run.model.prediction,
+        "solver.name": solver.name,
+        "solver.num_steps": solver.num_steps,
+        "structure": posterior.structure,
+        "sigma_noise": posterior.sigma_noise,
+        "prior_precision": posterior.prior_precision,
+    }
+    more = "" if estimator is None else f", estimator\u00a0{estimator.name}"
+    return f"Conditions: {conditions_of(found)}{more}."
+
+
+def pdf(run: Run) -> bool:
+    """Whether a figure is there as PDF as well."""
+    return bool(OmegaConf.select(run.cfg, "report.pdf", default=True))
 
 
 @dataclass(frozen=True)

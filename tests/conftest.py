@@ -34,6 +34,7 @@ SMALLEST = (
     "metrics.num_images=12",
     "uncertainty.num_images=4",
     "uncertainty.batch_size=2",
+    "report.pdf=false",
 )
 
 # As few draws as each estimator takes.
@@ -53,6 +54,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_pdf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures as PNG alone: drawing each twice is what ``test_figure_files`` is for."""
+    monkeypatch.setattr("bayesdiff.report.style._save_pdf", lambda figure, file, *_: None)
 
 
 Compose = Callable[..., DictConfig]

@@ -100,7 +100,8 @@ def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, m
     assert results["best"].split(".")[0] not in ("random", "real")
     assert all(row in rows for row in results["best_on_last"])
     made = {path.stem for path in (folder / "figures").glob("*.png")}
-    assert made == {"z_by_score", "gain_over_keep", "kept_and_discarded"}
+    kept = {"kept_and_discarded", "kept_and_discarded_by_best"}
+    assert made == {"z_by_score", "gain_over_keep"} | kept
     assert "members.semantic_entropy" in (folder / "table.md").read_text()
     assert {row["score"] for row in results["profile"]} == named
     assert "auroc_within" in (folder / "table-profile.md").read_text()
@@ -455,9 +456,16 @@ def test_the_choice_is_made_before_the_last_seed_and_never_by_luck_or_by_real_im
 def test_kept_images_are_the_least_doubtful_ones(monkeypatch):
     images = torch.linspace(-1, 1, 10)[:, None, None, None].expand(10, 1, 4, 4)
     shown = []
-    monkeypatch.setattr(figures, "put", lambda _, pixels, x, y, size: shown.append((x, pixels)))
+    real = figures.put
+
+    def put(axes, pixels, x, y, size, **show):
+        if pixels.ndim == 3:  # no map
+            shown.append((x, pixels))
+        return real(axes, pixels, x, y, size, **show)
+
+    monkeypatch.setattr(figures, "put", put)
     fields = dict.fromkeys((f.name for f in dataclasses.fields(Samples)), torch.zeros(0))
-    fields |= {"images": images, "variance": 0 * images, "labels": None, "units": "model"}
+    fields |= {"images": images, "variance": images + 1, "labels": None, "units": "model"}
     samples = Samples(**fields)
     figures.kept_and_discarded(samples, torch.arange(10).flip(0).double(), "any.sum")
     levels = [float(np.mean(pixels)) for _, pixels in sorted(shown, key=lambda each: each[0])]

@@ -50,7 +50,8 @@ def test_the_study_and_its_times_agree(study, copied: Trained, tmp_path, monkeyp
     assert low < results["digits.per_class.ensemble.sum.fid_gain"] < high
     made = {path.name for path in folder.glob("*.*")}
     assert made == {
-        "digits.png", "results.json", "table-finds.md", "table-global.md", "table-per-class.md",
+        "digits.png", "digits.pdf", "captions.json", "results.json",
+        "table-finds.md", "table-global.md", "table-per-class.md",
     }  # fmt: skip
 
     over_time.main(["digits"], folder)

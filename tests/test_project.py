@@ -20,7 +20,7 @@ LAYERS = (
     "checks spelling source_code trainer_options disk cli artefacts fit_key targets checkpoints "
     "device distributed locks slots progress rows data paths networks models sharding laplace "
     "solvers uncertainty metrics report build processes run_callbacks callback_options training "
-    "stages study address ablation pools doubts filtering repair_results repair interpolation "
+    "stages study address ablation pools doubts report_scores filtering repair_results repair interpolation "
     "head_chain pipeline probe estimate planner dry_run search sweep"
 ).split()
 
@@ -137,7 +137,7 @@ def test_no_file_names_a_machine_path():
     machine = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|scratch)/\w")
     made = {".git", ".venv", "outputs", "build", "dist"}
     cache = re.compile(r"__pycache__|\.\w+_cache|\.hypothesis|\.egg-info|\.coverage")
-    binary = {".png", ".npz", ".safetensors", ".ckpt", ".zip"}
+    binary = {".png", ".pdf", ".npz", ".safetensors", ".ckpt", ".zip"}
     found = []
     for top in (path for path in ROOT.iterdir() if path.name not in made):
         for path in [top, *top.rglob("*")]:

@@ -219,7 +219,7 @@ def test_the_draws_do_not_depend_on_the_batch_nor_on_how_many_images_follow(
     copied: Trained, compose: Compose, monkeypatch
 ):
     monkeypatch.setattr(board, "_pictures", lambda *_: ())
-    monkeypatch.setattr(board, "write_study", lambda *_: [])
+    monkeypatch.setattr(board, "write_study", lambda *_, **options: [])
     whole = drawn(compose)
     # Another batch is no other study: made anew elsewhere.
     parts = drawn(compose, "uncertainty.batch_size=1", "repair.num_images=5")

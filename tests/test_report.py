@@ -10,8 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 
 from bayesdiff.report import board, figures
-from bayesdiff.report.layout import DPI, standard_deviation
+from bayesdiff.report.layout import standard_deviation
+from bayesdiff.report.options import ReportOptions
+from bayesdiff.report.style import DPI
 from bayesdiff.report.sweep_charts import sweep_figure
+
+pytestmark = pytest.mark.usefixtures("without_pdf")
 
 CLASSES = ["cat", "dog", "$5 bill and a very long name for a class $"]
 
@@ -59,14 +63,17 @@ def test_sample_grid_shows_every_pixel(tmp_path, channels, height, width):
     expected = ((samples.images.double() + 1) / 2 * 255).permute(0, 2, 3, 1).numpy()
     for shown, truth in zip(figure.axes[0].images, expected, strict=True):
         left, right, bottom, top = (int(edge) for edge in shown.get_extent())
-        header = len(page) - int(figure.axes[0].get_ylim()[0])
-        cell = page[header + top : header + bottom, left:right].astype(float)
+        cell = page[top:bottom, left:right].astype(float)
         scale = (bottom - top) // height
         assert (right - left) == scale * width
         blocks = cell.reshape(height, scale, width, scale, 3)
         # Nearest, no rounding of edges: all pixels of a block are equal, and equal to the image.
         assert (blocks == blocks[:, :1, :, :1]).all()
         assert np.abs(blocks[:, 0, :, 0] - truth).max() <= 1
+        # A grey line around them, which a white pixel at the border does not melt over.
+        around = page[top - 1 : bottom + 1, left - 1 : right + 1]
+        for edge in (around[0], around[-1], around[:, 0], around[:, -1]):
+            assert np.abs(edge.astype(int) - 178).max() <= 1
 
 
 def test_sample_grid_has_a_titled_row_per_class():
@@ -174,12 +181,12 @@ def test_extremes_pick_the_ends_of_the_ranking():
     for shown, index in zip(maps, expected, strict=True):
         np.testing.assert_allclose(shown, standard_deviation(samples.variance[index]))
     best = figures.extremes(samples, CLASSES, 1, scores=torch.arange(24.0))
-    assert " 23 |" in words(best) and " 0 |" in words(best)
+    assert " 23.0 |" in words(best) and " 0.00 |" in words(best)
 
 
 def test_sweep_figure_scales_and_gaps(tmp_path):
     rows = [
-        {"prior": prior, "solver": solver, "fid@5k": 10 + prior / 100}
+        {"prior": prior, "solver": solver, "fid@5k": 10 + prior / 100 + (solver == "heun")}
         for prior in (1, 10.0, 1000)
         for solver in ("euler", "heun")
     ]
@@ -280,7 +287,9 @@ def board_of(folder):
 def written(tmp_path_factory):
     """A board and what it was made of: samples, PNG files, folder."""
     samples, folder = fake(), tmp_path_factory.mktemp("run") / "tensorboard"
-    return samples, board.write(folder, samples, METRICS, HPARAMS, CLASSES), folder
+    options = ReportOptions(pdf=False)
+    made = board.write(folder, samples, METRICS, HPARAMS, CLASSES, options=options)
+    return samples, made, folder
 
 
 def test_board_writes_what_tensorboard_reads(written):
@@ -326,10 +335,10 @@ def test_a_second_report_replaces_the_first_and_nothing_else(tmp_path, monkeypat
 
 
 def test_scores_replace_the_summed_variance(tmp_path):
-    scores = torch.linspace(100, 200, 24)
-    board.write(
-        tmp_path / "tb", fake(), {}, {}, CLASSES, scores=scores, figures_dir=tmp_path / "p"
-    )
+    scores = {"members.joint": torch.linspace(100, 200, 24)}
+    shown = ReportOptions(chosen_by="members.joint", pdf=False)
+    more = {"scores": scores, "options": shown, "figures_dir": tmp_path / "p"}
+    board.write(tmp_path / "tb", fake(), {}, {}, CLASSES, **more)
     histogram = board_of(tmp_path / "tb").Histograms("uncertainty/score")[0].histogram_value
     assert (histogram.min, histogram.max, histogram.num) == (100, 200, 24)
     assert (tmp_path / "p" / "extremes.png").exists()

@@ -16,8 +16,11 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from bayesdiff.artefacts import write_arrays
 from bayesdiff.report import sweep
-from bayesdiff.report.sweep_charts import series, short_names, sweep_figure
+from bayesdiff.report.sweep_charts import sweep_figure
 from bayesdiff.report.sweep_maps import CellMaps, by_images, map_tiles, scale_of
+from bayesdiff.report.sweep_series import series, short_names
+
+pytestmark = pytest.mark.usefixtures("without_pdf")
 
 FID, VARIANCE = "fid@500/classifier", "summed_variance/mean"
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from bayesdiff.report.layout import GAP, chart, put, sheet, standard_deviation, style
+from bayesdiff.report.charts import plain_number
+from bayesdiff.report.layout import GAP, chart, put, sheet, standard_deviation
+from bayesdiff.report.style import COLOURS, MAP_COLOURS, look, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,19 +16,23 @@ if TYPE_CHECKING:
 
     from bayesdiff.laplace.grid import EvidenceCurve
 
-_COLOURS = "magma"
 _PANELS = (
-    ("total_variance", "summed variance, log10"),
+    ("total_variance", "log10 summed variance"),
     ("effective_parameters", "effective parameters"),
     ("image_rank", "rank of images"),
     ("pixel_rank", "rank of pixels"),
-    ("evidence", "evidence below its maximum, log10"),
+    ("evidence", "log10 of evidence lost"),
 )
 
 
 @style()
-def evidence_figure(curve: "EvidenceCurve") -> "Figure":
-    """Log evidence and effective parameters over prior_precision, with what matters marked."""
+def evidence_figure(curve: "EvidenceCurve", conditions: str = "") -> "Figure":
+    """Log evidence and effective parameters over prior_precision, with what matters marked.
+
+    Args:
+        curve: of a posterior.
+        conditions: what it is of, for the caption.
+    """
     low, high = curve.eigenvalues
     known = (
         "below them the prior decides nothing, above them everything"
@@ -37,12 +43,14 @@ def evidence_figure(curve: "EvidenceCurve") -> "Figure":
         f"sigma_noise {curve.sigma_noise:.4g}. The head's precision from the data has eigenvalues "
         f"from {low:.3g} to {high:.3g} (dashed): {known}."
     )
-    figure, panels = chart(900, 560, "Evidence of the prior", caption, 2, 1, sharex=True)
+    caption += f" {conditions}." if conditions else ""
+    figure, panels = chart(640, 520, "Evidence of the prior", caption, 2, 1, sharex=True)
     taus, (top, bottom) = curve.prior_precision.numpy(), panels[:, 0]
     evidence = curve.log_evidence.numpy()
     top.plot(taus, evidence)
-    for (tau, value), name, mark in ((curve.best, "best", "o"), (curve.own, "this run", "s")):
-        top.plot(tau, value, mark, label=f"{name}: prior_precision {tau:.4g}")
+    for (tau, value), name, place in ((curve.best, "best", 1), (curve.own, "this run", 2)):
+        how = look(place) | {"linestyle": "none", "markersize": 7}
+        top.plot(tau, value, label=f"{name}: prior_precision {tau:.4g}", **how)
     # A prior far too strong costs without bounds and would flatten all else.
     left = evidence[np.isfinite(evidence)][:1]
     floor = min([*left.tolist(), curve.own[1]])
@@ -51,7 +59,7 @@ def evidence_figure(curve: "EvidenceCurve") -> "Figure":
     top.legend(loc="upper left")
     bottom.plot(taus, curve.effective_parameters.numpy() / curve.parameters)
     _mark_eigenvalues(bottom, curve.eigenvalues, (taus.min(), taus.max()))
-    bottom.set(xlabel="prior_precision", ylabel="effective parameters over P", ylim=(-0.03, 1.05))
+    bottom.set(xlabel="prior_precision", ylabel="effective\nparameters over P", ylim=(-0.03, 1.05))
     return figure
 
 
@@ -89,42 +97,46 @@ def map_tiles(
     positive = maps[np.isfinite(maps) & (maps > 0)]
     low, high = np.quantile(positive, (0.001, 0.999)) if positive.size else (0.1, 1.0)
     scale = "one logarithmic colour scale" if shared else "each map with its own colour scale"
-    caption = f"{conditions}; standard deviations of one image, {scale}; white: no such posterior"
-    left, width = 70, len(prior_precision) * (size[0] + GAP)
-    body = 40 + len(sigma_noise) * (size[1] + GAP)
+    caption = f"Standard deviations of one image, {scale}; empty: no such posterior. {conditions}"
+    left, top, width = 92, 62, len(prior_precision) * (size[0] + GAP)
+    tall = len(sigma_noise) * (size[1] + GAP)
     title = "Maps over sigma_noise (rows) and prior_precision (columns)"
-    figure, axes = sheet(left + width + (110 if shared else 10), body + 6, title, caption)
+    figure, axes = sheet(left + width + (110 if shared else 10), top + tall + 6, title, caption)
+    middle: dict[str, Any] = {"ha": "center", "va": "center"}
+    axes.text(left + width / 2, 18, "prior_precision", **middle)
+    axes.text(18, top + tall / 2, "sigma_noise", rotation=90, **middle)
     drawn = None
     for row, sigma in enumerate(sigma_noise):
-        y = 36 + row * (size[1] + GAP)
-        axes.text(left - 8, y + size[1] / 2, f"{sigma:.3g}", ha="right", va="center", size=8)
+        y = top + row * (size[1] + GAP)
+        axes.text(left - 8, y + size[1] / 2, f"{sigma:.3g}", ha="right", va="center", size=9)
         for column, tau in enumerate(prior_precision):
             x, tile = left + column * (size[0] + GAP), maps[row, column]
             if row == 0:
-                axes.text(x + size[0] / 2, 28, f"{tau:.2g}", ha="center", size=8)
+                axes.text(x + size[0] / 2, top - 8, plain_number(tau), ha="center", size=9)
             if not np.isfinite(tile).all():
                 continue
             own = {"vmin": 0, "vmax": tile.max() or 1.0}
             how: dict[str, Any] = {"norm": LogNorm(low, max(high, 1.001 * low))} if shared else own
             drawn = put(axes, np.maximum(tile, low) if shared else tile, x, y, size,
-                        cmap=_COLOURS, **how)  # fmt: skip
+                        cmap=MAP_COLOURS, **how)  # fmt: skip
     if shared and drawn is not None:
-        place = (left + width + 12, 36, 14, body - 44)
+        place = (left + width + 10, top, 14, min(tall - GAP, 300))
         bar = axes.inset_axes(place, transform=axes.transData)
         figure.colorbar(drawn, cax=bar).set_label("standard deviation")
     return figure
 
 
 @style()
-def grid_panels(results: Mapping[str, Any], structure: str) -> "Figure":
+def grid_panels(results: Mapping[str, Any], structure: str, conditions: str = "") -> "Figure":
     """Every number of one structure over the grid."""
     found, shape = results["structures"][structure], (2, 3)
     sigma, tau = results["sigma_noise"], results["prior_precision"]
     caption = (
-        f"structure {structure}; Spearman ranks against the maps of structure "
-        f"{results['structure']} at the run's own {_own(results)}; white: no such posterior"
+        f"Structure {structure}; Spearman ranks against the maps of structure "
+        f"{results['structure']} at the run's own {_own(results)}; empty: no such posterior. "
+        f"Last panel: a curve over prior_precision for each sigma_noise. {conditions}"
     )
-    figure, panels = chart(1150, 700, "The grid of settings", caption, *shape)
+    figure, panels = chart(1080, 620, "The grid of settings", caption, *shape)
     for axes, (name, title) in zip(panels.flat, _PANELS, strict=False):
         values = np.array(found[name], dtype=float)
         if name == "evidence":
@@ -134,7 +146,7 @@ def grid_panels(results: Mapping[str, Any], structure: str) -> "Figure":
         axes.grid(False)
         drawn = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
         axes.set_title(title)
-        axes.set_xticks(range(0, len(tau), 3), [f"{value:.0e}" for value in tau[::3]])
+        axes.set_xticks(range(0, len(tau), 4), [plain_number(value) for value in tau[::4]])
         axes.set_yticks(range(len(sigma)), [f"{value:.3g}" for value in sigma])
         axes.set(xlabel="prior_precision", ylabel="sigma_noise")
         figure.colorbar(drawn, ax=axes)
@@ -144,12 +156,18 @@ def grid_panels(results: Mapping[str, Any], structure: str) -> "Figure":
 
 def _collapse(axes: "Axes", total: Any, sigma: Sequence[float], tau: Sequence[float]) -> None:
     """Variance over sigma_noise^2: one curve if all that matters is tau sigma^2."""
+    import matplotlib
+
     scale = np.square(np.array(sigma, dtype=float))[:, None]
     values = np.array(total, dtype=float) / scale
+    ramp = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(sigma)))
     for row, (x, y) in enumerate(zip(scale * np.array(tau, dtype=float), values, strict=True)):
-        axes.plot(x, y, "o", markersize=3, color=f"C{row % 10}")
-    axes.set(xscale="log", yscale="log", xlabel="prior_precision sigma_noise^2")
-    axes.set_title("summed variance over sigma_noise^2")
+        how = look(row) | {"color": ramp[row], "linestyle": "-", "linewidth": 0.6, "markersize": 4}
+        axes.plot(x, y, label=f"{sigma[row]:.3g}", **how)
+    axes.set(xscale="log", yscale="log", xlabel="prior_precision × sigma_noise²")
+    axes.set_title("summed variance / sigma_noise²")
+    small: dict[str, Any] = {"fontsize": 7, "title_fontsize": 8, "ncols": 2, "handlelength": 1}
+    axes.legend(title="sigma_noise", loc="lower left", columnspacing=0.8, **small)
 
 
 def _own(results: Mapping[str, Any]) -> str:
@@ -161,33 +179,36 @@ def _own(results: Mapping[str, Any]) -> str:
 
 
 @style()
-def over_prior(studies: Mapping[str, Mapping[str, Any]]) -> "Figure":
+def over_prior(studies: Mapping[str, Mapping[str, Any]], conditions: str = "") -> "Figure":
     """When prior_precision matters: parameters, variance and ranks over it, a column per study.
 
     Args:
         studies: results of each model by name; the curve of its own structure is drawn.
+        conditions: of the run, for the caption.
     """
     rows = (
-        ("effective parameters over P", ("effective_parameters",)),
+        ("effective\nparameters over P", ("effective_parameters",)),
         ("summed variance", ("total_variance",)),
-        ("rank with own maps", ("image_rank", "pixel_rank")),
+        ("rank with\nown maps", ("image_rank", "pixel_rank")),
     )
     caption = (
         "At each run's own sigma_noise. Dashed: smallest and largest eigenvalue of the "
-        "likelihood's precision; square: the run's own prior_precision; triangle: the evidence's."
+        "likelihood's precision; square: the run's own prior_precision; triangle: the evidence's. "
+        f"{conditions}"
     )
-    size = (70 + (310 if len(studies) > 1 else 560) * len(studies), 780)
+    size = (70 + (270 if len(studies) > 1 else 570) * len(studies), 700)
     title = "When does prior_precision matter?"
     figure, panels = chart(*size, title, caption, 3, len(studies), sharex="col", sharey="row")
     for column, (name, results) in enumerate(studies.items()):
         curve = results["structures"][results["structure"]]["curve"]
         taus = np.array(curve["prior_precision"], dtype=float)
         for axes, (label, keys) in zip(panels[:, column], rows, strict=True):
-            for key in keys:
+            for place, key in enumerate(keys):
                 values = np.array(curve[key], dtype=float)
                 if key == "effective_parameters":
                     values = values / results["parameters"]
-                axes.plot(taus, values, label=key.replace("_rank", "s"))
+                how = look(place) | {"markevery": max(1, len(taus) // 8)}
+                axes.plot(taus, values, label=key.replace("_rank", "s"), **how)
             axes.set(xscale="log", ylabel=label if column == 0 else "")
             _mark_eigenvalues(axes, results["eigenvalues"], (taus.min(), taus.max()))
         _mark_priors(panels[0, column], results, taus)
@@ -205,33 +226,37 @@ def _mark_priors(axes: "Axes", results: Mapping[str, Any], taus: np.ndarray) -> 
         "linestyle": "none",
         "clip_on": False,
     }
-    axes.plot(results["own"]["prior_precision"], 0.04, "s", color="C2", **foot)
+    axes.plot(results["own"]["prior_precision"], 0.04, "s", color=COLOURS[2], markersize=7, **foot)
     best = results["best"].get("prior_precision")
     if best is not None:
-        axes.plot(best, 0.04, "^", color="C3", **foot)
+        axes.plot(best, 0.04, "^", color=COLOURS[3], markersize=7, **foot)
     axes.set_xlim(taus.min(), taus.max())
 
 
 def every(
-    results: Mapping[str, Any], arrays: Mapping[str, Tensor]
+    results: Mapping[str, Any], arrays: Mapping[str, Tensor], conditions: str = ""
 ) -> Iterator[tuple[str, "Figure"]]:
     """All figures of a grid, made when they are asked for.
 
     Args:
         results: numbers of the grid.
         arrays: maps ``(S, T, N, C, H, W)`` of every structure.
+        conditions: of the run, for the captions.
 
     Yields:
         Tag and figure.
     """
-    yield "ablation/over_prior", over_prior({f"structure {results['structure']}": results})
+    yield (
+        "ablation/over_prior",
+        over_prior({f"structure {results['structure']}": results}, conditions),
+    )
     axes = results["sigma_noise"], results["prior_precision"]
     for name in results["structures"]:
-        yield f"ablation/grid_{name}", grid_panels(results, name)
+        yield f"ablation/grid_{name}", grid_panels(results, name, conditions)
         variance = arrays[name][:, :, 0]
         maps = np.where(variance.isnan().any(2).numpy(), np.nan, standard_deviation(variance))
         for shared in (False, True):
             kind = "shared" if shared else "own"
-            conditions = f"structure {name}, sample 0 of {results['num_images']}"
-            figure = map_tiles(maps, *axes, shared=shared, conditions=conditions)
+            what = f"Structure {name}, sample 0 of {results['num_images']}. {conditions}"
+            figure = map_tiles(maps, *axes, shared=shared, conditions=what)
             yield f"ablation/maps_{name}_{kind}_scale", figure

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from bayesdiff.report import figures
 from bayesdiff.report.ablation import evidence_figure
-from bayesdiff.report.layout import conditions
+from bayesdiff.report.layout import conditions, conditions_of, image_range
+from bayesdiff.report.options import SUM, ReportOptions
+from bayesdiff.report.sorted_sheet import Block, sorted_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +33,9 @@ def write(
     hparams: Mapping[str, Any],
     classes: Sequence[str],
     *,
-    scores: Tensor | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    options: ReportOptions | None = None,
+    settings: Mapping[str, Any] | None = None,
     figures_dir: str | Path | None = None,
     validation: "Validation | None" = None,
     evidence: "EvidenceCurve | None" = None,
@@ -44,8 +48,11 @@ def write(
         metrics: names, conditions included (``fid@10k/classifier``), and values.
         hparams: the row of the HPARAMS tab; nested dictionaries become ``outer.inner``.
         classes: class names.
-        scores: ``(B,)`` uncertainty of each image; its summed variance when left out.
-        figures_dir: folder of the PNG files; ``figures`` beside ``writer_dir`` when left out.
+        scores: ``(B,)`` of each image by name, those that ``options`` asks for; the summed
+            variance is known anyway.
+        options: what the figures show.
+        settings: of the run, for the captions; ``hparams`` when left out.
+        figures_dir: folder of the figures; ``figures`` beside ``writer_dir`` when left out.
         validation: comparison with a reference, drawn where there is one.
         evidence: over prior_precision, drawn where there is one.
 
@@ -54,19 +61,24 @@ def write(
     """
     folder = Path(writer_dir)
     pictures = folder.parent / "figures" if figures_dir is None else Path(figures_dir)
-    values = samples.variance.flatten(1).sum(1) if scores is None else scores
+    shown = options or ReportOptions()
+    known = {SUM: samples.variance.flatten(1).sum(1), **(scores or {})}
+    given = hparams if settings is None else settings
     with _new_report(folder) as writer:
-        _numbers(writer, samples, metrics, values)
+        _numbers(writer, samples, metrics, known[shown.chosen_by])
         _hparams_row(writer, flat(hparams), metrics)
         made = [
-            _picture(writer, tag, figure, pictures / f"{tag.split('/')[-1]}.png")
-            for tag, figure in _pictures(samples, classes, scores, values, validation)
+            _picture(writer, tag, figure, pictures, shown.pdf)
+            for tag, figure in (
+                *_pictures(samples, classes, known, shown, given),
+                *_checked(validation, conditions(samples, given), metrics),
+            )
         ]
         if evidence is not None:
             curve = zip(evidence.prior_precision, evidence.log_evidence, strict=True)
             _curve(writer, "laplace/log_evidence_over_prior", curve)
-            figure = evidence_figure(evidence)
-            made.append(_picture(writer, "laplace/evidence", figure, pictures / "evidence.png"))
+            figure = evidence_figure(evidence, conditions_of(given))
+            made.append(_picture(writer, "laplace/evidence", figure, pictures, shown.pdf))
         return made
 
 
@@ -75,6 +87,8 @@ def write_study(
     metrics: Mapping[str, float],
     curves: Mapping[str, Iterable[tuple[float, float | None]]],
     made: Iterable[tuple[str, "Figure"]],
+    *,
+    pdf: bool = True,
 ) -> list[Path]:
     """Write numbers, curves and figures of a study; an earlier report there is replaced.
 
@@ -83,6 +97,7 @@ def write_study(
         metrics: names and values.
         curves: points (prior_precision, value) by name, None for a missing value.
         made: tags and figures.
+        pdf: whether each figure is there as PDF as well.
 
     Returns:
         The PNG files.
@@ -93,10 +108,8 @@ def write_study(
             writer.add_scalar(name, float(value), 0)
         for name, points in curves.items():
             _curve(writer, name, points)
-        return [
-            _picture(writer, tag, figure, folder.parent / "figures" / f"{tag.split('/')[-1]}.png")
-            for tag, figure in made
-        ]
+        figures_dir = folder.parent / "figures"
+        return [_picture(writer, tag, figure, figures_dir, pdf) for tag, figure in made]
 
 
 # What belongs side by side, for the Custom Scalars tab: regular expressions of tags.
@@ -220,31 +233,47 @@ def _hparams_row(
 def _pictures(
     samples: "Samples",
     classes: Sequence[str],
-    scores: Tensor | None,
-    values: Tensor,
-    validation: "Validation | None",
+    scores: Mapping[str, Tensor],
+    shown: ReportOptions,
+    settings: Mapping[str, Any],
 ) -> Iterator[tuple[str, "Figure"]]:
-    """Every figure of a report, made when it is asked for: large figures are not kept.
+    """The figures of a set of samples, made when asked for: large figures are not kept.
 
     Yields:
         Tag and figure.
     """
-    made = conditions(samples)
-    shown = samples.images, samples.labels, classes, 10, made, samples.units
-    yield "samples/samples", figures.sample_grid(*shown)
-    yield "uncertainty/image_and_map", figures.image_and_map(samples, classes)
-    yield "uncertainty/over_time", figures.over_time(samples, classes)
-    yield "uncertainty/summed_over_time", figures.summed_over_time(samples, classes)
-    yield "uncertainty/scores", figures.score_histogram(values, samples.labels, classes, made)
-    yield "uncertainty/extremes", figures.extremes(samples, classes, scores=scores)
-    if validation is not None:
-        yield "uncertainty/validation", figures.validation_scatter(validation, made)
+    made, values = conditions(samples, settings), scores[shown.chosen_by]
+    name = "summed variance" if shown.chosen_by == SUM else shown.chosen_by
+    look: dict[str, Any] = {"settings": settings, "own_scale": shown.map_scale == "own"}
+    grid = samples.images, samples.labels, classes, 10, made, samples.units
+    yield "samples/samples", figures.sample_grid(*grid)
+    yield "uncertainty/image_and_map", figures.image_and_map(samples, classes, **look)
+    yield "uncertainty/over_time", figures.over_time(samples, classes, settings=settings)
+    yield "uncertainty/summed_over_time", figures.summed_over_time(samples, classes, settings)
+    unit = f" (images in {image_range(samples)})" if shown.chosen_by == SUM else ""
+    histogram = values, samples.labels, classes, made, name + unit
+    yield "uncertainty/scores", figures.score_histogram(*histogram)
+    ends = figures.extremes(samples, classes, scores=values, name=name, **look)
+    yield "uncertainty/extremes", ends
+    if shown.sorted_by:
+        blocks = [Block(n, samples.images, scores[n], samples.units) for n in shown.sorted_by]
+        yield "uncertainty/sorted", sorted_images(blocks, made)
 
 
-def _picture(writer: "SummaryWriter", tag: str, figure: "Figure", path: Path) -> Path:
+def _checked(
+    validation: "Validation | None", made: str, metrics: Mapping[str, float]
+) -> list[tuple[str, "Figure"]]:
+    """The maps against their reference, where there is one."""
+    if validation is None:
+        return []
+    figure = figures.validation_scatter(validation, made, metrics)
+    return [("uncertainty/validation", figure)]
+
+
+def _picture(writer: "SummaryWriter", tag: str, figure: "Figure", folder: Path, pdf: bool) -> Path:
     """Save ``figure`` and put the same pixels on the board, so that it is drawn only once."""
     from matplotlib.image import imread
 
-    pixels = torch.from_numpy(imread(figures.save(figure, path))[..., :3].copy())
-    writer.add_image(tag, pixels, 0, dataformats="HWC")
+    path = figures.save(figure, folder / f"{tag.split('/')[-1]}.png", pdf=pdf)
+    writer.add_image(tag, torch.from_numpy(imread(path)[..., :3].copy()), 0, dataformats="HWC")
     return path

@@ -65,7 +65,8 @@ class SampleGrid(Callback):
             made = f"{len(drawn)} of {model.num_classes} classes, {made}"
         columns = self.rows if labels is not None and len(drawn) <= MOST_CLASSES else 10
         figure = figures.sample_grid(images, labels, data.classes, columns, made)
-        figures.save(figure, Path(trainer.default_root_dir) / "figures" / "training.png")
+        path = Path(trainer.default_root_dir) / "figures" / "training.png"
+        figures.save(figure, path, pdf=False)  # replaced as the training goes on
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("samples", figure, global_step=trainer.global_step)

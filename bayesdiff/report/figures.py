@@ -1,6 +1,6 @@
 """Every picture of the report: sheets of images and maps here, curves from ``charts``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 from bayesdiff.report.charts import (
     score_histogram,
     summed_over_time,
+    three_digits,
     validation_scatter,
 )
 from bayesdiff.report.layout import (
@@ -21,11 +22,10 @@ from bayesdiff.report.layout import (
     map_conditions,
     picture,
     put,
-    save,
     sheet,
     standard_deviation,
-    style,
 )
+from bayesdiff.report.style import MAP_COLOURS, save, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,10 +43,8 @@ __all__ = [
     "validation_scatter",
 ]
 
-MAP_COLOURS = "magma"
 
-
-def _ceiling(values: np.ndarray) -> float:
+def ceiling(values: np.ndarray) -> float:
     """Upper end of a colour scale: 99.9 % of the pixels lie below; never 0."""
     finite = values[np.isfinite(values)]
     return (float(np.quantile(finite, 0.999)) if finite.size else 1.0) or 1e-12
@@ -77,14 +75,19 @@ def sample_grid(
     if not titled:
         first = groups[0][1][: columns**2]
         rows = [("", first[i : i + columns]) for i in range(0, len(first), columns)]
-    width, height = cell_size(images, 84)
-    left = 10 + (8 + 9 * max(len(fit(name, 160)) for name, _ in rows) if titled else 0)
+    width, height = cell_size(images, 72)
+    left = 12 + (8 + 9 * max(len(fit(name, 160)) for name, _ in rows) if titled else 0)
     shown = sum(len(chosen) for _, chosen in rows)
-    caption = f"{shown} of {len(images)} samples, unselected; {conditions}".rstrip("; ")
+    caption = (
+        f"{shown} of {len(images)} samples, unselected; conditions: {conditions}".removesuffix(
+            "; conditions: "
+        )
+    )
     across = max(len(chosen) for _, chosen in rows) * (width + GAP)
-    figure, axes = sheet(left + across + 8, 8 + len(rows) * (height + GAP), "Samples", caption)
+    tall = 2 * GAP + len(rows) * (height + GAP)
+    figure, axes = sheet(left + across + 8, tall, "Samples", f"{caption}.")
     for row, (name, chosen) in enumerate(rows):
-        y = row * (height + GAP)
+        y = 2 * GAP + row * (height + GAP)
         axes.text(left - 8, y + height / 2, fit(name, 160), ha="right", va="center")
         for column, index in enumerate(chosen):
             shown_at = left + column * (width + GAP), y, (width, height)
@@ -98,39 +101,75 @@ def _pairs(
     label: Callable[[int], str],
     title: str,
     caption: str,
+    own_scale: bool,
 ) -> "Figure":
-    """Blocks of images with their maps below; each named block has its own scale."""
+    """Blocks of images with their maps below, all maps on one colour scale or each on its own."""
     chosen = np.concatenate([indices for _, indices in blocks])
     maps = dict(zip(chosen, standard_deviation(samples.variance[chosen]), strict=True))
-    size = cell_size(samples.images, 112)
-    head = 12 + 16 * max(label(i).count("\n") + 1 for i in chosen)
+    tops = {i: ceiling(each) for i, each in maps.items()}
+    shared = ceiling(np.stack(list(maps.values())))
+    size = cell_size(samples.images, 96)
+    head = 14 + 18 * max(label(i).count("\n") + 1 for i in chosen)
     heading = 26 if any(name for name, _ in blocks) else 0
     body = 2 * size[1] + GAP
-    tall = heading + head + body + 14
+    tall = heading + head + body + (28 if own_scale else 12)
     left, columns = 12, max(len(indices) for _, indices in blocks)
-    right = left + columns * (size[0] + GAP) + 10
-    figure, axes = sheet(right + 100, tall * len(blocks), title, caption)
+    right = left + columns * (size[0] + GAP) + 8
+    figure, axes = sheet(right + (10 if own_scale else 100), tall * len(blocks), title, caption)
     for block, (name, indices) in enumerate(blocks):
         y = block * tall + heading + head
-        top = _ceiling(np.stack([maps[i] for i in (indices if name else chosen)]))
-        axes.text(left, y - head, name, weight="bold", va="bottom")
+        axes.text(left, y - head + 2, name, weight="bold", va="bottom")
         for column, i in enumerate(indices):
             x = left + column * (size[0] + GAP)
-            axes.text(x + size[0] / 2, y - 5, label(i), ha="center", va="bottom", size=8)
+            middle: dict[str, Any] = {"ha": "center", "size": 9}
+            axes.text(x + size[0] / 2, y - 5, label(i), va="bottom", **middle)
             put(axes, picture(samples.images[i], samples.units), x, y, size)
-            scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top}
+            scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": tops[i] if own_scale else shared}
             drawn = put(axes, maps[i], x, y + size[1] + GAP, size, **scale)
-        bar = axes.inset_axes((right, y, 16, body), transform=axes.transData)
+            if own_scale:
+                axes.text(x + size[0] / 2, y + body + 4, f"≤ {tops[i]:.2g}", va="top", **middle)
+    if not own_scale:
+        first = heading + head
+        long = min((len(blocks) - 1) * tall + body, 3 * body)
+        bar = axes.inset_axes((right, first, 14, long), transform=axes.transData)
         figure.colorbar(drawn, cax=bar, extend="max").set_label("standard deviation")
     return figure
 
 
+def _how_maps_read(samples: "Samples", own_scale: bool) -> str:
+    """Unit and colour scale, for a caption."""
+    scale = (
+        "each on a scale of its own, from 0 to the value below it"
+        if own_scale
+        else "all on one colour scale, which 0.1 % of the pixels exceed"
+    )
+    return (
+        f"Maps: standard deviation in units of the image range {image_range(samples)} (root of "
+        f"the channel mean of the variance), {scale}."
+    )
+
+
 @style()
-def image_and_map(samples: "Samples", classes: Sequence[str], count: int = 8) -> "Figure":
-    """Images with their uncertainty maps below, one colour scale for all."""
+def image_and_map(
+    samples: "Samples",
+    classes: Sequence[str],
+    count: int = 8,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    own_scale: bool = False,
+) -> "Figure":
+    """Images with their uncertainty maps below, one colour scale for all.
+
+    Args:
+        samples: the generated images.
+        classes: class names.
+        count: images, the first ones.
+        settings: of the run, for the caption.
+        own_scale: whether each map has a colour scale of its own instead.
+    """
     chosen = np.arange(min(count, len(samples.images)))
     blocks = [("", chosen[i : i + 8]) for i in range(0, len(chosen), 8)]
-    size = cell_size(samples.images, 112)[0]
+    size = cell_size(samples.images, 96)[0]
 
     def label(index: int) -> str:
         if samples.labels is None:
@@ -138,16 +177,23 @@ def image_and_map(samples: "Samples", classes: Sequence[str], count: int = 8) ->
         return fit(class_name(samples.labels[index], classes), size)
 
     caption = (
-        f"{map_conditions(samples)}; the first {len(chosen)} samples. Maps: standard deviation in "
-        f"units of the image range {image_range(samples)} (root of the channel mean of the "
-        "variance), one colour scale for all."
+        f"The first {len(chosen)} samples. {_how_maps_read(samples, own_scale)} "
+        f"Conditions: {map_conditions(samples, settings)}."
     )
-    return _pairs(samples, blocks, label, "Samples and their uncertainty maps", caption)
+    title = "Samples and their uncertainty maps"
+    return _pairs(samples, blocks, label, title, caption, own_scale)
 
 
 @style()
 def extremes(
-    samples: "Samples", classes: Sequence[str], count: int = 8, scores: Tensor | None = None
+    samples: "Samples",
+    classes: Sequence[str],
+    count: int = 8,
+    scores: Tensor | None = None,
+    *,
+    name: str = "summed variance",
+    settings: Mapping[str, Any] | None = None,
+    own_scale: bool = False,
 ) -> "Figure":
     """The images with the highest and the lowest score, with their maps.
 
@@ -156,28 +202,39 @@ def extremes(
         classes: class names.
         count: images of each kind.
         scores: ``(B,)`` uncertainty of each image; its summed variance when left out.
+        name: of the score.
+        settings: of the run, for the caption.
+        own_scale: whether each map has a colour scale of its own; one for all groups otherwise.
     """
     values = (samples.variance.flatten(1).sum(1) if scores is None else scores).double().cpu()
     finite = np.flatnonzero(values.isfinite().numpy())
     order = finite[np.argsort(values.numpy()[finite], kind="stable")] if finite.size else [0]
     count = max(1, min(count, len(order) // 2))
-    size = cell_size(samples.images, 112)[0]
+    size = cell_size(samples.images, 96)[0]
 
     def label(index: int) -> str:
-        name = "" if samples.labels is None else class_name(samples.labels[index], classes)
-        return f"{fit(name, size)}\n{values[index]:.3g}".strip()
+        known = "" if samples.labels is None else class_name(samples.labels[index], classes)
+        return f"{fit(known, size)}\n{three_digits(float(values[index]))}".strip()
 
-    kind = "summed variance" if scores is None else "score"
     caption = (
-        f"{map_conditions(samples)}; number: the image's {kind}. Maps: standard deviation in "
-        f"units of the image range {image_range(samples)}; each group has its own colour scale."
+        f"Number: the image's {name}. {_how_maps_read(samples, own_scale)} "
+        f"Conditions: {map_conditions(samples, settings)}."
     )
-    blocks = [("Highest", np.array(order[::-1][:count])), ("Lowest", np.array(order[:count]))]
-    return _pairs(samples, blocks, label, "Most and least uncertain samples", caption)
+    blocks = [
+        (f"Most uncertain: highest {name} of {len(values)} images", np.array(order[::-1][:count])),
+        (f"Least uncertain: lowest {name}", np.array(order[:count])),
+    ]
+    title = "Most and least uncertain samples"
+    return _pairs(samples, blocks, label, title, caption, own_scale)
 
 
 @style()
-def over_time(samples: "Samples", classes: Sequence[str], count: int = 4) -> "Figure":
+def over_time(
+    samples: "Samples",
+    classes: Sequence[str],
+    count: int = 4,
+    settings: Mapping[str, Any] | None = None,
+) -> "Figure":
     """Images and their maps while the solver runs, two rows per image, one column per time.
 
     Each column of maps has a colour scale of its own, written under it: a scale for all would
@@ -187,18 +244,18 @@ def over_time(samples: "Samples", classes: Sequence[str], count: int = 4) -> "Fi
     columns = np.unique(np.linspace(0, frames - 1, min(frames, 10)).round().astype(int))
     count = min(count, samples.frames.shape[1])
     maps = standard_deviation(samples.frame_variance[columns, :count])
-    size, left = cell_size(samples.images, 96), 120
+    size, left = cell_size(samples.images, 80), 104
     tall = 2 * (size[1] + GAP) + 10
     caption = (
-        f"{map_conditions(samples)}. Each image above its map (standard deviation in units of the "
-        f"image range {image_range(samples)}). Each column of maps has its own colour scale, "
-        "from 0 to the value under the column."
+        "Each image above its map (standard deviation in units of the image range "
+        f"{image_range(samples)}). Each column of maps has its own colour scale, from 0 to the "
+        f"value under the column. Conditions: {map_conditions(samples, settings)}."
     )
     width, height = left + len(columns) * (size[0] + GAP) + 10, 26 + count * tall + 20
     figure, axes = sheet(width, height, "Samples and uncertainty over time", caption)
     for column, frame in enumerate(columns):
-        x, top = left + column * (size[0] + GAP), _ceiling(maps[column])
-        place: dict[str, Any] = {"ha": "center", "size": 8}
+        x, top = left + column * (size[0] + GAP), ceiling(maps[column])
+        place: dict[str, Any] = {"ha": "center", "size": 9}
         axes.text(x + size[0] / 2, 20, f"t = {float(samples.frame_times[frame]):.3g}", **place)
         axes.text(x + size[0] / 2, height - 10, f"{top:.2g}", **place)
         for row in range(count):
@@ -209,8 +266,6 @@ def over_time(samples: "Samples", classes: Sequence[str], count: int = 4) -> "Fi
     for row in range(count):
         labels = samples.labels
         name = f"sample {row}" if labels is None else class_name(labels[row], classes)
-        axes.text(
-            left - 10, 26 + row * tall + size[1] / 2, fit(name, 104), ha="right", va="center"
-        )
-    axes.text(left - 10, height - 10, "scale up to", ha="right", size=8)
+        axes.text(left - 10, 26 + row * tall + size[1] / 2, fit(name, 88), ha="right", va="center")
+    axes.text(left - 10, height - 10, "scale up to", ha="right", size=9)
     return figure

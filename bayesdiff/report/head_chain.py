@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.head_chain import ChainTest, sds
-from bayesdiff.report.layout import chart, style
+from bayesdiff.report.layout import chart
+from bayesdiff.report.style import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

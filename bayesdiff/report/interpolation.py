@@ -14,8 +14,8 @@ from bayesdiff.report.layout import (
     put,
     sheet,
     standard_deviation,
-    style,
 )
+from bayesdiff.report.style import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,15 +1,13 @@
-"""The look of every figure: one style, a header with the conditions, sheets in whole pixels."""
+"""How every figure is laid out: a caption with the conditions, sheets in whole pixels."""
 
 import textwrap
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from bayesdiff.disk import write_atomic
+from bayesdiff.report.style import CAPTION, DPI
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,82 +15,41 @@ if TYPE_CHECKING:
 
     from bayesdiff.uncertainty.samples import Samples
 
-# A power of two: pixels / DPI * DPI is exact, so no image loses a row to rounding.
-DPI = 128
 GAP = 4
-NARROWEST = 640
+NARROWEST = 560
 # Classes with a row, a line or a box of their own; more cannot be told apart.
 MOST_CLASSES = 20
 
 
-LOOK: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.labelsize": 9,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 9,
-    "font.size": 9,
-    "grid.color": "0.9",
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-}
-
-
-@contextmanager
-def style() -> Generator[None]:
-    """One look for all figures; works as a decorator too."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        # A user's matplotlibrc must not change a report.
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(LOOK)
-        yield
-
-
-@style()
-def save(figure: "Figure", path: str | Path) -> Path:
-    """Write ``figure`` as PNG; the same figure gives the same bytes."""
-    path = Path(path)
-    options: dict[str, Any] = {"dpi": DPI, "format": "png", "metadata": {"Software": None}}
-    write_atomic(path, lambda file: figure.savefig(file, **options))
-    return path
-
-
 def frame(width: int, height: int, title: str, caption: str) -> tuple["Figure", float]:
-    """A figure with a title and a wrapped caption.
+    """A figure with a wrapped caption below; its title is kept, and not drawn.
 
     Args:
         width: pixels; made wider when below ``NARROWEST``.
-        height: pixels of the body below the header.
-        title: what is seen, a few words.
+        height: pixels of the body above the caption.
+        title: what is seen, a few words: for a page's or a paper's own heading.
         caption: how it was made and how to read it.
 
     Returns:
-        The figure and the body's share of its height.
+        The figure and the caption's share of its height.
     """
     from matplotlib.figure import Figure
 
     width = max(width, NARROWEST)
-    titles, captions = textwrap.wrap(title, width // 11), textwrap.wrap(caption, width // 8)
-    header = 18 + 24 * len(titles) + 18 * len(captions)
-    total = height + header
+    lines = textwrap.wrap(caption, int((width - 24) / 7.7), break_on_hyphens=False)
+    footer = 14 + 17 * len(lines) if lines else 0
+    total = height + footer
     figure = Figure((width / DPI, total / DPI), dpi=DPI)
-    left, top = 10 / width, 1 - 8 / total
-    figure.text(left, top, "\n".join(titles), size=11, weight="bold", va="top")
-    top -= (4 + 24 * len(titles)) / total
-    figure.text(left, top, "\n".join(captions), size=8, color="0.35", va="top")
-    return figure, height / total
+    figure.set_label(title)
+    place: dict[str, Any] = {"size": 8, "color": "0.35", "va": "top", "linespacing": 1.25}
+    figure.text(12 / width, (footer - 6) / total, "\n".join(lines), gid=CAPTION, **place)
+    return figure, footer / total
 
 
 def sheet(width: int, height: int, title: str, caption: str) -> tuple["Figure", "Axes"]:
-    """A figure for images; its one axes counts pixels from the top left below the header."""
-    figure, share = frame(width, height, title, caption)
-    axes = figure.add_axes((0, 0, 1, share))
+    """A figure for images; its one axes counts pixels from the top left."""
+    figure, foot = frame(width, height, title, caption)
+    axes = figure.add_axes((0, foot, 1, 1 - foot))
     axes.axis("off")
     axes.set(xlim=(0, max(width, NARROWEST)), ylim=(height, 0), autoscale_on=False)
     return figure, axes
@@ -107,9 +64,10 @@ def chart(
     columns: int = 1,
     **options: Any,
 ) -> tuple["Figure", np.ndarray]:
-    """A figure for curves with a grid of axes, ``(rows, columns)``, below the header."""
-    figure, share = frame(width, height, title, caption)
-    figure.set_layout_engine("constrained", rect=(0, 0, 1, share), w_pad=0.08, h_pad=0.06)
+    """A figure for curves with a grid of axes, ``(rows, columns)``, above the caption."""
+    figure, foot = frame(width, height, title, caption)
+    body = (0, foot, 1, 1 - foot)
+    figure.set_layout_engine("constrained", rect=body, w_pad=0.08, h_pad=0.06)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -131,9 +89,19 @@ def cell_size(images: Tensor, target: int) -> tuple[int, int]:
 def put(
     axes: "Axes", pixels: np.ndarray, x: int, y: int, size: tuple[int, int], **show: Any
 ) -> Any:
-    """Draw ``pixels`` with their top left corner at ``(x, y)`` and return the drawn image."""
+    """Draw ``pixels`` with their top left corner at ``(x, y)`` and return the drawn image.
+
+    A thin grey line around them, one pixel wide and covering none, parts white from the page.
+    """
+    from matplotlib.patches import Rectangle
+
+    line: dict[str, Any] = {"edgecolor": "0.7", "linewidth": 72 / DPI, "zorder": 3}
+    exact: dict[str, Any] = {"antialiased": False, "snap": False}
+    around = Rectangle((x - 0.5, y - 0.5), size[0] + 1, size[1] + 1, fill=False, **line, **exact)
+    axes.add_patch(around)
     extent = (x, x + size[0], y + size[1], y)
-    return axes.imshow(pixels, extent=extent, aspect="auto", interpolation="nearest", **show)
+    # "none": nearest pixels on a screen, the image's own pixels in a vector file.
+    return axes.imshow(pixels, extent=extent, aspect="auto", interpolation="none", **show)
 
 
 def class_name(label: Tensor | int, classes: Sequence[str]) -> str:
@@ -172,14 +140,44 @@ def image_range(samples: "Samples") -> str:
     return {"model": "[-1, 1]", "unit": "[0, 1]"}[samples.units]
 
 
-def conditions(samples: "Samples") -> str:
-    """What made the samples and their maps: estimator, NFE and N."""
-    return f"estimator {samples.estimator}, NFE {samples.nfe}, N {len(samples.images)}"
+def conditions_of(settings: Mapping[str, Any]) -> str:
+    """Data, model, sampler and posterior of a run in words, as far as ``settings`` has them."""
+    if not settings:
+        return ""
+    prediction = f" ({settings['prediction']})" if "prediction" in settings else ""
+    model = f"{settings['model']}{prediction}" if "model" in settings else None
+    named = {"data": None, "model": None, "solver.name": None, "seed": "seed"}
+    steps = f", {settings['solver.num_steps']} steps" if "solver.num_steps" in settings else ""
+    given = {**settings, "model": model}
+    if "solver.name" in settings:
+        given["solver.name"] = f"{settings['solver.name']}{steps}"
+    parts = [
+        f"{word} {given[name]}" if word else str(given[name])
+        for name, word in named.items()
+        if given.get(name) is not None
+    ]
+    if "structure" in settings:
+        parts.append(f"posterior {settings['structure']}")
+    for name in ("sigma_noise", "prior_precision"):
+        if name in settings:
+            parts.append(f"{name} {settings[name]:.4g}")
+    return ", ".join(part.replace(" ", "\u00a0") for part in parts)
 
 
-def map_conditions(samples: "Samples") -> str:
+def conditions(samples: "Samples", settings: Mapping[str, Any] | None = None) -> str:
+    """What made the samples and their maps.
+
+    Args:
+        samples: say the estimator, NFE and N.
+        settings: of the run, as ``pipeline.settings`` names them.
+    """
+    own = f"estimator {samples.estimator}, NFE\u00a0{samples.nfe}, N\u00a0{len(samples.images)}"
+    return "; ".join(part for part in (conditions_of(settings or {}), own) if part)
+
+
+def map_conditions(samples: "Samples", settings: Mapping[str, Any] | None = None) -> str:
     """The conditions and whatever is wrong with the variances."""
-    text = conditions(samples)
+    text = conditions(samples, settings)
     negative = (samples.variance < 0).double().mean().item()
     if negative:
         text += f"; {100 * negative:.2g} % of all variances are negative and count as 0 in a map"

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.report import table
-from bayesdiff.report.sweep_charts import SEED, finite, text_of
+from bayesdiff.report.sweep_series import SEED, finite, text_of
 
 Row = Mapping[str, Any]
 
@@ -22,6 +22,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; marg
   max-width: 1280px; padding: 0 1.5rem; }
 h1 { font-size: 1.45rem; font-weight: 600; margin: 0 0 .8rem; }
 h2 { font-size: 1.1rem; font-weight: 600; margin: 2.4rem 0 .7rem; }
+h3 { font-size: 1rem; font-weight: 600; margin: 1.6rem 0 .3rem; }
 p { margin: .5rem 0; } .quiet { color: #666; } a { color: #1a5fb4; }
 pre { background: #f6f6f6; padding: .7rem .9rem; border-radius: 4px; font-size: .85rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -213,7 +214,9 @@ def _link(folder: Path, cell: str, text: str) -> str:
 
 def _picture(name: str, path: Path) -> str:
     pixels = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(name)}" src="data:image/png;base64,{pixels}">'
+    return (
+        f'<h3>{escape(name)}</h3>\n<img alt="{escape(name)}" src="data:image/png;base64,{pixels}">'
+    )
 
 
 def _why_no_pictures(rows: Sequence[Row], failed: Sequence[Row]) -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bayesdiff.report.layout import GAP, cell_size, chart, picture, put, sheet, style
+from bayesdiff.report.layout import GAP, cell_size, chart, picture, put, sheet
+from bayesdiff.report.style import look, style
 from bayesdiff.report.table import cell
 
 if TYPE_CHECKING:
@@ -49,7 +50,11 @@ def _there(value: float | None) -> bool:
 
 
 def every(
-    results: Mapping[str, Any], drawn: Mapping[str, Tensor], ways: Sequence[str], score: str
+    results: Mapping[str, Any],
+    drawn: Mapping[str, Tensor],
+    ways: Sequence[str],
+    score: str,
+    conditions: str = "",
 ) -> Iterator[tuple[str, "Figure"]]:
     """All figures.
 
@@ -58,18 +63,19 @@ def every(
         drawn: images and alternatives.
         ways: by which they were drawn from the middle of their trajectories.
         score: by which the best is chosen.
+        conditions: of the run, for the captions.
 
     Yields:
         Tag and figure.
     """
     rows = [row for row in results["draws"] if row["way"] in ways]
     for number, time in enumerate(dict.fromkeys(row["time"] for row in rows)):
-        yield f"repair/draws_from_{time:.3g}", grid(results, drawn, ways, number, time)
+        yield f"repair/draws_from_{time:.3g}", grid(results, drawn, ways, number, time, conditions)
     if "fresh" in drawn:
         one = {"images": drawn["images"], "draws": drawn["fresh"][:, None, None]}
-        yield "repair/fresh", grid(results, one, ["fresh"], 0, 0.0)
-    yield "repair/quality_over_diversity", quality_over_diversity(results, score)
-    yield "repair/success_and_harm", success_and_harm(results, score)
+        yield "repair/fresh", grid(results, one, ["fresh"], 0, 0.0, conditions)
+    yield "repair/quality_over_diversity", quality_over_diversity(results, score, conditions)
+    yield "repair/success_and_harm", success_and_harm(results, score, conditions)
 
 
 @style()
@@ -79,6 +85,7 @@ def grid(
     ways: Sequence[str],
     number: int,
     time: float,
+    conditions: str = "",
 ) -> "Figure":
     """The first images in order, each with alternatives of every way.
 
@@ -88,6 +95,7 @@ def grid(
         ways: by which they were drawn.
         number: of the time among ``draws``.
         time: where the images were left.
+        conditions: of the run, for the caption.
     """
     images, draws = drawn["images"][:_IMAGES], drawn["draws"][:_IMAGES, number, :, :_EACH]
     size = width, height = cell_size(images, _CELL)
@@ -102,7 +110,7 @@ def grid(
         x += max(block.shape[1] * (width + GAP), 8 * 6) + wide
     caption = (
         f"The first {len(images)} images, none picked, and {draws.shape[2]} alternatives of each "
-        f"by every way, from t = {time:.3g}; {_conditions(results)}."
+        f"by every way, from t = {time:.3g}; {_conditions(results)}. {conditions}"
     )
     title = "Images drawn anew from the middle of their trajectories"
     figure, axes = sheet(x, head + len(images) * (height + GAP) + 8, title, caption)
@@ -120,16 +128,19 @@ def grid(
 
 
 @style()
-def quality_over_diversity(results: Mapping[str, Any], score: str) -> "Figure":
+def quality_over_diversity(
+    results: Mapping[str, Any], score: str, conditions: str = ""
+) -> "Figure":
     """Quality of alternatives, and of the best of them, over their distance; a line per way."""
     found = results["conditions"]
     caption = (
         f"{found['num_images']} images, {found['draws']} alternatives of each; "
         f"{_conditions(results)}. Quality: the judge's probability of the class asked for; "
         f"best: by {score} of another classifier. The larger a dot, the later the images were "
-        "left; bars: 95 % over images; dotted: the images themselves."
+        "left; bars: 95 % over images; dotted: the images themselves. "
+        f"{conditions}"
     )
-    figure, axes = chart(1040, 470, "Quality against diversity", caption, 1, 2, sharey=True)
+    figure, axes = chart(940, 380, "Quality against diversity", caption, 1, 2, sharey=True)
     times = sorted({row["time"] for row in results["draws"]})
     apart = {(row["time"], row["way"]): row["feature_distance"] for row in results["draws"]}
     best = [row for row in results["picks"] if (row["score"], row["among"]) == (score, "draws")]
@@ -143,18 +154,20 @@ def quality_over_diversity(results: Mapping[str, Any], score: str) -> "Figure":
             x = [apart[row["time"], way] for row in own]
             _with_bars(panel, x, own, "quality", way, place)
             sizes = [18 * (1 + times.index(row["time"])) for row in own]
-            panel.scatter(x, [row["quality"] for row in own], sizes, color=f"C{place}")
+            how = look(place)
+            points = {"color": how["color"], "marker": how["marker"], "alpha": 0.85}
+            panel.scatter(x, [row["quality"] for row in own], sizes, **points)
         panel.axhline(results["original"]["quality"], color="0.4", linestyle=":", linewidth=1)
-        panel.set(title=title, xlabel="feature distance between alternatives of one image")
+        panel.set(title=title, xlabel="feature distance between alternatives")
         if all(_there(value) and value > 0 for value in apart.values()):
             panel.set_xscale("log")  # renoising is far from all others
     axes[0, 0].set_ylabel("quality")
-    axes[0, 0].legend()
+    _legend(figure, axes[0, 0])
     return figure
 
 
 @style()
-def success_and_harm(results: Mapping[str, Any], score: str) -> "Figure":
+def success_and_harm(results: Mapping[str, Any], score: str, conditions: str = "") -> "Figure":
     """Images mended and images spoiled by taking the best one, over the times."""
     found = results["conditions"]
     wrong, count = results["original"]["wrong"], found["num_images"]
@@ -162,9 +175,9 @@ def success_and_harm(results: Mapping[str, Any], score: str) -> "Figure":
         f"Best of {found['draws']} alternatives and the image itself by {score}; "
         f"{_conditions(results)}. Success: of the {wrong} images the judge takes for another "
         f"class, those right afterwards; harm: of the other {count - wrong}, those wrong "
-        "afterwards. Bars: 95 % over images."
+        f"afterwards. Bars: 95 % over images. {conditions}"
     )
-    figure, axes = chart(1040, 430, "Images mended and images spoiled", caption, 1, 2)
+    figure, axes = chart(940, 360, "Images mended and images spoiled", caption, 1, 2)
     rows = [row for row in results["picks"] if (row["score"], row["among"]) == (score, "all")]
     for panel, name in zip(axes[0], ("success", "harm"), strict=True):
         for place, way in enumerate(_ways(results)):
@@ -175,8 +188,13 @@ def success_and_harm(results: Mapping[str, Any], score: str) -> "Figure":
         times = [row["time"] for row in rows]
         panel.set(xlim=(min(times) - 0.05, max(times) + 0.05))
         panel.set_ylim(bottom=0)
-    axes[0, 0].legend()
+    _legend(figure, axes[0, 0])
     return figure
+
+
+def _legend(figure: "Figure", panel: "Axes") -> None:
+    """One for all panels, beside them."""
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper")
 
 
 def _with_bars(
@@ -185,9 +203,10 @@ def _with_bars(
 ) -> None:  # fmt: skip
     """A line through the rows' values with bars for their intervals."""
     y = [row[name] for row in rows]
-    panel.plot(x, y, ".-", color=f"C{place}", label=way.replace("_", " "))
+    how = look(place)
+    panel.plot(x, y, label=way.replace("_", " "), **how)
     low, high = ([row[f"{name}_{end}"] for row in rows] for end in ("low", "high"))
-    panel.vlines(x, low, high, color=f"C{place}", linewidth=1, alpha=0.6)
+    panel.vlines(x, low, high, color=how["color"], linewidth=1, alpha=0.6)
 
 
 def _ways(results: Mapping[str, Any]) -> list[str]:

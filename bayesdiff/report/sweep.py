@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayesdiff.artefacts import write_text
+from bayesdiff.artefacts import read_json, write_text
 from bayesdiff.report import table
+from bayesdiff.report.style import CAPTIONS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,40 +69,77 @@ def draw(
 ) -> dict[str, Path]:  # fmt: skip
     """Save every figure of the sweep; names for a reader, and files."""
     from bayesdiff.report import figures
-    from bayesdiff.report.sweep_charts import axis_keys, sweep_figure
+    from bayesdiff.report.sweep_charts import sweep_figure
+    from bayesdiff.report.sweep_series import axis_keys
 
-    for earlier in (folder / "figures").glob("*.png"):
-        earlier.unlink()
+    for earlier in (folder / "figures").glob("*"):
+        if earlier.suffix in (".png", ".pdf") or earlier.name == CAPTIONS_FILE:
+            earlier.unlink()
     done = [row for row in flat if row["status"] == "done"]
     varied = [key for key in axis_keys(keys) if len({str(row[key]) for row in done}) > 1]
-    pictures: dict[str, Path] = {}
+    made_from = ", ".join(f"{name} {text}" for name, text in conditions_of(rows).items())
+    pdf = not any("report.pdf=false" in row["overrides"] for row in rows)
+    made: list[tuple[str, Path, Figure]] = []
     if varied and metrics:
-        figures.save(sweep_figure(flat, keys, metrics), folder / "sweep.png")
+        whole = sweep_figure(flat, keys, metrics, None, made_from)
+        figures.save(whole, folder / "sweep.png", pdf=pdf)
     for place, key in enumerate(varied[:_MOST_KEYS] if metrics else []):
-        name = "".join(letter if letter.isalnum() else "_" for letter in key)[:60]
-        path = folder / "figures" / f"{place}_{name}.png"
-        pictures[f"Metrics over {key}"] = figures.save(
-            sweep_figure(flat, keys, metrics, key), path
-        )
+        figure = sweep_figure(flat, keys, metrics, key, made_from)
+        made.append((f"Metrics over {key}", Path(f"{place}_{_file_name(key)}.png"), figure))
     tiles = _tiles(rows, keys)
     if tiles is not None:
-        path = folder / "figures" / "maps.png"
-        pictures["Maps on the same noise"] = figures.save(tiles, path)
-    return pictures
+        made.append(("Maps on the same noise", Path("maps.png"), tiles))
+    for score, figure in _sorted(rows, keys, made_from).items():
+        name = Path(f"sorted_{_file_name(score)}.png")
+        made.append((f"Images sorted by {score}", name, figure))
+    return {
+        heading: figures.save(figure, folder / "figures" / name, pdf=pdf)
+        for heading, name, figure in made
+    }
+
+
+def _file_name(key: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in key)[:60]
+
+
+def _cell_name(row: Row, keys: Sequence[str]) -> str:
+    """The swept values of a cell."""
+    from bayesdiff.report.sweep_series import short_names, text_of
+
+    values = flatten(row, keys)
+    said = zip(short_names(keys), (text_of(values[key]) for key in keys), strict=True)
+    return ", ".join(f"{key} {value}" for key, value in said)
+
+
+def _sorted(rows: Sequence[Row], keys: Sequence[str], conditions: str) -> "dict[str, Figure]":
+    """For each score that cells sort their images by: these images, a block for each cell."""
+    from bayesdiff.report.sorted_sheet import MOST_BLOCKS, Block, sorted_images
+
+    done = [row for row in rows if row["status"] == "done" and row.get("samples")]
+    blocks: dict[str, list[Block]] = {}
+    for row in done[:MOST_BLOCKS]:
+        known = read_json(Path(row["folder"]) / "image-scores.json") or {}
+        for score, values in known.items():
+            block = Block.read(row["samples"], _cell_name(row, keys), values)
+            blocks.setdefault(score, []).extend([block] if block else [])
+    more = len(done) - MOST_BLOCKS
+    conditions += f"; {more} more cells are not shown" if more > 0 else ""
+    return {
+        score: sorted_images(each, f"Sorted by {score}; {conditions}")
+        for score, each in blocks.items()
+        if each
+    }
 
 
 def _tiles(rows: Sequence[Row], keys: Sequence[str]) -> "Figure | None":
     """Maps of the first cells, None where no cell has any."""
-    from bayesdiff.report.sweep_charts import short_names, text_of
     from bayesdiff.report.sweep_maps import MOST_CELLS, CellMaps, map_tiles
 
     done = [row for row in rows if row["status"] == "done" and row.get("samples")]
     cells = []
     for row in done[:MOST_CELLS]:
-        values = flatten(row, keys)
-        said = zip(short_names(keys), (text_of(values[key]) for key in keys), strict=True)
-        name = ", ".join(f"{key} {value}" for key, value in said)
-        name = "\n".join(textwrap.wrap(name, 30, max_lines=3, placeholder=" …"))
+        name = _cell_name(row, keys)
+        name = "\n".join(textwrap.wrap(name, 34, max_lines=4, placeholder=" …"))
         cells.append(CellMaps.read(row["samples"], name))
     found = [cell for cell in cells if cell is not None]
     if not found:

@@ -1,28 +1,35 @@
-"""Each metric over each swept key, with intervals where seeds are swept."""
+"""Each metric over each swept key, with intervals over seeds, or a cell's own."""
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.report.charts import log_ticks, spans_decades
-from bayesdiff.report.layout import chart, fit, style
+from bayesdiff.report.layout import chart, fit
+from bayesdiff.report.style import look, style
+from bayesdiff.report.sweep_series import (
+    SEED,
+    Row,
+    Values,
+    axis_keys,
+    depends,
+    distinct,
+    finite,
+    series,
+    short_names,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]
-Values = tuple[Any, ...]
-
-SEED = "seed"
-# Lines that can be told apart.
-MOST_LINES = 10
 _COLUMNS = 3
-_WIDTH = 330  # of a panel, pixels
+_WIDTH = 300  # of a panel, pixels
+_MARGIN = 0.05  # of an axis to either side of its values' middle, as a share of it
 _LABEL = 150  # of a category's name at most, pixels
 
 
@@ -32,8 +39,9 @@ def sweep_figure(
     swept_keys: Sequence[str],
     metrics: Sequence[str],
     over: str | None = None,
+    conditions: str = "",
 ) -> "Figure":
-    """One small panel for each metric over each swept key.
+    """One small panel for each metric over each swept key that it can depend on.
 
     Cells that differ in ``seed`` alone are one point: their mean, with Student's t interval. Each
     combination of the remaining keys has a line; where these are too many, the line is the mean.
@@ -43,34 +51,72 @@ def sweep_figure(
         swept_keys: keys of ``rows`` with the swept values.
         metrics: keys of ``rows`` to draw.
         over: the only key on the axes; None for every one in turn.
+        conditions: of all cells, for the caption.
     """
     done = [row for row in rows if any(finite(row.get(metric)) for metric in metrics)]
     keys = axis_keys(swept_keys) if over is None else [over]
-    tall = math.ceil(len(metrics) / _COLUMNS)
-    wide = min(len(metrics), _COLUMNS)
-    caption = f"{len(done)} of {len(rows)} cells have a result. {_reading(done, swept_keys, keys)}"
-    size = 40 + _WIDTH * wide + 210 * (len(swept_keys) > 1), 250 * tall * len(keys)
-    title = "Sweep over " + ", ".join(keys)
-    figure, panels = chart(*size, title, caption, tall * len(keys), wide)
-    for place, key in enumerate(keys):
-        block = panels[place * tall : (place + 1) * tall].ravel()
+    shown = {key: [m for m in metrics if depends(done, swept_keys, key, m)] for key in keys}
+    # Where nothing depends on anything, that is what there is to see.
+    shown = {k: m for k, m in shown.items() if m} or {keys[0]: list(metrics)}
+    keys = list(shown)
+    wide = min(max(map(len, shown.values())), _COLUMNS)
+    talls = {key: math.ceil(len(names) / wide) for key, names in shown.items()}
+    caption = " ".join(
+        [
+            f"{len(done)} of {len(rows)} cells have a result.",
+            _reading(done, swept_keys, keys),
+            _left_out(done, shown, metrics),
+            f"Conditions: {conditions}." if conditions else "",
+        ]
+    )
+    tall = sum(talls.values())
+    size = 40 + _WIDTH * wide + 210 * (len(swept_keys) > 1), 20 + 250 * tall
+    figure, panels = chart(*size, "Sweep over " + ", ".join(keys), caption, tall, wide)
+    first = 0
+    for key in keys:
+        block = panels[first : first + talls[key]].ravel()
+        first += talls[key]
         names, groups = series(done, swept_keys, key)
-        for axes, metric in zip(block, metrics, strict=False):
+        for axes, metric in zip(block, shown[key], strict=False):
             _panel(axes, groups, key, metric, _places(done, key))
             axes.set_title(metric.replace("$", r"\$"))
-        for axes in block[len(metrics) :]:
+        for axes in block[len(shown[key]) :]:
             axes.axis("off")
         if len(groups) > 1:
-            look = {"title_fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1.02, 1)}
-            block[wide - 1].legend(title=",\n".join(short_names(names)), **look)
+            beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, 1)}
+            title = ",\n".join(short_names(names))
+            block[wide - 1].legend(
+                *block[0].get_legend_handles_labels(), title=title, title_fontsize=9, **beside
+            )
     return figure
+
+
+def _left_out(
+    rows: Sequence[Row], shown: Mapping[str, Sequence[str]], metrics: Sequence[str]
+) -> str:
+    """Which panels are not there, and the value that they would show."""
+    parts = []
+    for key, names in shown.items():
+        gone = [metric for metric in metrics if metric not in names]
+        values = {
+            metric: {f"{row[metric]:.4g}" for row in rows if finite(row.get(metric))}
+            for metric in gone
+        }
+        said = [
+            metric + (f" (always {next(iter(each))})" if len(each) == 1 else "")
+            for metric, each in values.items()
+            if each
+        ]
+        if said:
+            parts.append(f"Not drawn, since they do not depend on {key}: {', '.join(said)}.")
+    return " ".join(parts)
 
 
 def _reading(rows: Sequence[Row], swept_keys: Sequence[str], keys: Sequence[str]) -> str:
     """How lines, points and bars are to be read."""
-    text = "Each point is a cell."
+    text = "Each point is a cell; bars are its own 95 % interval where it has one."
     if SEED in swept_keys and SEED not in keys:
-        seeds = len(_distinct(rows, SEED))
+        seeds = len(distinct(rows, SEED))
         text = f"Faint points are cells, bars Student's t 95 % intervals over {seeds} seeds."
     if any(not names and len(swept_keys) > 1 + (SEED in swept_keys) for names in
            (series(rows, swept_keys, key)[0] for key in keys if key != SEED)):  # fmt: skip
@@ -78,64 +124,9 @@ def _reading(rows: Sequence[Row], swept_keys: Sequence[str], keys: Sequence[str]
     return text
 
 
-def axis_keys(swept_keys: Sequence[str]) -> list[str]:
-    """Keys that get an axis: seeds do where nothing else was swept."""
-    return [key for key in swept_keys if key != SEED] or list(swept_keys)
-
-
-def short_names(keys: Sequence[str]) -> list[str]:
-    """Last parts of dotted keys, whole keys where these would be the same."""
-    ends = [key.rpartition(".")[2] for key in keys]
-    return [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
-
-
-def series(
-    rows: Sequence[Row], swept_keys: Sequence[str], key: str
-) -> tuple[list[str], dict[Values, list[Row]]]:
-    """The other keys but seeds, and the cells of each of their combinations that is there.
-
-    No keys and one group with all cells where these are too many to tell apart.
-    """
-    others = [name for name in swept_keys if name not in (key, SEED)]
-    known = [_distinct(rows, name) for name in others]
-    groups = {
-        values: [row for row in rows if tuple(row.get(name) for name in others) == values]
-        for values in product(*known)
-    }
-    groups = {values: cells for values, cells in groups.items() if cells}
-    return (others, groups) if len(groups) <= MOST_LINES else ([], {(): list(rows)})
-
-
-def number(value: Any) -> float | None:
-    """Number a swept value or a metric stands for; None where it is none (a flag, a name)."""
-    try:
-        return None if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def finite(value: Any) -> bool:
-    """Whether ``value`` is a finite number."""
-    found = number(value)
-    return found is not None and math.isfinite(found)
-
-
-def text_of(value: Any) -> str:
-    """A swept value as a label: ``10.0`` and ``10`` are the same value."""
-    found = number(value)
-    return str(value) if found is None else f"{found:g}".replace("e+0", "e").replace("e-0", "e-")
-
-
-def _distinct(rows: Sequence[Row], key: str) -> list[Any]:
-    """Values of ``key``: numbers in order, else as they come."""
-    values = list(dict.fromkeys(row[key] for row in rows if key in row))
-    numeric = all(finite(value) for value in values)
-    return sorted(values, key=float) if numeric else values
-
-
 def _places(rows: Sequence[Row], key: str) -> dict[Any, float]:
     """Where each value lies on the axis: numbers where they are, categories side by side."""
-    values = _distinct(rows, key)
+    values = distinct(rows, key)
     numeric = all(finite(value) for value in values)
     return {value: float(value) if numeric else float(i) for i, value in enumerate(values)}
 
@@ -158,10 +149,10 @@ def _panel(
         for row in sorted(rows, key=lambda row: places[row[key]]):
             points.setdefault(places[row[key]] + shift, []).append(row)
         # Thick under thin: lines that coincide are all seen.
-        width = 1 + 2.5 * (len(groups) - 1 - number_of) / max(len(groups) - 1, 1)
+        width = 1 + 2 * (len(groups) - 1 - number_of) / max(len(groups) - 1, 1)
         label = ", ".join(fit(text_of(value), 180) for value in values)
-        _line(axes, points, key, metric, f"C{number_of % 10}", width, label, numeric)
-        shown += [float(row[metric]) for row in rows]
+        how = look(number_of) | {"linewidth": width, "markersize": 4 + width, "label": label}
+        shown += _line(axes, points, key, metric, how if numeric else how | {"linestyle": "none"})
     _x_axis(axes, places, numeric)
     _y_axis(axes, np.array(shown))
     if not shown:
@@ -173,27 +164,37 @@ def _line(
     points: Mapping[float, Sequence[Row]],
     key: str,
     metric: str,
-    colour: str,
-    width: float,
-    label: str,
-    numeric: bool,
-) -> None:
+    how: Mapping[str, Any],
+) -> list[float]:
+    """Means, cells and bars of one group; returns every value that the axis must hold."""
     spots = list(points)
     values = [[float(row[metric]) for row in points[x]] for x in spots]
     means = [float(np.mean(each)) for each in values]
-    style = {"linewidth": width, "markersize": 3 + width} if numeric else {"linestyle": "none"}
-    axes.plot(spots, means, marker="o" if numeric else "s", color=colour, label=label, **style)
+    axes.plot(spots, means, **how)
     flat = [(x, y) for x, each in zip(spots, values, strict=True) if len(each) > 1 for y in each]
     if flat:
-        look: dict[str, Any] = {"color": colour, "alpha": 0.35, "markersize": 3}
-        axes.plot(*zip(*flat, strict=True), "o", **look)
-    seeds = [len({row.get(SEED) for row in points[x]}) == len(points[x]) > 1 for x in spots]
-    if key != SEED and any(seeds):
-        ends = [
-            mean_interval(each) if s else (0.0,) * 3 for each, s in zip(values, seeds, strict=True)
-        ]
-        bars = np.array([(mean - low, high - mean) for mean, low, high in ends]).T
-        axes.errorbar(spots, means, bars, fmt="none", ecolor=colour, elinewidth=1, capsize=3)
+        faint: dict[str, Any] = {"color": how["color"], "alpha": 0.35, "markersize": 3}
+        axes.plot(*zip(*flat, strict=True), "o", **faint)
+    ends = [_interval(points[x], mean, key, metric) for x, mean in zip(spots, means, strict=True)]
+    known = [end for end in ends if end is not None]
+    if known:
+        bars = np.array([(m - e[0], e[1] - m) if e else (0, 0) for m, e in
+                         zip(means, ends, strict=True)]).T  # fmt: skip
+        look_of: dict[str, Any] = {"ecolor": how["color"], "elinewidth": 1, "capsize": 3}
+        axes.errorbar(spots, means, bars.clip(min=0), fmt="none", **look_of)
+    return [*means, *(y for _, y in flat), *(value for end in known for value in end)]
+
+
+def _interval(
+    rows: Sequence[Row], mean: float, key: str, metric: str
+) -> tuple[float, float] | None:
+    """Over seeds where several cells differ in nothing else, a single cell's own, or none."""
+    if len(rows) > 1:
+        if key == SEED or len({row.get(SEED) for row in rows}) < len(rows):
+            return None
+        return mean_interval([float(row[metric]) for row in rows])[1:]
+    low, high = (rows[0].get(f"{metric}{end}") for end in ("_low", "_high"))
+    return (float(low), float(high)) if finite(low) and finite(high) else None  # type: ignore
 
 
 def _x_axis(axes: "Axes", places: Mapping[Any, float], numeric: bool) -> None:
@@ -226,9 +227,18 @@ def _x_axis(axes: "Axes", places: Mapping[Any, float], numeric: bool) -> None:
 
 
 def _y_axis(axes: "Axes", values: np.ndarray) -> None:
+    """Logarithmic over decades; else never less than 5 % of the value to either side.
+
+    A closer look would make a trend of what is noise.
+    """
     if spans_decades(values):
         axes.set_yscale("log")
         log_ticks(axes.yaxis, values)
-    else:
-        # 288.9996 as it is, not as 0.0006 above 2.889990e2.
-        axes.ticklabel_format(axis="y", useOffset=False)
+        return
+    # 288.9996 as it is, not as 0.0006 above 2.889990e2.
+    axes.ticklabel_format(axis="y", useOffset=False)
+    if len(values):
+        low, high = float(values.min()), float(values.max())
+        middle, half = (low + high) / 2, (high - low) / 2
+        half = max(1.12 * half, _MARGIN * abs(middle)) or 1.0
+        axes.set_ylim(middle - half, middle + half)

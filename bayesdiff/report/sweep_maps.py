@@ -13,13 +13,12 @@ from bayesdiff.artefacts import BROKEN_NPZ
 from bayesdiff.report.layout import (
     GAP,
     cell_size,
-    fit,
     picture,
     put,
     sheet,
     standard_deviation,
-    style,
 )
+from bayesdiff.report.style import MAP_COLOURS, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,8 +26,9 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 24
 _IMAGES = 8
-_LEFT, _RIGHT = 250, 150
-_COLOURS = "magma"
+_LEFT, _RIGHT = 270, 180
+# So many times brighter than all others, or darker.
+_OUTLIER = 30
 # Images of two cells are the same if no pixel of a screen differs by more than one level.
 _LEVEL = 2 / 255
 
@@ -83,19 +83,31 @@ def by_images(cells: Sequence[CellMaps]) -> list[list[CellMaps]]:
 def scale_of(cells: Sequence[CellMaps]) -> tuple[float, float, bool]:
     """Ends of the shared colour scale, and whether it is logarithmic.
 
-    A linear scale from 0 shows all maps as long as the palest is within a factor 3 of the
-    brightest.
+    A few cells, a quarter at most, that are ``_OUTLIER`` times brighter or darker than all others
+    do not count: they lie beyond the scale, and the others keep their contrast. A linear scale
+    from 0 shows all maps as long as the palest is within a factor 3 of the brightest.
     """
     values = [cell.maps[np.isfinite(cell.maps)] for cell in cells]
     tops = [float(np.quantile(each, 0.999)) for each in values if each.size and each.max() > 0]
     if not tops:
         return 0.0, 1.0, False
+    tops.sort()
+    for _ in range(len(tops) // 4):
+        tops = tops[:-1] if tops[-1] > _OUTLIER * tops[-2] else tops
+        tops = tops[1:] if tops[1] > _OUTLIER * tops[0] else tops
     if max(tops) <= 3 * min(tops):
         return 0.0, max(tops), False
     positive = np.concatenate([each[each > 0] for each in values])
     # Of a map a factor 20 is seen; below that is mostly the noise of the estimate.
     palest = max(min(tops) / 20, 1e-4 * max(tops))
-    return float(max(np.quantile(positive, 0.02), palest)), max(tops), True
+    low = float(max(np.quantile(positive, 0.02), palest))
+    return low, max(tops), True
+
+
+def beyond(cells: Sequence[CellMaps], low: float, high: float) -> int:
+    """Cells with half of their pixels off the scale."""
+    middles = [float(np.nanmedian(c.maps)) for c in cells if np.isfinite(c.maps).any()]
+    return sum(middle > high or 0 < middle < low for middle in middles)
 
 
 @style()
@@ -110,13 +122,15 @@ def map_tiles(cells: Sequence[CellMaps], more: int, conditions: str) -> "Figure"
     low, high, log = scale_of(cells)
     scale = f"one {'logarithmic' if log else 'linear'} colour scale"
     caption = (
-        f"{conditions}. Standard deviations of the first images, in units of the image range "
+        "Standard deviations of the first images, in units of the image range "
         f"[-1, 1], {scale} for all cells; cells of one seed, model and solver share their images, "
-        "shown above their maps. Right: mean standard deviation."
+        f"shown above their maps. Conditions: {conditions}."
     )
+    off = beyond(cells, low, high)
+    caption += f" {off} cells are mostly off the scale, see their mean." if off else ""
     caption += f" {more} more cells are not shown; each has its own figures." if more else ""
     groups = by_images(cells)
-    sizes = [cell_size(group[0].images, 64) for group in groups]
+    sizes = [cell_size(group[0].images, 60) for group in groups]
     heights = [
         (len(group) + 1) * (size[1] + GAP) + 14 for group, size in zip(groups, sizes, strict=True)
     ]
@@ -127,8 +141,11 @@ def map_tiles(cells: Sequence[CellMaps], more: int, conditions: str) -> "Figure"
     for group, size, height in zip(groups, sizes, heights, strict=True):
         drawn = _group(axes, group, size, y, (low, high, log), _LEFT + across + 6)
         y += height
-    bar = axes.inset_axes((_LEFT + across + 70, 4, 14, 140), transform=axes.transData)
-    figure.colorbar(drawn, cax=bar, extend="max").ax.tick_params(labelsize=8)
+    axes.text(_LEFT + across + 6, 16, "mean sd", va="center", size=8)
+    tall = min(max(sum(heights), 160) - 44, 300)
+    bar = axes.inset_axes((_LEFT + across + 76, 30, 14, tall), transform=axes.transData)
+    ends = "both" if log else "max"
+    figure.colorbar(drawn, cax=bar, extend=ends).set_label("standard deviation")
     return figure
 
 
@@ -151,13 +168,13 @@ def _group(
     for row, cell in enumerate(group, start=1):
         top = y + row * (size[1] + GAP)
         place: dict[str, Any] = {"va": "center", "size": 8}
-        lines = [fit(part, _LEFT - 30).replace("$", r"\$") for part in cell.name.split("\n")]
+        lines = [part.replace("$", r"\$") for part in cell.name.split("\n")]
         axes.text(_LEFT - 10, top + size[1] / 2, "\n".join(lines), ha="right", **place)
         for column, values in enumerate(cell.maps):
             norm = LogNorm(low, high) if log else Normalize(low, high)
-            values = np.maximum(values, low) if log else values
+            values = np.maximum(values, low) if log else values  # 0 has no logarithm
             where = _LEFT + column * (size[0] + GAP), top, size
-            drawn = put(axes, values, *where, cmap=_COLOURS, norm=norm)
+            drawn = put(axes, values, *where, cmap=MAP_COLOURS, norm=norm)
         spread = float(np.nanmean(cell.maps)) if np.isfinite(cell.maps).any() else np.nan
         axes.text(right, top + size[1] / 2, f"{spread:.2g}", **place)
     return drawn

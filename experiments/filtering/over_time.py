@@ -25,7 +25,8 @@ from bayesdiff.metrics.profile import profile
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.pools import ImagePool
 from bayesdiff.report import figures
-from bayesdiff.report.layout import chart, style
+from bayesdiff.report.layout import chart
+from bayesdiff.report.style import style
 from bayesdiff.stages import judge
 from bayesdiff.study import configured
 from bayesdiff.training import fit

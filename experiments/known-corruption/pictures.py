@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.patches import Rectangle
 
-from bayesdiff.report.layout import GAP, cell_size, chart, picture, put, sheet, style
+from bayesdiff.report.layout import GAP, cell_size, chart, picture, put, sheet
+from bayesdiff.report.style import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

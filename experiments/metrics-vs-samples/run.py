@@ -21,7 +21,8 @@ from bayesdiff.metrics.features import extract
 from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.sample_sizes import fid_of_infinity, sample_size_curve
 from bayesdiff.report import figures, table
-from bayesdiff.report.layout import chart, style
+from bayesdiff.report.layout import chart
+from bayesdiff.report.style import style
 from bayesdiff.stages import judge, make_images
 from bayesdiff.training import fit
 

@@ -1,0 +1,115 @@
+"""All images in the order of a score, one block for each score or each cell of a sweep."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesdiff.artefacts import BROKEN_NPZ
+from bayesdiff.report.charts import three_digits
+from bayesdiff.report.layout import GAP, cell_size, fit, picture, put, sheet
+from bayesdiff.report.style import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Images of one block, and of all; of more as many are shown, evenly over the ranks.
+_MOST, _ALL = 200, 480
+MOST_BLOCKS = 12
+_COLUMNS = 10
+_ACROSS = 2  # blocks side by side
+_LEFT = 78  # for the values
+
+
+@dataclass(frozen=True)
+class Block:
+    """Images that are sorted together.
+
+    Attributes:
+        name: heading.
+        images: ``(B, C, H, W)``.
+        scores: ``(B,)``, higher is more doubtful.
+        units: of the images, ``model`` or ``unit``.
+    """
+
+    name: str
+    images: Tensor
+    scores: Tensor
+    units: str = "model"
+
+    @classmethod
+    def read(cls, path: str | Path, name: str, scores: Sequence[float | None]) -> "Block | None":
+        """From a cell's samples; None where there are none that can be read, or not as many."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                images = torch.from_numpy(file["images"])
+                unit = "units" in file.files and bytes(file["units"].tolist()) == b"unit"
+        except BROKEN_NPZ:
+            return None
+        values = torch.tensor([torch.nan if score is None else score for score in scores])
+        units = "unit" if unit else "model"
+        return cls(name, images, values, units) if len(images) == len(values) else None
+
+    def order(self, most: int = _MOST) -> np.ndarray:
+        """Numbers of the images that are shown, the highest score first; NaN comes last."""
+        values = self.scores.detach().cpu().double().numpy()
+        order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
+        places = np.linspace(0, len(order) - 1, min(len(order), most)).round().astype(int)
+        return order[places]
+
+
+@style()
+def sorted_images(blocks: Sequence[Block], conditions: str) -> "Figure":
+    """Blocks of sorted images side by side.
+
+    Args:
+        blocks: at least one.
+        conditions: what made the images, for the caption.
+    """
+    size = cell_size(blocks[0].images, 40)
+    columns = _COLUMNS if len(blocks) > 1 else 2 * _COLUMNS
+    across = min(len(blocks), _ACROSS)
+    most = min(_MOST if len(blocks) > 1 else 2 * _MOST, max(_ALL // len(blocks), columns))
+    count = max(min(len(block.images), most) for block in blocks)
+    rows = -(-count // columns)
+    wide, tall = _LEFT + columns * (size[0] + GAP) + 16, 34 + rows * (size[1] + GAP) + 10
+    whole = max(len(block.images) for block in blocks)
+    shown = "all of them" if whole <= most else f"{most} of them, evenly over the ranks"
+    caption = (
+        f"{whole} images, {shown}, row by row from the most doubtful to the least; left of a "
+        f"row: the score of its first image. Conditions: {conditions}."
+    )
+    down = -(-len(blocks) // across)
+    figure, axes = sheet(across * wide, down * tall, "Images sorted by score", caption)
+    for place, block in enumerate(blocks):
+        y, x = divmod(place, across)
+        _draw(axes, block, size, (x * wide, y * tall), columns, most)
+    return figure
+
+
+def _draw(
+    axes: "Axes",
+    block: Block,
+    size: tuple[int, int],
+    at: tuple[int, int],
+    columns: int,
+    most: int,
+) -> None:
+    """One block with its heading and a value for each row."""
+    left, top = at[0] + _LEFT, at[1] + 34
+    width = columns * (size[0] + GAP)
+    heading: dict[str, Any] = {"weight": "bold", "va": "bottom"}
+    axes.text(left, top - 8, fit(block.name, width).replace("$", r"\$"), **heading)
+    for place, index in enumerate(block.order(most)):
+        row, column = divmod(place, columns)
+        y = top + row * (size[1] + GAP)
+        if column == 0:
+            value = three_digits(float(block.scores[index]))
+            axes.text(left - 8, y + size[1] / 2, value, ha="right", va="center", size=9)
+        x = left + column * (size[0] + GAP)
+        put(axes, picture(block.images[int(index)], block.units), x, y, size)
