@@ -95,8 +95,9 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
             )
     torch.manual_seed(cfg.seed)
     path = instantiate(cfg.path)
-    options = OmegaConf.create(plain(cfg.model))
-    options.optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
+    optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
+    # Below its name, which errors then give in full.
+    options = OmegaConf.create({"model": plain(cfg.model) | {"optimizer": optimizer}}).model
     net = build_network(cfg.net, images, classes)
     model = instantiate(options, net=net, path=path, num_classes=classes, _convert_="all")
     require_module(model, "last-layer Laplace")
@@ -124,7 +125,8 @@ def build_network(options: DictConfig, images: ImageData, classes: int | None) -
             f"net._target_={options._target_} takes no num_classes and would not see the labels; "
             "give model.num_classes=null, or let it take num_classes"
         )
-    net: nn.Module = instantiate(fitting(options, "net", UNet), **given, _convert_="all")
+    fitted = OmegaConf.create({"net": fitting(options, "net", UNet)}).net
+    net: nn.Module = instantiate(fitted, **given, _convert_="all")
     return net
 
 

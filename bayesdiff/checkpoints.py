@@ -163,7 +163,11 @@ def load_weights(model: nn.Module, path: Path) -> str:
     Raises:
         UserError: if the checkpoint cannot be read, or belongs to another network.
     """  # noqa: DOC502 - raised one level down
-    return load_state(model, read_checkpoint(path)["state_dict"], path)
+    checkpoint = read_checkpoint(path)
+    state, own = checkpoint["state_dict"], model.state_dict()
+    if "bayesdiff" not in checkpoint and own.keys() != state.keys():
+        state = _renamed(own, state, path)
+    return load_state(model, state, path)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> str:
@@ -173,8 +177,6 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> str
         UserError: if they belong to another network.
     """
     own = model.state_dict()
-    if own.keys() != state.keys():
-        state = _renamed(own, state, path)
     odd = [n for n in own.keys() | state.keys() if _shape(own, n) != _shape(state, n)]
     if odd:
         name = min(odd)
