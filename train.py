@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
             return dry_run.one(cfg)
         from bayesdiff import pipeline
 
-        pipeline.show(pipeline.run(cfg), cfg.output_dir)
+        pipeline.show(pipeline.run(cfg))
 
 
 if __name__ == "__main__":

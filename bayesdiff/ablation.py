@@ -28,6 +28,7 @@ from bayesdiff.metrics.uncertainty import agreement, pixel_ranks, spearman
 from bayesdiff.progress import track
 from bayesdiff.report import ablation as pictures
 from bayesdiff.report import board
+from bayesdiff.report.loggers import Loggers
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
 from bayesdiff.study import Study, conditions, configured, pdf
@@ -69,8 +70,8 @@ def ablate(run: Run, solver: Solver, posterior: HeadPosterior, made_from: str) -
     if rank() == 0:
         write_arrays(study.folder / "maps.npz", study.key, arrays)
         made = pictures.every(results, arrays, conditions(run, solver, posterior))
-        report(study.folder, results, made, pdf(run))
-        study.close(results)
+        report(study.folder, results, made, pdf(run), study.loggers)
+        study.close(results, headlines(results))
     barrier()
     log.info("ablation: %d cells in %s", math.prod(ablation.shape), study.folder)
     return study.folder
@@ -188,8 +189,24 @@ def _describe(ablation: Ablation, posterior: HeadPosterior) -> dict[str, Any]:
     }
 
 
+def headlines(results: Mapping[str, Any]) -> dict[str, float | None]:
+    """What the evidence would choose, and how much of the maps' order the grid leaves."""
+    best = results["best"]
+    numbers: dict[str, float | None] = {"evidence/prior_precision": best.get("prior_precision")}
+    numbers |= {f"evidence/joint/{k}": v for k, v in best.get("joint", {}).items()}
+    for name, found in results["structures"].items():
+        for kind in ("image_rank", "pixel_rank"):
+            known = [value for row in found[kind] for value in row if value is not None]
+            numbers[f"{name}/{kind}/least"] = min(known, default=None)
+    return numbers
+
+
 def report(
-    folder: Path, results: Mapping[str, Any], made: Iterable[tuple[str, "Figure"]], as_pdf: bool
+    folder: Path,
+    results: Mapping[str, Any],
+    made: Iterable[tuple[str, "Figure"]],
+    as_pdf: bool,
+    loggers: Loggers | None = None,
 ) -> None:
     """Every figure of the study, as files and in TensorBoard, beside the curves."""
     own = results["structures"][results["structure"]]["curve"]
@@ -200,4 +217,7 @@ def report(
         if name != "prior_precision"
     }
     scalars = {"ablation/grid_cost_ratio": results["grid_cost_ratio"]}
-    board.write_study(folder / "tensorboard", scalars, curves, made, pdf=as_pdf)
+    own_setting = results["own"]
+    board.write_study(
+        folder / "tensorboard", scalars, curves, made, loggers, own_setting, pdf=as_pdf
+    )

@@ -6,13 +6,17 @@ from typing import Any
 
 from bayesdiff.artefacts import key_of
 from bayesdiff.build import Run, plain
+from bayesdiff.defaults import differences, named, words
 from bayesdiff.fit_key import network_code
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver
 from bayesdiff.source_code import code_of
-from bayesdiff.study import scored, with_effect
+from bayesdiff.study import STUDIES, scored, with_effect
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.chosen import sample_numbers
+from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+
+_FITTED = ("sigma_noise", "prior_precision", "n_eff")
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,17 @@ class Address:
         cls, run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, weights: str
     ) -> "Address":
         """Of the cell with these trained weights and this posterior."""
-        name = f"{solver.name}-{estimator.name}"
+        cfg, name = run.cfg, f"{solver.name}-{estimator.name}"
         sampled = sampled_from(run, weights)
         images = images_key(run, weights)
         told, sources = maps_settings(run, estimator), estimator.sources(run)
         maps = key_of(*sampled, settings_of(posterior), told, *sources)
         asked = key_of(maps, estimator.validate_images, estimator.validate_members)
         checked = asked if estimator.validate else None
-        cell = key_of(maps, images, scored(run), checked)
+        asked_for = {n: plain(cfg[n]) for n in STUDIES if cfg.get(n) is not None}
+        cell = key_of(maps, images, scored(run), checked, *([asked_for] if asked_for else []))
         return cls(
-            folder=run.folder / f"{name}-{cell[:8]}",
+            folder=named(run.folder, name, cell_words(run, solver, estimator, posterior), cell),
             images_path=images_path(run, solver, images),
             samples_path=run.folder / f"samples-{name}-{maps[:8]}.npz",
             checked_path=run.folder / f"validation-{asked[:8]}.json",
@@ -76,6 +81,50 @@ def maps_settings(run: Run, estimator: Estimator) -> dict[str, Any]:
     if code := code_of(plain(run.cfg.uncertainty)):
         told = told | {"code": code}
     return told if chosen is None else told | {"numbers": chosen}
+
+
+def cell_words(run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior) -> str:
+    """What the cell is told apart by, with what was fitted in numbers."""
+    cfg = run.cfg
+    found = differences(
+        cfg,
+        data=str(cfg.data.get("name")),
+        model=run.model.path.family,
+        solver=solver.name,
+        uncertainty=estimator.name,
+        laplace=posterior.structure,
+        metrics=cfg.metrics.features,
+    )
+    told = {"studies": s} if (s := [n for n in STUDIES if cfg.get(n) is not None]) else {}
+    told |= _of_posterior(posterior)
+    left = [f"laplace.{name}" for name in (*_FITTED, "structure", "rank")]
+    left += [f"uncertainty.{name}" for name in WITHOUT_EFFECT]
+    told |= {
+        name: value
+        for place in ("laplace.", "solver.", "uncertainty.", "metrics.")
+        for name, value in found.items()
+        if name.startswith(place) and name not in (*left, "metrics.export")
+    }
+    told = dict(sorted(told.items(), key=lambda item: item[0].endswith("num_images")))
+    known = [f"{n}.{k}" for n in ("laplace", "solver", "uncertainty", "metrics") for k in cfg[n]]
+    return words(told, known)
+
+
+def _of_posterior(posterior: HeadPosterior) -> dict[str, Any]:
+    """Settings that are not those of the default posterior of the same curvature."""
+    curvature = posterior.curvature
+    numbers = dict(zip(_FITTED, posterior.settings[-3:], strict=True))
+    usual = dict(zip(_FITTED, (curvature.sigma_mle, 1.0, curvature.num_images), strict=True))
+    told: dict[str, Any] = {}
+    if posterior.structure != "full":
+        told["laplace.structure"] = posterior.structure
+    if posterior.rank is not None:
+        told["laplace.rank"] = posterior.rank
+    return told | {
+        f"laplace.{name}": value
+        for name, value in numbers.items()
+        if f"{value:.9g}" != f"{usual[name]:.9g}"
+    }
 
 
 def images_key(run: Run, weights: str) -> str:

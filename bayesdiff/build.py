@@ -15,6 +15,7 @@ from bayesdiff.checks import UserError, at_least, positive, seed_of, share
 from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
+from bayesdiff.defaults import run_folder
 from bayesdiff.device import autocast_dtype
 from bayesdiff.disk import check_writable
 from bayesdiff.fit_key import fit_key
@@ -23,6 +24,7 @@ from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.requirements import require_module
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
+from bayesdiff.report.loggers import check_loggers
 from bayesdiff.targets import arguments, fitting
 from bayesdiff.trainer_options import check_interval, check_trainer
 
@@ -69,8 +71,7 @@ def build(cfg: DictConfig) -> Run:
     model = build_model(cfg, data)
     parent = start_from(cfg, model)
     key = fit_key(cfg, data.data.fingerprint, parent["weights"] if parent else None)
-    name = f"{data.data.name}-{model.path.family}-{key[:8]}"
-    folder = Path(cfg.run_dir or Path(cfg.output_dir) / name)
+    folder = Path(cfg.run_dir or run_folder(cfg, data.data.name, model.path.family, key))
     if is_main_process() and not cfg.get("dry_run"):
         check_writable(Path(cfg.run_dir or cfg.output_dir))
     return Run(cfg, data, model, device, key, folder, parent)
@@ -165,16 +166,16 @@ def check_groups(cfg: DictConfig) -> None:
             )
     if cfg.callbacks is not None and not isinstance(cfg.callbacks, DictConfig):
         raise UserError(f"callbacks={cfg.callbacks} are no callbacks; use callbacks=default")
-    switched: dict[Any, Any] = {**(cfg.callbacks or {}), "logger": cfg.get("logger")}
-    for name, options in switched.items():
+    callbacks: dict[Any, Any] = {**(cfg.callbacks or {})}
+    for name, options in callbacks.items():
         target = options.get("_target_") if isinstance(options, DictConfig) else None
         if options and not isinstance(target, str):
-            place = name if name == "logger" else f"callbacks.{name}"
-            like = "loggers.CSVLogger" if name == "logger" else "callbacks.ModelCheckpoint"
             raise UserError(
-                f"{place}={options} has no _target_ that makes it; give one, such as "
-                f"{place}._target_=lightning.pytorch.{like}, or give null to switch it off"
+                f"callbacks.{name}={options} has no _target_ that makes it; give one, such as "
+                f"callbacks.{name}._target_=lightning.pytorch.callbacks.ModelCheckpoint, or give "
+                "null to switch it off"
             )
+    check_loggers(cfg.get("logger"))
     for name in _PATHS:
         value = cfg.get(name)
         if not isinstance(value, str) and (value is not None or name == "output_dir"):

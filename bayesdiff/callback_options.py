@@ -19,6 +19,7 @@ from bayesdiff.build import Run
 from bayesdiff.checkpoints import BEST, LAST
 from bayesdiff.checks import UserError
 from bayesdiff.models import GenerativeModel
+from bayesdiff.report.loggers import entries
 from bayesdiff.spelling import near
 
 # What a GenerativeModel logs, beside the learning rates.
@@ -90,7 +91,7 @@ def _named(cfg: DictConfig, folder: Path, sharded: bool) -> dict[str, Callback]:
         if isinstance(made, ProgressBar) and cfg.trainer.get("enable_progress_bar") is False:
             continue
         # Lightning refuses curves of the learning rate that go nowhere.
-        if not (isinstance(made, LearningRateMonitor) and not cfg.get("logger")):
+        if not (isinstance(made, LearningRateMonitor) and not entries(cfg.get("logger"))):
             found[str(name)] = made
     # Averaging first: every other callback then sees the averaged weights where Lightning does.
     first = sorted(found, key=lambda name: not isinstance(found[name], WeightAveraging))

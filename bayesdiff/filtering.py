@@ -182,8 +182,8 @@ def filter_images(
     results, shown = _over_seeds(run, solver, own, posterior, wanted, made_from)
     if shown is not None:  # on the first process
         made = pictures.every(results, *shown, own.name, conditions(run, solver, posterior, own))
-        _report(study.folder, wanted, results, made, pdf(run))
-        study.close(results)
+        _report(study, wanted, results, made, pdf(run))
+        study.close(results, pictures.headlines(results, own.name))
     barrier()
     log.info("filtering: %d seeds in %s", len(wanted.seeds), study.folder)
     return study.folder
@@ -261,13 +261,14 @@ def _results(
 
 
 def _report(
-    folder: Path,
+    study: Study,
     wanted: Filtering,
     results: Mapping[str, Any],
     made: Iterable[tuple[str, "Figure"]],
     as_pdf: bool,
 ) -> None:
-    """Table, figures and TensorBoard."""
+    """Table, figures and loggers."""
+    folder = study.folder
     rows = sorted(
         (row for row in results["over_seeds"] if row["keep"] == wanted.main_keep),
         key=lambda row: (row["mode"], -row["z"]),
@@ -289,4 +290,5 @@ def _report(
         columns = [*RULE_NAMES, "keep", "fid", "fid_gain", "z", "z_low", "z_high"]
         write_text(folder / "table-rules.md", table.markdown(by_rule, columns))
     scalars = {f"filtering/{row['mode']}/{row['score']}/z": row["z"] for row in rows}
-    board.write_study(folder / "tensorboard", scalars, {}, made, pdf=as_pdf)
+    told = study.loggers, results["conditions"]
+    board.write_study(folder / "tensorboard", scalars, {}, made, *told, pdf=as_pdf)

@@ -119,8 +119,8 @@ def chain_head(run: Run) -> Path | None:
         return study.folder
     test = make(run, wanted, study)
     found = measure(test, run.model.net.head)
-    _report(run, study.folder, wanted, test, found)
-    study.close(found)
+    _report(run, study, wanted, test, found)
+    study.close(found, {name: found[name] for name in _HEADLINES})
     log.info("head_chain: %d draws in %s", found["chain.draws"], study.folder)
     return study.folder
 
@@ -198,10 +198,16 @@ def loss_of(
     return loss
 
 
+_HEADLINES = (
+    "full.sd_error_max", "ks_max", "ks_p_min", "chain.r_hat_max", "distance_from_optimum",
+)  # fmt: skip
+
+
 def _report(
-    run: Run, folder: Path, wanted: HeadChain, test: ChainTest, found: dict[str, Any]
+    run: Run, study: Study, wanted: HeadChain, test: ChainTest, found: dict[str, Any]
 ) -> None:
-    """Table, figure and TensorBoard."""
+    """Table, figure and loggers."""
+    folder = study.folder
     rows = [{"figure": name, "value": value} for name, value in found.items()]
     write_text(folder / "table.md", table.markdown(rows))
     conditions = (
@@ -209,13 +215,7 @@ def _report(
         f"images with one (t, noise) draw each, frozen features, prior_precision "
         f"{found['prior_precision']:.3g}, sigma_noise {found['sigma_noise']:.3g}"
     )
-    names = ("full.sd_error_max", "ks_max", "ks_p_min", "chain.r_hat_max", "distance_from_optimum")
-    scalars = {f"head_chain/{name}": found[name] for name in names}
+    scalars = {f"head_chain/{name}": found[name] for name in _HEADLINES}
     figure = posterior_and_chains(test, found, conditions)
-    board.write_study(
-        folder / "tensorboard",
-        scalars,
-        {},
-        [("head_chain/posterior_and_chains", figure)],
-        pdf=pdf(run),
-    )
+    made = [("head_chain/posterior_and_chains", figure)]
+    board.write_study(folder / "tensorboard", scalars, {}, made, study.loggers, pdf=pdf(run))

@@ -148,8 +148,8 @@ def interpolate(
     if rank() == 0:
         results = results_of(wanted, pairs, drawn["variance"])
         results["conditions"] |= {"solver": solver.name, "estimator": own.name}
-        _report(study.folder, results, drawn, pdf(run))
-        study.close(results)
+        _report(study, results, drawn, pdf(run))
+        study.close(results, {name: results[name] for name in _HEADLINES})
     barrier()
     log.info("interpolation: %d pairs in %s", len(pairs), study.folder)
     return study.folder
@@ -245,9 +245,12 @@ def _relative(inside: Tensor, ends: Tensor) -> Tensor:
     return inside.mean(-1) / ends.mean(-1) - 1
 
 
-def _report(folder: Path, results: dict[str, Any], drawn: Rows, as_pdf: bool) -> None:
-    """Table, figures and TensorBoard."""
-    names = ("rise", "rise_relative", "highest_inside")
+_HEADLINES = ("rise", "rise_relative", "highest_inside")
+
+
+def _report(study: Study, results: dict[str, Any], drawn: Rows, as_pdf: bool) -> None:
+    """Table, figures and loggers."""
+    folder, names = study.folder, _HEADLINES
     rows = [
         {"figure": name, "value": results[name], "low": results[f"{name}_low"],
          "high": results[f"{name}_high"]}
@@ -256,4 +259,5 @@ def _report(folder: Path, results: dict[str, Any], drawn: Rows, as_pdf: bool) ->
     write_text(folder / "table.md", table.markdown(rows))
     scalars = {f"interpolation/{name}": results[name] for name in names}
     made = pictures.every(results, drawn["images"], drawn["variance"])
-    board.write_study(folder / "tensorboard", scalars, {}, made, pdf=as_pdf)
+    told = study.loggers, results["conditions"]
+    board.write_study(folder / "tensorboard", scalars, {}, made, *told, pdf=as_pdf)

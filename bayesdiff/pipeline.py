@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ from bayesdiff.metrics.validation import Validation, reference_at_once
 from bayesdiff.processes import check_devices, launch
 from bayesdiff.repair import check_repair, repair_images
 from bayesdiff.report import table
+from bayesdiff.report.loggers import Loggers
 from bayesdiff.report_scores import check_report, options_of, report_scores
+from bayesdiff.settings import settings
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.stages import check_metrics, make_images, make_maps, make_scores, make_validation
-from bayesdiff.study import STUDIES
+from bayesdiff.study import STUDIES, headlines_of
 from bayesdiff.training import fit, weights_in_words
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
@@ -58,6 +60,8 @@ class Result:
         settings: the settings behind them, flat.
         studies: folders of the studies that were asked for.
         weights: which weights they are of, in words.
+        headlines: numbers of the studies, which are among the metrics.
+        curves: where each logger has what it was given.
     """
 
     folder: Path
@@ -66,6 +70,8 @@ class Result:
     settings: dict[str, Any]
     studies: tuple[Path, ...] = ()
     weights: str = ""
+    headlines: dict[str, float] = field(default_factory=dict)
+    curves: tuple[str, ...] = ()
 
 
 def run(cfg: DictConfig) -> Result:
@@ -80,6 +86,7 @@ def run(cfg: DictConfig) -> Result:
     estimator = with_block(estimator, laplace.block)
     at = Address.of(this, solver, estimator, posterior, weights)
     images, folder = None, at.folder
+    loggers = Loggers(cfg.get("logger"), folder, this.folder.name, "cell")
     if cfg.metrics.num_images:
         with together(at.images_path):
             images = make_images(this, solver, cfg.metrics.num_images, at.images_path, at.images)
@@ -98,20 +105,23 @@ def run(cfg: DictConfig) -> Result:
         path = scores_path(this, at.images)
         with together(path):
             scores = make_scores(this, images, path, scores_key(this, at.images))
-    told = settings(cfg, this, posterior, solver.name, estimator.name)
-    result = Result(folder, at.samples_path, {}, told, weights=weights_in_words(this))
+    studies = studies_of(this, solver, estimator, posterior, at.made_from)
+    told = settings(this, posterior, solver, estimator)
+    result = Result(folder, at.samples_path, {}, told, studies, weights_in_words(this))
+    result = replace(result, headlines=headlines_of(studies))
     shown = report_scores(this, solver, posterior, samples, at.made_from)
     if rank() == 0:
         with alone(folder / "metrics.json"):
             metrics = scores | statistics_of(samples, this.classes)
             if checked is not None:
                 metrics |= checked.metrics(cfg.seed)
-            metrics |= laplace.statistics() | laplace.block_statistics()
+            metrics |= laplace.statistics() | laplace.block_statistics() | result.headlines
             result = replace(result, metrics=metrics)
-            report(this, result, samples, at.cell, shown, checked, evidence_curve(posterior))
+            evidence = evidence_curve(posterior)
+            report(this, result, samples, at.cell, shown, checked, evidence, loggers)
         export(this, estimator, at, samples, images)
     barrier()
-    return replace(result, studies=studies_of(this, solver, estimator, posterior, at.made_from))
+    return replace(result, curves=tuple(loggers.places(cfg.output_dir)))
 
 
 def studies_of(
@@ -178,30 +188,6 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
 _POSTERIOR = ("structure", "sigma_noise", "prior_precision", "n_eff", "rank", "time_bins")
 
 
-def settings(
-    cfg: DictConfig, this: Run, posterior: HeadPosterior, solver: str, estimator: str
-) -> dict[str, Any]:
-    """The settings a table or an HPARAMS row should show, flat."""
-    return {
-        "data": this.data.data.name,
-        "model": this.model.path.family,
-        "prediction": this.model.prediction,
-        "seed": cfg.seed,
-        "structure": posterior.structure,
-        **({} if posterior.rank is None else {"rank": posterior.rank}),
-        "subset": cfg.laplace.subset,
-        "sigma_noise": posterior.sigma_noise,
-        "prior_precision": posterior.prior_precision,
-        "n_eff": posterior.n_eff,
-        **{f"solver.{k}": v for k, v in _named(cfg.solver, solver).items()},
-        **{f"uncertainty.{k}": v for k, v in _named(cfg.uncertainty, estimator).items()},
-    }
-
-
-def _named(cfg: DictConfig, name: str) -> dict[str, Any]:
-    return {"name": name, **{k: v for k, v in plain(cfg).items() if k != "_target_"}}
-
-
 def statistics_of(samples: Samples, classes: tuple[str, ...] = ()) -> dict[str, float]:
     """What the maps come to, as flat scalars."""
     from bayesdiff.metrics.uncertainty import variance_statistics
@@ -222,13 +208,16 @@ def report(
     scores: Mapping[str, Tensor],
     checked: Validation | None,
     evidence: EvidenceCurve | None,
+    loggers: Loggers,
 ) -> None:
     """Pictures, TensorBoard, metrics.json last: its presence says that all else is there."""
     from bayesdiff.report import board
 
     path, asked = result.folder / "metrics.json", plain(this.cfg.get("report"))
     there = read_json(path) or {}
-    if (there.get("key"), there.get("report")) != (cell_key, asked):
+    # A study may read a file of the user's own, which no key of the cell follows.
+    fresh = result.headlines.items() <= there.get("metrics", {}).items()
+    if (there.get("key"), there.get("report")) != (cell_key, asked) or not fresh:
         with named_disk(result.folder):
             board.write(
                 result.folder / "tensorboard",
@@ -241,6 +230,7 @@ def report(
                 settings=result.settings,
                 validation=checked,
                 evidence=evidence,
+                loggers=loggers,
             )
         write_text(
             result.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(this.cfg, resolve=True)
@@ -272,13 +262,13 @@ def export(
         export_images(at.images_path.with_suffix(""), images, this.classes, classes)
 
 
-def show(result: Result, logdir: str) -> None:
+def show(result: Result) -> None:
     """The closing table, short, and where to look next."""
     if rank():
         return
-    rows = table.summary(result.metrics)
+    rows = table.summary(result.metrics, result.headlines)
     rows.insert(0, {"metric": "weights", "value": result.weights})
     rows.append({"metric": "pictures", "value": str(result.folder / "figures")})
     rows += [{"metric": "study", "value": str(folder)} for folder in result.studies]
-    rows.append({"metric": "curves", "value": f"tensorboard --logdir {logdir}"})
+    rows += [{"metric": "curves", "value": place} for place in result.curves]
     table.show(result.folder.name, rows)

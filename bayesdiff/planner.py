@@ -107,7 +107,8 @@ def _works(
         key = key_of(*told, maps_settings(run, estimator))
         refiner = key_of(*told, {**with_effect(run.cfg.uncertainty), "num_images": 0})
         check = key_of(key, estimator.validate_images, estimator.validate_members)
-        report = key_of(key, scored(run), estimator.validate and check)
+        studies = [plain(run.cfg[name]) for name in STUDIES if run.cfg.get(name) is not None]
+        report = key_of(key, scored(run), estimator.validate and check, studies)
         made = dict.fromkeys(("refiner", "maps", "validation", "report"), False)
     else:
         estimator = with_block(estimator, laplace.block)

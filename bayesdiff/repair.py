@@ -118,8 +118,8 @@ def repair_images(
         results = results_of(run, wanted, samples, drawn, nfe)
         made_of = conditions(run, solver, posterior, own)
         made = pictures.every(results, drawn, wanted.rewinding, wanted.score, made_of)
-        _report(study.folder, wanted, results, made, pdf(run))
-        study.close(results)
+        _report(study, wanted, results, made, pdf(run))
+        study.close(results, _headlines(wanted, results))
     barrier()
     log.info("repair: %d images in %s", wanted.count, study.folder)
     return study.folder
@@ -183,14 +183,25 @@ def _redrawn(
     return made_rows(path, study.key, range(wanted.count), size, batch, "repair")
 
 
+def _headlines(wanted: Repair, results: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of every way at every time: the alternatives' mean gain, and that of the best of all."""
+    numbers = {f"{row['way']}/gain@{row['time']:.3g}": row.get("gain") for row in results["draws"]}
+    return numbers | {
+        f"{row['way']}/best_gain@{row['time']:.3g}": row.get("gain")
+        for row in results["picks"]
+        if (row["score"], row["among"]) == (wanted.score, "all")
+    }
+
+
 def _report(
-    folder: Path,
+    study: Study,
     wanted: Repair,
     results: Mapping[str, Any],
     made: Iterable[tuple[str, "Figure"]],
     as_pdf: bool,
 ) -> None:
-    """Tables, figures and TensorBoard."""
+    """Tables, figures and loggers."""
+    folder = study.folder
     picks = [row for row in results["picks"] if row["score"] == wanted.score]
     original = results["original"]
     title = f"The images themselves, {original['wrong']} of {wanted.count} judged wrong"
@@ -209,4 +220,5 @@ def _report(
         for row in picks
         for name in ("gain", "success", "harm")
     }
-    board.write_study(folder / "tensorboard", scalars, {}, made, pdf=as_pdf)
+    told = study.loggers, results["conditions"]
+    board.write_study(folder / "tensorboard", scalars, {}, made, *told, pdf=as_pdf)

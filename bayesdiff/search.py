@@ -1,4 +1,4 @@
-"""A sweep whose cells Optuna proposes, after those before: the lowest FID in fewer cells.
+"""A sweep whose cells Optuna proposes, after those before: the best in fewer cells.
 
 Hydra's own Optuna plugin needs Optuna 2, whose storage no longer works with today's SQLAlchemy.
 """
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from bayesdiff.artefacts import write_json
 from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.locks import alone
+from bayesdiff.objective import DEFAULT, Direction, check_objective, direction_of
 
 if TYPE_CHECKING:  # of the extra ``sweep``
     from hydra.core.override_parser.types import Override
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 # Attribute of a study: numbers of failed trials that have been queued again.
 _REPEATED = "repeated"
 
-# Overrides of the cells and number of the first one, to their FIDs; None for a failed cell.
+# Overrides of the cells and number of the first one, to their values; None for a failed cell.
 Launch = Callable[[list[list[str]], int], Sequence[float | None]]
 
 
@@ -47,6 +48,8 @@ class Search:
         seed: of the proposals; trial k draws from the k-th stream of it, so that a study that was
             interrupted goes on as it would have.
         startup_trials: cells drawn at random first.
+        objective: metric that is searched for, or the beginning of its name.
+        direction: ``minimize`` or ``maximize``.
     """
 
     folder: Path
@@ -56,6 +59,8 @@ class Search:
     n_jobs: int
     seed: int
     startup_trials: int
+    objective: str = DEFAULT
+    direction: Direction = "minimize"
 
     @classmethod
     def of(cls, words: Sequence[str], config: DictConfig, **settings: Any) -> "Search":
@@ -68,17 +73,13 @@ class Search:
             **settings: n_trials, n_jobs, seed and startup_trials.
 
         Raises:
-            UserError: if nothing is searched, or cells would have no FID.
+            UserError: if nothing is searched, or no cell has the objective.
         """
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
         for name in ("n_trials", "n_jobs", "startup_trials"):
             at_least(f"hydra.sweeper.{name}", settings[name])
         seed_of("hydra.sweeper.seed", settings["seed"])
-        if not config.metrics.num_images:
-            raise UserError(
-                "metrics.num_images=0 leaves a search without FID; give 2 or more images"
-            )
         given = OverridesParser.create().parse_overrides(list(words))
         last = {override.get_key_element(): override for override in given}
         space = {k: distribution(o) for k, o in last.items() if o.is_sweep_override()}
@@ -87,6 +88,12 @@ class Search:
                 "nothing to search; give a key several values, such as "
                 "'solver.guidance=interval(1.0, 4.0)' or solver.grid=uniform,quadratic"
             )
+        objective = config.get("objective", DEFAULT)
+        check_objective(objective, config, space)
+        settings |= {
+            "objective": objective,
+            "direction": direction_of(objective, config.get("direction")),
+        }
         fixed = [o.input_line or "" for k, o in last.items() if k not in space and o.input_line]
         return cls(Path(os.environ["BAYESDIFF_SWEEP"]), fixed, space, **settings)
 
@@ -98,15 +105,15 @@ class Search:
                 again(study)
             while batch := self.batch(study):
                 cells = [[*self.fixed, *self.cell(trial)] for trial in batch]
-                for trial, fid in zip(batch, launch(cells, batch[0].number), strict=True):
-                    note(study, trial, fid)
+                for trial, value in zip(batch, launch(cells, batch[0].number), strict=True):
+                    self.note(study, trial, value)
             self.close(study)
 
     def study(self) -> "Study":
         """The study in the sweep's folder, begun or continued.
 
         Raises:
-            UserError: if it was begun with another seed.
+            UserError: if it was begun with another seed or for another objective.
         """
         import optuna
 
@@ -114,15 +121,18 @@ class Search:
         self.folder.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{(self.folder / 'study.db').absolute()}"
         study = optuna.create_study(
-            storage=storage, study_name="sweep", direction="minimize", load_if_exists=True
+            storage=storage, study_name="sweep", direction=self.direction, load_if_exists=True
         )
-        begun = study.user_attrs.get("seed", self.seed)
-        if begun != self.seed:
-            raise UserError(
-                f"the study in {self.folder} was begun with hydra.sweeper.seed={begun}, not "
-                f"{self.seed}; give that seed, or another output_dir"
-            )
-        study.set_user_attr("seed", self.seed)
+        here = {"objective": self.objective, "direction": self.direction}
+        for name, value in {"hydra.sweeper.seed": self.seed, **here}.items():
+            short = name.rpartition(".")[2]
+            begun = study.user_attrs.get(short, value)
+            if begun != value:
+                raise UserError(
+                    f"the study in {self.folder} was begun with {name}={begun}, not {value}; "
+                    "give that one, or another output_dir"
+                )
+            study.set_user_attr(short, value)
         return study
 
     def batch(self, study: "Study") -> list["FrozenTrial"]:
@@ -167,6 +177,18 @@ class Search:
         """Overrides of a trial."""
         return [f"{key}={trial.params[key]}" for key in self.space]
 
+    def note(self, study: "Study", trial: "FrozenTrial", value: float | None) -> None:
+        """A cell that failed, or lacks the objective, is a failed trial, never a value."""
+        from optuna.trial import TrialState
+
+        if value is None or not math.isfinite(value):
+            study.tell(trial.number, state=TrialState.FAIL)
+            log.warning("trial %d failed", trial.number)
+            return
+        study.tell(trial.number, value)
+        what = trial.number, self.objective, value, study.best_value
+        log.info("trial %d: %s %.4g, best %.4g", *what)
+
     def close(self, study: "Study") -> None:
         """Say which trial is best, and keep it as ``best.json``."""
         from optuna.trial import TrialState
@@ -176,8 +198,16 @@ class Search:
             return
         best = study.best_trial
         cell = [*self.fixed, *self.cell(best)]
-        log.info("best of %d: trial %d, FID %.4g: %s", len(done), best.number, best.value, cell)
-        record = {"trial": best.number, "fid": best.value, "overrides": cell, "trials": len(done)}
+        what = len(done), best.number, self.objective, best.value, cell
+        log.info("best of %d: trial %d, %s %.4g: %s", *what)
+        record = {
+            "trial": best.number,
+            "objective": self.objective,
+            "direction": self.direction,
+            "value": best.value,
+            "overrides": cell,
+            "trials": len(done),
+        }
         write_json(self.folder / "best.json", record)
 
 
@@ -191,18 +221,6 @@ def again(study: "Study") -> None:
             study.enqueue_trial(trial.params)
             repeated.append(trial.number)
             study.set_user_attr(_REPEATED, repeated)
-
-
-def note(study: "Study", trial: "FrozenTrial", fid: float | None) -> None:
-    """A cell that failed is a failed trial, never a value."""
-    from optuna.trial import TrialState
-
-    if fid is None or not math.isfinite(fid):
-        study.tell(trial.number, state=TrialState.FAIL)
-        log.warning("trial %d failed", trial.number)
-        return
-    study.tell(trial.number, fid)
-    log.info("trial %d: FID %.4g, best %.4g", trial.number, fid, study.best_value)
 
 
 def distribution(override: "Override") -> "BaseDistribution":

@@ -1,6 +1,7 @@
 """What all studies share: asked for in the configuration, made once, results.json last."""
 
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bayesdiff.data.images import check_classifiable
 from bayesdiff.distributed import barrier
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.report.layout import conditions_of
+from bayesdiff.report.loggers import Loggers
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
@@ -97,12 +99,14 @@ class Study:
         folder: named by the key.
         key: of all that it comes from.
         is_made: whether its results are there.
+        options: of the loggers.
     """
 
     name: str
     folder: Path
     key: str
     is_made: bool
+    options: Any = None
 
     @classmethod
     def of(cls, run: Run, name: str, solver: str, *made_from: Any) -> "Study":
@@ -113,8 +117,30 @@ class Study:
         barrier()  # nobody writes before everybody has looked
         if is_made:
             log.info("%s: made before, in %s", name, folder)
-        return cls(name, folder, key, is_made)
+        return cls(name, folder, key, is_made, run.cfg.get("logger"))
 
-    def close(self, results: dict[str, Any]) -> None:
-        """Write results.json, whose presence says that all else is there."""
-        write_json(self.folder / "results.json", finite({"key": self.key, **results}))
+    @property
+    def loggers(self) -> Loggers:
+        """The run's, for this study."""
+        return Loggers(self.options, self.folder, self.folder.parent.name, self.name)
+
+    def close(
+        self, results: dict[str, Any], headlines: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Write results.json, whose presence says that all else is there.
+
+        Args:
+            results: everything.
+            headlines: the few numbers that go into the cell's metrics, with their conditions in
+                their names: ``gain@0.8`` becomes ``filtering/gain@0.8``.
+        """
+        numbers = {f"{self.name}/{name}": value for name, value in (headlines or {}).items()}
+        record = {"key": self.key, "headlines": numbers, **results}
+        write_json(self.folder / "results.json", finite(record))
+
+
+def headlines_of(folders: Iterable[Path]) -> dict[str, float]:
+    """Headline numbers of studies that are made, those without a value left out."""
+    records = [read_json(folder / "results.json") or {} for folder in folders]
+    numbers = [record.get("headlines", {}) for record in records]
+    return {k: float(v) for each in numbers for k, v in each.items() if v is not None}

@@ -22,6 +22,7 @@ from bayesdiff import dry_run
 from bayesdiff.artefacts import key_of, read_json, write_json
 from bayesdiff.checks import UserError
 from bayesdiff.disk import check_writable
+from bayesdiff.objective import DEFAULT, value_of
 from bayesdiff.slots import SLOTS, device_slot
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def run_cell(cfg: DictConfig) -> float | None:
     """Run one cell and leave its row for the table; a failure is a row too.
 
     Returns:
-        The FID, for sweepers that minimise something; None without scores or after a failure.
+        The objective, for sweepers that look for something; None without it or after a failure.
     """
     from bayesdiff.cli import explain, mendable
 
@@ -54,6 +55,7 @@ def run_cell(cfg: DictConfig) -> float | None:
         metrics = result.metrics
         row |= {"status": "done", "folder": str(result.folder), "samples": str(result.samples)}
         row |= {"settings": result.settings, "metrics": metrics}
+        row |= {"headlines": list(result.headlines)}
     except Exception as error:  # One bad cell must not take the others with it.
         row["error"] = explain(error)
         trace = mendable(error) is None
@@ -63,7 +65,12 @@ def run_cell(cfg: DictConfig) -> float | None:
         write_json(Path(folder) / "cells" / f"{key_of(sorted(overrides))}.json", row)
     elif row["status"] == "failed":
         sys.exit(f"error: {row['error']}")
-    return next((v for name, v in metrics.items() if name.startswith("fid@")), None)
+    objective = cfg.get("objective", DEFAULT)
+    value = value_of(objective, metrics)
+    if value is None and metrics and "objective" in cfg:
+        near = [name for name in metrics if name[:4] == objective[:4]]
+        log.warning("cell %d has no %s; it has %s", number, objective, ", ".join(near or metrics))
+    return value
 
 
 class SweepReport(Callback):

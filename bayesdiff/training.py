@@ -33,6 +33,7 @@ from bayesdiff.distributed import barrier, world_size
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.locks import together
 from bayesdiff.models import GenerativeModel
+from bayesdiff.report.loggers import Loggers, close
 from bayesdiff.run_callbacks import (
     EndsWhenTold,
     PosteriorAtEnd,
@@ -54,6 +55,8 @@ _NOISE = (
     r"Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed",
 )
+# Parts of the configuration that a training's own loggers are given.
+_SHOWN = ("seed", "data", "model", "net", "path", "trainer")
 _PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
@@ -243,6 +246,8 @@ def train(
     except Exception as error:
         log.warning("fit: cut at %s by %r", progress(run, trainer, checkpoints), error)
         raise
+    finally:
+        close(trainer.loggers)
     return trainer, checkpoints
 
 
@@ -259,9 +264,7 @@ def trainer_of(
         callbacks.append(RunTime(limit))
     if not sharded:  # a split network is whole again only after the training
         callbacks.append(PosteriorAtEnd(laplace, checkpoints))
-    logger = run.cfg.get("logger") and instantiate(
-        run.cfg.logger, save_dir=run.folder, name="tensorboard", version=""
-    )
+    loggers = Loggers(run.cfg.get("logger"), run.folder, run.folder.name, "training")
     plugins = instantiate(run.cfg.trainer.get("plugins"), _convert_="all") or []
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins = [*plugins, WholeCheckpoints()]
@@ -271,7 +274,7 @@ def trainer_of(
     trainer: L.Trainer = instantiate(
         run.cfg.trainer,
         callbacks=callbacks,
-        logger=logger or False,
+        logger=loggers.begin({name: plain(run.cfg[name]) for name in _SHOWN}) or False,
         default_root_dir=str(run.folder),
         precision=precision(run.cfg, run.device),
         max_time=None,

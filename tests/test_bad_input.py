@@ -304,7 +304,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("model.optimizer._partial_=abc", ["_partial_", "model.optimizer", "correct its form"]),
     ("callbacks.ema=true", ["callbacks.ema=True", "null to switch it off"]),
     ("callbacks.ema._target_=null", ["callbacks.ema=", "null to switch it off"]),
-    ("logger._target_=-1", ["logger=", "null to switch it off"]),
+    ("logger.tensorboard._target_=-1", ["logger.tensorboard=", "null to switch it off"]),
     ("output_dir=null", ["output_dir=None is no path", "output_dir=outputs"]),
     ("run_dir=true", ["run_dir=True is no path"]),
     ("ckpt_path=3", ["ckpt_path=3 is no path"]),

@@ -21,6 +21,7 @@ from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.sources import digits
 from bayesdiff.laplace.posterior import check_settings
 from bayesdiff.paths import CondOT, VariancePreserving
+from bayesdiff.report.loggers import Loggers, check_loggers
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.trainer_options import SUPPLIED
 
@@ -142,10 +143,15 @@ def test_callbacks(name, tmp_path):
 
 @every("logger")
 def test_loggers(name, tmp_path):
-    logger = composed(f"logger={name}").logger
-    made = instantiate(logger, save_dir=tmp_path, name="tensorboard", version="")
+    options = composed(f"logger={name}").logger
+    assert list(options) == [name]  # so that several go side by side
+    if name == "wandb":
+        pytest.importorskip("wandb")
+    check_loggers(options)
+    (made,) = Loggers(options, tmp_path / "digits", "digits", "training").make()
     assert isinstance(made, Logger)
-    assert Path(made.log_dir) == tmp_path / "tensorboard"
+    if name != "wandb":  # its own service names folders
+        assert Path(made.log_dir) == tmp_path / "digits" / name
 
 
 def test_every_argument_of_the_trainer_is_listed():

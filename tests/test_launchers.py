@@ -307,7 +307,8 @@ def test_failed_cells_are_never_the_best(tmp_path, monkeypatch):
     assert states == {"x": "FAIL", "y": "COMPLETE"}
     best = min((v, n) for n, state, v, _ in trials(one) if state == "COMPLETE")
     record = OmegaConf.load(tmp_path / "best.json")
-    assert (record.fid, record.trial) == best and "b=y" in record.overrides
+    assert record.objective == "fid@" and record.direction == "minimize"
+    assert (record.value, record.trial) == best and "b=y" in record.overrides
 
 
 def test_a_study_without_one_good_cell_has_no_best(tmp_path, monkeypatch):

@@ -387,16 +387,27 @@ def test_a_folder_without_labels(compose: Compose, work: Counter, tmp_path):
 
 
 def test_the_closing_table(trained: Trained, capsys):
-    result = pipeline.Result(trained.cell, trained.samples, trained.metrics, {})
-    pipeline.show(result, "outputs")
+    curves = ("tensorboard --logdir outputs",)
+    headlines = {"filtering/best/z@0.8": 3.25}
+    metrics = trained.metrics | headlines | {"laplace/block_effective_parameters": 12.5}
+    metrics |= {"laplace/block_parameters": 400}
+    result = pipeline.Result(
+        trained.cell, trained.samples, metrics, {}, headlines=headlines, curves=curves
+    )
+    pipeline.show(result)
     text = capsys.readouterr().out
     for part in (
         "fid@12/classifier",
         "nfe",
         str(trained.cell / "figures"),
         "tensorboard --logdir",
+        "filtering/best/z@0.8",
+        "12.5 of 400",
+        f"{trained.metrics['laplace/effective_parameters']:.4g} of 73",
     ):
         assert part in text
+    pipeline.show(pipeline.Result(trained.cell, trained.samples, trained.metrics, {}))
+    assert "tensorboard" not in capsys.readouterr().out
 
 
 def test_other_options_are_other_runs(compose: Compose):

@@ -14,10 +14,17 @@ from bayesdiff.report.layout import standard_deviation
 from bayesdiff.report.options import ReportOptions
 from bayesdiff.report.style import DPI
 from bayesdiff.report.sweep_charts import sweep_figure
+from bayesdiff.uncertainty import Samples
 
 pytestmark = pytest.mark.usefixtures("without_pdf")
 
 CLASSES = ["cat", "dog", "$5 bill and a very long name for a class $"]
+
+
+class Fake(SimpleNamespace):
+    """Samples that a test may change."""
+
+    over_time = Samples.over_time
 
 
 def fake(count=24, channels=1, height=8, width=8, steps=10, labelled=True, seed=0):
@@ -28,7 +35,7 @@ def fake(count=24, channels=1, height=8, width=8, steps=10, labelled=True, seed=
     times = torch.linspace(0, 1, steps + 1)[1:]
     frames = slice(None, None, 3)
     growth = times[:, None, None, None, None] ** 4
-    return SimpleNamespace(
+    return Fake(
         images=images,
         variance=variance,
         labels=torch.arange(count) % len(CLASSES) if labelled else None,
@@ -40,6 +47,7 @@ def fake(count=24, channels=1, height=8, width=8, steps=10, labelled=True, seed=
         nfe=50,
         estimator="ensemble of 5",
         units="model",
+        spatial=times[:, None] ** 8 * variance.flatten(1).var(1),
     )
 
 
@@ -127,13 +135,16 @@ def test_the_units_of_a_map_are_said_and_the_picture_stays_the_same(tmp_path, mo
     np.testing.assert_allclose(*grids, atol=1e-6)
     # Numbers stay comparable from run to run.
     monkeypatch.setattr(board, "_pictures", lambda *_: ())
-    unit.summed = unit.summed / 4
-    curves = []
+    unit.summed, unit.spatial = unit.summed / 4, unit.spatial / 16
+    curves = {}
     for samples in (model, unit):
         board.write(tmp_path / samples.units, samples, {}, {}, CLASSES)
-        events = board_of(tmp_path / samples.units).Scalars("uncertainty/summed_variance")
-        curves.append([event.value for event in events])
-    np.testing.assert_allclose(*curves, rtol=1e-6)
+        events = board_of(tmp_path / samples.units)
+        for tag in events.Tags()["scalars"]:
+            curves.setdefault(tag, []).append([event.value for event in events.Scalars(tag)])
+    assert "over_t/spatial_variance" in curves and "uncertainty/summed_variance" in curves
+    for pair in curves.values():
+        np.testing.assert_allclose(*pair, rtol=1e-6)
 
 
 def pairs(drawn_images):
@@ -297,7 +308,9 @@ def test_board_writes_what_tensorboard_reads(written):
     assert [path.parent for path in paths] == [folder.parent / "figures"] * 6
     events = board_of(folder)
     tags = events.Tags()
-    assert set(tags["scalars"]) == {*METRICS, "uncertainty/summed_variance"}
+    kinds = ("summed_variance", "mean_variance", "spatial_variance", "increment")
+    over_t = {f"over_t/{kind}" for kind in kinds}
+    assert set(tags["scalars"]) == {*METRICS, *over_t, "uncertainty/summed_variance"}
     assert events.Scalars("fid@5k/classifier")[0].value == 12.5
     curve = [event.value for event in events.Scalars("uncertainty/summed_variance")]
     np.testing.assert_allclose(curve, samples.summed.mean(1), rtol=1e-6)
@@ -305,6 +318,23 @@ def test_board_writes_what_tensorboard_reads(written):
     assert {tag.split("/")[-1] for tag in tags["images"]} == {path.stem for path in paths}
     shown = events.Images("samples/samples")[0]
     assert (shown.height, shown.width) == imread(paths[0]).shape[:2]
+
+
+def test_curves_over_t_are_comparable_between_solvers(written):
+    """A step is a thousandth of t, whatever the number of solver steps."""
+    samples, _, folder = written
+    events = board_of(folder)
+    summed = samples.summed.double().mean(1).numpy()
+    truth = {
+        "summed_variance": summed,
+        "mean_variance": summed / 64,
+        "spatial_variance": samples.spatial.double().mean(1).numpy(),
+        "increment": np.diff(summed, prepend=0),
+    }
+    for name, values in truth.items():
+        curve = events.Scalars(f"over_t/{name}")
+        assert [event.step for event in curve] == list(range(100, 1001, 100))
+        np.testing.assert_allclose([event.value for event in curve], values, rtol=1e-5)
 
 
 def test_hparams_row_carries_the_real_metrics(written):

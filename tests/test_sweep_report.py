@@ -18,6 +18,7 @@ from bayesdiff.artefacts import write_arrays
 from bayesdiff.report import sweep
 from bayesdiff.report.sweep_charts import sweep_figure
 from bayesdiff.report.sweep_maps import CellMaps, by_images, map_tiles, scale_of
+from bayesdiff.report.sweep_over_time import CellCurve, over_time_figure
 from bayesdiff.report.sweep_series import series, short_names
 
 pytestmark = pytest.mark.usefixtures("without_pdf")
@@ -277,6 +278,43 @@ def test_maps_are_read_in_model_units(tmp_path):
     np.testing.assert_allclose(one.maps, variance[:8].double().mean(1).sqrt().numpy(), rtol=1e-6)
     np.testing.assert_allclose(two.maps, one.maps, rtol=1e-5)
     assert CellMaps.read(tmp_path / "c", "c") is None
+
+
+def test_solvers_with_other_steps_share_one_plot_over_t(folder):
+    """A flow of 20 steps and a diffusion of 25 lie over the same t, in the same units."""
+    rows = [cell(folder, i, [f"model={name}"]) for i, name in enumerate(("flow", "diffusion"))]
+    truth = {}
+    for row, steps, unit in zip(rows, (20, 25), (False, True), strict=True):
+        summed = torch.rand(steps, 6)
+        truth[steps] = summed.double().mean(1).numpy()
+        arrays = {"images": torch.zeros(6, 1, 8, 8), "variance": torch.ones(6, 1, 8, 8)}
+        arrays |= {"times": torch.linspace(0, 1, steps + 1)[1:], "summed": summed}
+        if unit:
+            arrays |= {"summed": summed / 4, "units": torch.tensor(list(b"unit")).byte()}
+        write_arrays(Path(row["samples"]), "key", arrays)
+    curves = [CellCurve.read(row["samples"], row["overrides"][0]) for row in rows]
+    lines = over_time_figure(curves, 3, "digits").axes[0].lines
+    assert [line.get_label() for line in lines] == ["model=flow", "model=diffusion"]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 2
+    for line, (steps, values) in zip(lines, truth.items(), strict=True):
+        np.testing.assert_allclose(line.get_xdata(), np.arange(1, steps + 1) / steps, rtol=1e-6)
+        np.testing.assert_allclose(line.get_ydata(), values, rtol=1e-6)
+    page = written(folder, rows)
+    assert "Uncertainty over time" in (folder / "report.html").read_text() and page.sources
+    assert (folder / "figures" / "over_time.png").is_file()
+    assert "sweep/Uncertainty over time" in events_of(folder / "report").Tags()["images"]
+    assert CellCurve.read(folder / "nothing.npz", "none") is None
+
+
+def test_headlines_of_studies_are_columns(folder, capsys):
+    name = "filtering/ensemble.sum/cmmd_gain@0.8"
+    rows = [cell(folder, i, [f"laplace={kind}"]) for i, kind in enumerate(("full", "diag"))]
+    for place, row in enumerate(rows):
+        row["metrics"][name], row["headlines"] = 0.5 + place, [name]
+    page = written(folder, rows)
+    table = next(row for row in page.rows if row[0] == "cell")
+    assert name in table and f"{name}" in capsys.readouterr().out
+    assert [row[name] for row in csv.DictReader((folder / "sweep.csv").open())] == ["0.5", "1.5"]
 
 
 def test_the_cap_on_tiles_is_said(folder, monkeypatch):

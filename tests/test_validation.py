@@ -236,7 +236,7 @@ def test_validation_is_asked_for_by_one_option_and_done_once(
     summed = np.load(result.samples)["variance"].reshape(4, -1).sum(1)
     np.testing.assert_allclose(stored["images"]["estimate"], summed[:3], rtol=1e-5)
     assert (result.folder / "figures" / "validation.png").is_file()
-    pipeline.show(result, "outputs")
+    pipeline.show(result)
     shown = capsys.readouterr().out
     assert all(f"validation/{name} " in shown for name in names) and " to " in shown
     assert "_low" not in shown

@@ -1,4 +1,4 @@
-"""One generated set in TensorBoard: metrics, HPARAMS row, score histogram and every figure."""
+"""A report in TensorBoard and in all other loggers: numbers, HPARAMS row, histogram, figures."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,19 +11,17 @@ from torch import Tensor
 from bayesdiff.report import figures
 from bayesdiff.report.ablation import evidence_figure
 from bayesdiff.report.layout import conditions, conditions_of, image_range
+from bayesdiff.report.loggers import Loggers
 from bayesdiff.report.options import SUM, ReportOptions
 from bayesdiff.report.sorted_sheet import Block, sorted_images
+from bayesdiff.report.writer import Curves, flat, new_report, report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
 
     from bayesdiff.laplace.grid import EvidenceCurve
     from bayesdiff.metrics.validation import Validation
     from bayesdiff.uncertainty.samples import Samples
-
-Scalar = float | int | str
-SUFFIX = ".report"
 
 
 def write(
@@ -39,6 +37,7 @@ def write(
     figures_dir: str | Path | None = None,
     validation: "Validation | None" = None,
     evidence: "EvidenceCurve | None" = None,
+    loggers: Loggers | None = None,
 ) -> list[Path]:
     """Write the report of one generated set; an earlier report in the same place is replaced.
 
@@ -55,6 +54,7 @@ def write(
         figures_dir: folder of the figures; ``figures`` beside ``writer_dir`` when left out.
         validation: comparison with a reference, drawn where there is one.
         evidence: over prior_precision, drawn where there is one.
+        loggers: that get the same.
 
     Returns:
         The PNG files.
@@ -64,21 +64,22 @@ def write(
     shown = options or ReportOptions()
     known = {SUM: samples.variance.flatten(1).sum(1), **(scores or {})}
     given = hparams if settings is None else settings
-    with _new_report(folder) as writer:
-        _numbers(writer, samples, metrics, known[shown.chosen_by])
-        _hparams_row(writer, flat(hparams), metrics)
-        made = [
-            _picture(writer, tag, figure, pictures, shown.pdf)
-            for tag, figure in (
-                *_pictures(samples, classes, known, shown, given),
-                *_checked(validation, conditions(samples, given), metrics),
-            )
-        ]
+    with report(folder, pictures, flat(hparams), loggers, shown.pdf) as board:
+        board.scalars(metrics)
+        board.hparams_row(metrics)
+        board.curves(over_steps(samples))
+        board.curves(over_time(samples))
+        board.histogram("uncertainty/score", known[shown.chosen_by])
+        drawn = (
+            *_pictures(samples, classes, known, shown, given),
+            *_checked(validation, conditions(samples, given), metrics),
+        )
+        made = [board.picture(tag, figure) for tag, figure in drawn]
         if evidence is not None:
             curve = zip(evidence.prior_precision, evidence.log_evidence, strict=True)
-            _curve(writer, "laplace/log_evidence_over_prior", curve)
+            board.curves({"laplace/log_evidence_over_prior": _over_prior(curve)})
             figure = evidence_figure(evidence, conditions_of(given))
-            made.append(_picture(writer, "laplace/evidence", figure, pictures, shown.pdf))
+            made.append(board.picture("laplace/evidence", figure))
         return made
 
 
@@ -87,6 +88,8 @@ def write_study(
     metrics: Mapping[str, float],
     curves: Mapping[str, Iterable[tuple[float, float | None]]],
     made: Iterable[tuple[str, "Figure"]],
+    loggers: Loggers | None = None,
+    hparams: Mapping[str, Any] | None = None,
     *,
     pdf: bool = True,
 ) -> list[Path]:
@@ -97,19 +100,19 @@ def write_study(
         metrics: names and values.
         curves: points (prior_precision, value) by name, None for a missing value.
         made: tags and figures.
+        loggers: that get the same.
+        hparams: settings, for these; the study's row in TensorBoard is its cell's.
         pdf: whether each figure is there as PDF as well.
 
     Returns:
         The PNG files.
     """
     folder = Path(writer_dir)
-    with _new_report(folder) as writer:
-        for name, value in metrics.items():
-            writer.add_scalar(name, float(value), 0)
-        for name, points in curves.items():
-            _curve(writer, name, points)
-        figures_dir = folder.parent / "figures"
-        return [_picture(writer, tag, figure, figures_dir, pdf) for tag, figure in made]
+    figures_dir = folder.parent / "figures"
+    with report(folder, figures_dir, flat(hparams or {}), loggers, pdf) as board:
+        board.scalars(metrics)
+        board.curves({name: _over_prior(points) for name, points in curves.items()})
+        return [board.picture(tag, figure) for tag, figure in made]
 
 
 # What belongs side by side, for the Custom Scalars tab: regular expressions of tags.
@@ -154,7 +157,7 @@ def write_sweep(
     """
     from matplotlib.image import imread
 
-    with _new_report(Path(writer_dir)) as writer:
+    with new_report(Path(writer_dir)) as writer:
         writer.add_custom_scalars(_LAYOUT)
         writer.add_text("sweep/table", text)
         for metric in metrics:
@@ -166,68 +169,38 @@ def write_sweep(
             writer.add_image(f"sweep/{name}", pixels, 0, dataformats="HWC")
 
 
-def _new_report(folder: Path) -> "SummaryWriter":
-    """A writer in place of an earlier report's: two of one run would draw every value twice."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    for earlier in folder.glob(f"*{SUFFIX}"):
-        earlier.unlink()
-    return SummaryWriter(str(folder), filename_suffix=SUFFIX)
-
-
-def _curve(
-    writer: "SummaryWriter", name: str, points: Iterable[tuple[float | Tensor, Any]]
-) -> None:
+def _over_prior(points: Iterable[tuple[float | Tensor, Any]]) -> list[tuple[int, float]]:
     """A curve over prior_precision; a step is a tenth of a decade, 0 at prior_precision 1."""
-    for x, value in points:
-        if value is not None and math.isfinite(value):
-            writer.add_scalar(name, float(value), round(10 * math.log10(x)))
+    return [
+        (round(10 * math.log10(x)), float(value))
+        for x, value in points
+        if value is not None and math.isfinite(value)
+    ]
 
 
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
-    """Scalars for the HPARAMS tab: dotted keys; flags, lists and None as text."""
-    row: dict[str, Scalar] = {}
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            row.update(flat(value, f"{name}."))
-        elif isinstance(value, bool) or value is None:
-            # TensorBoard would show a flag as 1.0 and leave None out.
-            row[name] = {True: "true", False: "false", None: "null"}[value]
-        else:
-            row[name] = value if isinstance(value, (int, float, str)) else str(value)
-    return row
-
-
-def _numbers(
-    writer: "SummaryWriter", samples: "Samples", metrics: Mapping[str, float], scores: Tensor
-) -> None:
-    """Scalars, the summed variance after each solver step, and the histogram of the scores."""
-    for name, value in metrics.items():
-        writer.add_scalar(name, float(value), 0)
+def over_steps(samples: "Samples") -> Curves:
+    """The mean summed variance after each solver step."""
     # Numbers stay in the model's units, so that those of two runs can be compared.
     scale = 4 if samples.units == "unit" else 1
-    for step, value in enumerate((scale * samples.summed).mean(1).tolist(), start=1):
-        writer.add_scalar("uncertainty/summed_variance", value, step)
-    finite = scores[scores.isfinite()]
-    if len(finite):
-        writer.add_histogram("uncertainty/score", finite, 0)
+    summed = (scale * samples.summed).mean(1).tolist()
+    return {"uncertainty/summed_variance": list(enumerate(summed, start=1))}
 
 
-def _hparams_row(
-    writer: "SummaryWriter", row: dict[str, Scalar], metrics: Mapping[str, float]
-) -> None:
-    """Hyperparameters in this event file; ``add_hparams`` would make a run of its own.
+def over_time(samples: "Samples") -> Curves:
+    """Statistics of the maps over t, their means over images; a step is a thousandth of t.
 
-    The list of columns that goes with them is left out: TensorBoard shows the columns of the first
-    list it meets, and every run that has other options or metrics would lose its own. Without
-    lists it collects the columns of all runs.
+    Solvers with other numbers of steps are so compared at equal times.
     """
-    from torch.utils.tensorboard.summary import hparams
-
-    _columns, start, end = hparams(row, {name: float(value) for name, value in metrics.items()})
-    for summary in (start, end):
-        writer._get_file_writer().add_summary(summary)
+    steps = [round(1000 * time) for time in samples.times.tolist()]
+    scales = {"spatial": 16} if samples.units == "unit" else {}
+    usual = 4 if samples.units == "unit" else 1
+    names = {"summed": "summed_variance", "mean": "mean_variance", "spatial": "spatial_variance"}
+    return {
+        f"over_t/{names.get(name, name)}": list(
+            zip(steps, (scales.get(name, usual) * values).mean(1).tolist(), strict=True)
+        )
+        for name, values in samples.over_time.items()
+    }
 
 
 def _pictures(
@@ -268,12 +241,3 @@ def _checked(
         return []
     figure = figures.validation_scatter(validation, made, metrics)
     return [("uncertainty/validation", figure)]
-
-
-def _picture(writer: "SummaryWriter", tag: str, figure: "Figure", folder: Path, pdf: bool) -> Path:
-    """Save ``figure`` and put the same pixels on the board, so that it is drawn only once."""
-    from matplotlib.image import imread
-
-    path = figures.save(figure, folder / f"{tag.split('/')[-1]}.png", pdf=pdf)
-    writer.add_image(tag, torch.from_numpy(imread(path)[..., :3].copy()), 0, dataformats="HWC")
-    return path

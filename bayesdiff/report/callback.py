@@ -15,6 +15,7 @@ from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.models import GenerativeModel
 from bayesdiff.report import figures
 from bayesdiff.report.layout import MOST_CLASSES
+from bayesdiff.report.loggers import log_picture
 from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise, integrate, time_grid
 
 
@@ -70,6 +71,8 @@ class SampleGrid(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("samples", figure, global_step=trainer.global_step)
+            else:
+                log_picture(logger, "samples", path, trainer.global_step)
 
     def classes(self, num_classes: int | None) -> list[int]:
         """The classes of which a grid shows images: all, or some at even distances."""

@@ -243,3 +243,26 @@ def _with_maps(
         value = three_digits(float(doubt[index]))
         axes.text(middle, y + size[1] + 3, value, ha="center", va="top", size=8)
     return drawn
+
+
+def headlines(results: Mapping[str, Any], name: str) -> dict[str, float | None]:
+    """Gains over chance at the main share, within classes where there are any, over all seeds.
+
+    Of the sum of the run's own map, of the members' joint score, and of the best score, which
+    another run may have chosen otherwise.
+
+    Args:
+        results: of the study.
+        name: of the run's own estimator.
+    """
+    keep = results["conditions"]["main_keep"]
+    rows = [row for row in results["over_seeds"] if row["keep"] == keep]
+    by_score = {row["score"]: row for row in rows if row["mode"] == rows[-1]["mode"]}
+    shown = {each: each for each in (f"{name}.sum", "members.joint")}
+    shown["best"] = results.get("best", "")
+    return {
+        f"{label}/{value}@{keep:g}": by_score[score].get(value)
+        for label, score in shown.items()
+        if score in by_score
+        for value in ("z", "fid_gain", "cmmd_gain")
+    }

@@ -86,6 +86,8 @@ def draw(
     for place, key in enumerate(varied[:_MOST_KEYS] if metrics else []):
         figure = sweep_figure(flat, keys, metrics, key, made_from)
         made.append((f"Metrics over {key}", Path(f"{place}_{_file_name(key)}.png"), figure))
+    if (curves := _over_time(rows, keys)) is not None:
+        made.append(("Uncertainty over time", Path("over_time.png"), curves))
     tiles = _tiles(rows, keys)
     if tiles is not None:
         made.append(("Maps on the same noise", Path("maps.png"), tiles))
@@ -129,6 +131,20 @@ def _sorted(rows: Sequence[Row], keys: Sequence[str], conditions: str) -> "dict[
         for score, each in blocks.items()
         if each
     }
+
+
+def _over_time(rows: Sequence[Row], keys: Sequence[str]) -> "Figure | None":
+    """The summed variance of the first cells over t in one plot, None where no cell has it."""
+    from bayesdiff.report.sweep_over_time import MOST_CELLS, CellCurve, over_time_figure
+
+    done = [row for row in rows if row["status"] == "done" and row.get("samples")]
+    shown = [(row["samples"], _cell_name(row, keys)) for row in done[:MOST_CELLS]]
+    found = [curve for each in shown if (curve := CellCurve.read(*each)) is not None]
+    if not found:
+        return None
+    known = conditions_of(done[:MOST_CELLS])
+    kept = [f"{name} {known[name]}" for name in ("data", "estimator", "NFE") if name in known]
+    return over_time_figure(found, len(done) - len(found), ", ".join(kept))
 
 
 def _tiles(rows: Sequence[Row], keys: Sequence[str]) -> "Figure | None":
@@ -197,13 +213,11 @@ def flatten(row: Mapping[str, Any], keys: Sequence[str]) -> Row:
 
 
 def shown_metrics(rows: Sequence[Row]) -> list[str]:
-    """The few metrics that fit on a screen; the CSV has all of them."""
+    """The few metrics that fit on a screen, and studies' headlines; the CSV has all metrics."""
     names = [name for row in rows for name in row.get("metrics", {})]
-    return list(
-        dict.fromkeys(
-            n for w in _SHOWN for n in names if n == w or w[-1] == "@" and n.startswith(w)
-        )
-    )
+    headlines = [name for row in rows for name in row.get("headlines", [])]
+    first = [n for w in _SHOWN for n in names if n == w or w[-1] == "@" and n.startswith(w)]
+    return list(dict.fromkeys([*first, *headlines]))
 
 
 def _number(text: str) -> float | str:

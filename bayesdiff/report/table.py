@@ -14,7 +14,7 @@ _SHOWN = (
     "fid@", "is@", "kid@", "precision@", "recall@", "cmmd@", "real/fid@",
     "classifier_test_accuracy", "nfe",
     "summed_variance/mean", "sampler_noise/mean", "validation/", "laplace/effective_parameters",
-    "laplace/sigma_noise",
+    "laplace/block_effective_parameters", "laplace/sigma_noise",
 )  # fmt: skip
 _ENDS = ("_low", "_high")
 
@@ -39,11 +39,20 @@ def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def summary(metrics: Mapping[str, float]) -> list[Row]:
-    """The metrics that a reader looks for first; an interval stands behind its figure."""
+def summary(metrics: Mapping[str, float], more: Iterable[str] = ()) -> list[Row]:
+    """The metrics that a reader looks for first; an interval stands behind its figure.
+
+    Args:
+        metrics: of a run.
+        more: names of further ones to show, such as the headlines of studies.
+    """
     rows: list[Row] = []
-    for name in (name for start in _SHOWN for name in metrics if name.startswith(start)):
+    first = [name for start in _SHOWN for name in metrics if name.startswith(start)]
+    for name in dict.fromkeys([*first, *(name for name in more if name in metrics)]):
         value: float | str = metrics[name]
+        whole = metrics.get(name.replace("effective_", ""))
+        if "effective_" in name and whole is not None:
+            value = f"{cell(value)} of {whole:.0f}"
         if all(name + end in metrics for end in _ENDS):
             low, high = (cell(metrics[name + end]) for end in _ENDS)
             value = f"{cell(value)} ({low} to {high})"
@@ -100,5 +109,5 @@ def show(title: str, rows: Sequence[Row], columns: Sequence[str] | None = None) 
     console = Console()
     if not console.is_terminal:
         # A log file has no width to fold at.
-        console = Console(width=240)
+        console = Console(width=1000)
     console.print(table)
