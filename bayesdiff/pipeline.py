@@ -232,9 +232,8 @@ def report(
                 evidence=evidence,
                 loggers=loggers,
             )
-        write_text(
-            result.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(this.cfg, resolve=True)
-        )
+        config = result.folder / ".hydra" / "config.yaml"
+        write_text(config, OmegaConf.to_yaml(this.cfg, resolve=True))
         record = {
             "key": cell_key,
             "metrics": result.metrics,
