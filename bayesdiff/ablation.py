@@ -125,7 +125,7 @@ def _batched(make: GridMaps, count: int, size: int, what: str) -> list[Tensor]:
     """Rows of all images; batches are shared by all processes."""
     batches = torch.arange(count).split(size)
     mine = list(batches[rank() :: world_size()])
-    made = [make(each.tolist()) for each in track(mine, f"ablation, {what}")]
+    made = [make(each.tolist()) for each in track(mine, f"ablation, {what}", "images", len)]
     if not made:
         image, maps, single = make([0])
         made = [(image[:0], maps[:0], single[:0])]

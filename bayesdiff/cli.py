@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+# Before torch is loaded, since OpenMP reads it once: threads that wait for each other sleep. By
+# default they spin, and where another process takes a core, they spin in the way of the one that
+# they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @contextmanager
@@ -41,15 +46,17 @@ def one_line_errors() -> Generator[None, None, None]:
     from omegaconf.errors import OmegaConfBaseException
 
     if _FULL_ERROR:
-        yield
+        with closed_pipe():
+            yield
         return
     # Around Hydra: it then hands errors on instead of printing them. Inside its task the switch
     # is off again, or the processes that a task starts would take it for the user's wish.
     outer = os.environ.pop("HYDRA_FULL_ERROR", None)
-    if outer is None:
+    if outer in (None, "0"):
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        yield
+        with closed_pipe():
+            yield
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
     except Exception as error:
@@ -63,6 +70,44 @@ def one_line_errors() -> Generator[None, None, None]:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if outer is not None:
             os.environ["HYDRA_FULL_ERROR"] = outer
+
+
+@contextmanager
+def closed_pipe() -> Generator[None, None, None]:
+    """End quietly where whoever read standard output has left, as in ``--help | head``.
+
+    Raises:
+        BrokenPipeError: if it is another pipe that broke.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        if not _nobody_reads():  # another pipe broke
+            raise
+        mute()
+        sys.exit(0)
+    if _nobody_reads():
+        mute()
+
+
+def mute() -> None:
+    """Send standard output nowhere from here on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that has no other end any more."""
+    try:
+        sys.stdout.flush()
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+    except BrokenPipeError:
+        return True
+    except (AttributeError, OSError, ValueError):  # closed, captured, or not this system's
+        return False
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 def known(error: BaseException) -> str | None:

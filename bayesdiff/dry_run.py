@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from bayesdiff.artefacts import read_json, write_json, write_text
 from bayesdiff.checks import UserError
 
-# Named in configs/hydra too: Hydra's own files go there instead of into output_dir.
-FOLDER = "BAYESDIFF_PLAN"
+# Named in configs/hydra too: Hydra's own files of a sweep go there.
+FOLDER = "BAYESDIFF_SWEEPS"
 
 
 def one(cfg: DictConfig) -> None:

@@ -269,10 +269,3 @@ def schedule(cells: Sequence[Sequence[tuple[str, float]]], workers: int) -> floa
             ready[key] = now
         free[first] = now
     return max(free, default=0.0)
-
-
-def duration(seconds: float) -> str:
-    """A time that nobody takes for exact."""
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.2g} min" if seconds < 6000 else f"{seconds / 3600:.2g} h"

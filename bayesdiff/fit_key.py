@@ -14,7 +14,7 @@ from bayesdiff.trainer_options import weighty
 _DISPLAY = frozenset({
     "RichProgressBar", "TQDMProgressBar", "ProgressBar", "LearningRateMonitor", "ModelCheckpoint",
     "DeviceStatsMonitor", "ThroughputMonitor", "ModelSummary", "RichModelSummary", "Timer",
-    "SampleGrid", "Snapshots", "OnExceptionCheckpoint",
+    "SampleGrid", "Snapshots", "OnExceptionCheckpoint", "TrainingProgress",
 })  # fmt: skip
 _OURS = ("lightning.", "bayesdiff.", "pytorch_lightning.")
 

@@ -10,12 +10,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from bayesdiff import run_log
 from bayesdiff.ablation import ablate, check_ablation
 from bayesdiff.address import Address, scores_key, scores_path, settings_of
 from bayesdiff.artefacts import finite, read_json, weights_key, write_json, write_text
-from bayesdiff.build import Run, build, check_groups, plain
+from bayesdiff.build import Run, build, check_groups, is_main_process, plain
 from bayesdiff.callback_options import check_callbacks
 from bayesdiff.checks import at_least, seed_of
+from bayesdiff.chosen_estimator import in_words, settle_estimator
 from bayesdiff.disk import named_disk
 from bayesdiff.distributed import barrier, rank
 from bayesdiff.filtering import check_filtering, filter_images
@@ -26,9 +28,11 @@ from bayesdiff.laplace.block import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.grid import EvidenceCurve, evidence_curve
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
+from bayesdiff.local_paths import settle
 from bayesdiff.locks import alone, together
 from bayesdiff.metrics.validation import Validation, reference_at_once
 from bayesdiff.processes import check_devices, launch
+from bayesdiff.progress import stage
 from bayesdiff.repair import check_repair, repair_images
 from bayesdiff.report import table
 from bayesdiff.report.loggers import Loggers
@@ -79,10 +83,20 @@ def run(cfg: DictConfig) -> Result:
 
     What the user can mend is a UserError, raised before any work where it can be known then.
     """
-    this, solver, estimator, laplace = prepare(cfg)
+    with run_log.recording(*run_log.command()), stage("run"):
+        this, solver, estimator, laplace = prepare(cfg)
+        if is_main_process():
+            run_log.write_to(this.folder)
+        return _run(this, solver, estimator, laplace)
+
+
+def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLaplace) -> Result:
+    """All stages, one after the other."""
+    cfg = this.cfg
     weights = fit(this, laplace)
     this.model.to(this.device).eval()
-    posterior = laplace.fit(this.model, this.data.data)
+    with stage("curvature"):
+        posterior = laplace.fit(this.model, this.data.data)
     estimator = with_block(estimator, laplace.block)
     at = Address.of(this, solver, estimator, posterior, weights)
     images, folder = None, at.folder
@@ -103,7 +117,7 @@ def run(cfg: DictConfig) -> Result:
     scores: dict[str, float] = {}
     if images is not None:
         path = scores_path(this, at.images)
-        with together(path):
+        with together(path), stage("scores"):
             scores = make_scores(this, images, path, scores_key(this, at.images))
     studies = studies_of(this, solver, estimator, posterior, at.made_from)
     told = settings(this, posterior, solver, estimator)
@@ -111,7 +125,7 @@ def run(cfg: DictConfig) -> Result:
     result = replace(result, headlines=headlines_of(studies))
     shown = report_scores(this, solver, posterior, samples, at.made_from)
     if rank() == 0:
-        with alone(folder / "metrics.json"):
+        with alone(folder / "metrics.json"), stage("report"):
             metrics = scores | statistics_of(samples, this.classes)
             if checked is not None:
                 metrics |= checked.metrics(cfg.seed)
@@ -130,7 +144,7 @@ def studies_of(
     """Folders of the studies that are asked for, each made once."""
     if all(this.cfg.get(name) is None for name in STUDIES):
         return ()
-    with together(this.folder / "studies"):
+    with together(this.folder / "studies"), stage("studies"):
         studies = (
             ablate(this, solver, posterior, made_from),
             filter_images(this, solver, estimator, posterior, made_from),
@@ -144,6 +158,7 @@ def studies_of(
 def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     """Build and check everything, before any work is done; then start the other processes."""
     check_groups(cfg)
+    settle(cfg)
     devices = check_devices(cfg)
     check_settings(**{k: cfg.laplace[k] for k in _POSTERIOR})
     check_subset(**{k: cfg.laplace[k] for k in ("subset", "structure", "sigma_noise", "probes")})
@@ -161,6 +176,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     laplace.path = this.folder / laplace.file_name
     laplace.context = (cfg.model.prediction, plain(cfg.path), network_code(cfg))
     laplace.check(this.model, len(this.data.data.images))
+    estimator = settle_estimator(this, solver, estimator)
     model = this.model
     check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
     times = time_grid(solver.grid, model.path, solver.num_steps)
@@ -265,8 +281,9 @@ def show(result: Result) -> None:
     """The closing table, short, and where to look next."""
     if rank():
         return
-    rows = table.summary(result.metrics, result.headlines)
-    rows.insert(0, {"metric": "weights", "value": result.weights})
+    made = {"weights": result.weights, "maps by": in_words(result.settings)}
+    rows: list[table.Row] = [{"metric": k, "value": v} for k, v in made.items()]
+    rows += table.summary(result.metrics, result.headlines)
     rows.append({"metric": "pictures", "value": str(result.folder / "figures")})
     rows += [{"metric": "study", "value": str(folder)} for folder in result.studies]
     rows += [{"metric": "curves", "value": place} for place in result.curves]

@@ -24,9 +24,10 @@ from bayesdiff.artefacts import (
 from bayesdiff.build import Run, plain
 from bayesdiff.checkpoints import load_weights, read_checkpoint
 from bayesdiff.cli import mendable
-from bayesdiff.estimate import Estimates, duration, schedule
+from bayesdiff.estimate import Estimates, schedule
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.pipeline import prepare
+from bayesdiff.progress import duration
 from bayesdiff.report import table
 from bayesdiff.report.sweep import flatten, swept_keys
 from bayesdiff.solvers import Solver

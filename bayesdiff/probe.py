@@ -121,7 +121,8 @@ class Probe:
 
         def call() -> Curvature:
             batch = {"batch_size": count, "source": ""}
-            return fit_curvature(self.model, data.images[:count], labels, **batch)  # type: ignore[arg-type]
+            with quiet():
+                return fit_curvature(self.model, data.images[:count], labels, **batch)  # type: ignore[arg-type]
 
         return seconds_of(call, self.run.device, 1) / count
 

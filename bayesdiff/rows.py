@@ -12,18 +12,21 @@ Rows = dict[str, Tensor]
 Batch = Callable[[list[int]], Rows]
 
 
-def shared_rows(numbers: range, size: int, batch: Batch, what: str) -> Rows:
+def shared_rows(
+    numbers: range, size: int, batch: Batch, what: str, each: float | None = None
+) -> Rows:
     """Rows of all samples, on every process; each process makes some of the batches.
 
     Args:
         numbers: of the samples.
         size: samples in a batch.
         batch: gives tensors ``(n, ...)`` of n samples, on the CPU.
-        what: for the progress bar.
+        what: of the progress.
+        each: network evaluations that a sample is expected to take, see ``track``.
     """
     batches = torch.arange(numbers.start, numbers.stop).split(size)
     mine = list(batches[rank() :: world_size()])
-    parts = [batch(each.tolist()) for each in track(mine, what)]
+    parts = [batch(part.tolist()) for part in track(mine, what, "images", len, each)]
     if not parts:  # there are more processes than batches; the shapes must be known all the same
         parts = [{name: value[:0] for name, value in batch([numbers.start]).items()}]
     place = torch.cat(mine) - numbers.start if mine else torch.zeros(0, dtype=torch.long)
@@ -36,5 +39,5 @@ def shared_rows(numbers: range, size: int, batch: Batch, what: str) -> Rows:
 def own_rows(numbers: range, size: int, batch: Batch, what: str) -> Rows:
     """The same, all made by this process for itself."""
     batches = torch.arange(numbers.start, numbers.stop).split(size)
-    parts = [batch(each.tolist()) for each in track(batches, what)]
+    parts = [batch(part.tolist()) for part in track(batches, what, "images", len)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

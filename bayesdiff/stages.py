@@ -24,7 +24,7 @@ from bayesdiff.metrics.validation import (
     reference_of,
     validate,
 )
-from bayesdiff.progress import track
+from bayesdiff.progress import per_image, track
 from bayesdiff.rows import Batch, Rows, shared_rows
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.uncertainty import Estimator, Samples, Starts, starts_of
@@ -50,12 +50,7 @@ def starts(run: Run, solver: Solver, seed: int | None = None) -> Starts:
 
 
 def made_rows(
-    path: Path,
-    key: str,
-    numbers: range,
-    size: int,
-    batch: Batch,
-    what: str,
+    path: Path, key: str, numbers: range, size: int, batch: Batch, what: str, each: float = 0
 ) -> Rows:
     """Rows of samples, made once; their batches are shared by all processes.
 
@@ -65,14 +60,16 @@ def made_rows(
         numbers: of the samples.
         size: samples in a batch.
         batch: gives tensors ``(n, ...)`` of n samples, on the CPU.
-        what: for the log and the progress bar.
+        what: for the log and the progress.
+        each: network evaluations that a sample is expected to take, see ``track``.
     """
     stored = read_arrays(path, key)
     barrier()  # nobody writes before everybody has looked
     if stored is not None:
         log.info("%s: %d made before", what, len(numbers))
         return stored
-    rows = shared_rows(numbers, size, batch, what)
+    log.info("%s: %d to make, %d at once%s", what, len(numbers), size, per_image(each))
+    rows = shared_rows(numbers, size, batch, what, each)
     if rank() == 0:
         write_arrays(path, key, rows)
     return rows
@@ -88,8 +85,8 @@ def make_images(run: Run, solver: Solver, count: int, path: Path, key: str) -> T
         images = integrate(start.field(), start.steps(), start.draw(), start.draw)
         return {"images": to_uint8(images.cpu())}
 
-    size = run.cfg.metrics.batch_size
-    return made_rows(path, key, range(count), size, batch, "images")["images"]
+    size, first = run.cfg.metrics.batch_size, start_of([0])
+    return made_rows(path, key, range(count), size, batch, "images", first.nfe)["images"]
 
 
 def make_maps(
@@ -125,12 +122,16 @@ def make_maps(
     size = images_at_once(ready, solver, run.model, run.data.data.images.shape[1:])
     chosen = torch.arange(ready.num_images) if numbers is None else torch.tensor(list(numbers))
     batches = list(chosen.split(size))
+    each = ready.evaluations(start_of([int(chosen[0])]))
+    log.info("maps: %d, %d at once, by %s%s", len(chosen), size, ready.name, per_image(each))
     mine = {}
-    for number in track(range(rank(), len(batches), world_size()), "uncertainty"):
+    own = range(rank(), len(batches), world_size())
+    for number in track(own, "maps", "images", lambda k: len(batches[k]), each):
         mine[number] = ready(start_of(batches[number].tolist()), posterior)
     samples = Samples.join([part for _, part in sorted(_share(mine).items())])
-    samples = samples.in_unit_range() if ready.units == "unit" else samples
-    samples = replace(samples, numbers=chosen)
+    samples = replace(
+        samples.in_unit_range() if ready.units == "unit" else samples, numbers=chosen
+    )
     if rank() == 0:
         write_arrays(path, key, _to_arrays(samples))
     return samples

@@ -18,10 +18,11 @@ from hydra.core.override_parser.types import Glob
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from bayesdiff import dry_run
+from bayesdiff import dry_run, run_log
 from bayesdiff.artefacts import key_of, read_json, write_json
 from bayesdiff.checks import UserError
 from bayesdiff.disk import check_writable
+from bayesdiff.local_paths import settle
 from bayesdiff.objective import DEFAULT, value_of
 from bayesdiff.slots import SLOTS, device_slot
 
@@ -48,7 +49,7 @@ def run_cell(cfg: DictConfig) -> float | None:
     metrics: dict[str, float] = {}
     folder = os.environ.get(_FOLDER)
     try:
-        with slot_of(cfg, folder):
+        with run_log.recording(*overrides), slot_of(cfg, folder):
             from bayesdiff import pipeline
 
             result = pipeline.run(cfg)
@@ -82,6 +83,7 @@ class SweepReport(Callback):
         Rows stay: every cell writes its own anew, and another process may be at the same sweep.
         """
         try:
+            settle(config)
             overrides = [expanded(str(o)) for o in config.hydra.overrides.task]
             check_engines(config)
             if config.dry_run:
@@ -92,6 +94,7 @@ class SweepReport(Callback):
         overrides += [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         folder = Path(config.output_dir) / "sweeps" / key_of(sorted(overrides))[:8]
         os.environ[_FOLDER] = str(folder)  # workers have it from here
+        os.environ[dry_run.FOLDER] = str(folder.parent)  # Hydra's own, which expands no path
         tune(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -101,6 +104,7 @@ class SweepReport(Callback):
         from bayesdiff.report import sweep as report
 
         folder = Path(os.environ.pop(_FOLDER))
+        os.environ.pop(dry_run.FOLDER, None)
         rows = [row for path in (folder / "cells").glob("[!.]*.json") if (row := read_json(path))]
         rows.sort(key=lambda row: row["number"])
         if rows:

@@ -121,7 +121,9 @@ def _decode_like(
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     starts = range(0, len(names), _CHUNK)
     try:
-        for done in track([pool.submit(fill, start) for start in starts], "reading images"):
+        for done in track(
+            [pool.submit(fill, start) for start in starts], "reading images", "parts"
+        ):
             done.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -80,7 +80,7 @@ def sample_chains(
         raise UserError("the loss is not finite where the chains start; start them elsewhere")
     kept, taken = [], torch.zeros_like(state.loss)
     like: dict[str, Any] = {"dtype": start.dtype, "device": start.device, "generator": generator}
-    for number in track(range(warmup + draws), "chains"):
+    for number in track(range(warmup + draws), "chains", "steps"):
         p = torch.randn(start.shape, **like)
         jitter, level = torch.rand(2, len(start), **like)
         size = step * (0.8 + 0.4 * jitter)[:, None, None]

@@ -1,5 +1,6 @@
 """What a pass over the data sees: images, each with noise and a time, the same for every pass."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from bayesdiff.data.module import to_model_range
 from bayesdiff.distributed import rank, world_size
 from bayesdiff.models import GenerativeModel
 from bayesdiff.progress import track
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ def draws_of(
     device = next(model.parameters()).device
     order = torch.randperm(len(images), generator=_generator(seed, 0))[:num_images]
     numbered = list(enumerate(order.split(batch_size), start=1))
-    for number, chosen in track(numbered[rank() :: world_size()], what):
+    log.info("%s: one pass over %d images, %d at once", what, len(order), batch_size)
+    mine = numbered[rank() :: world_size()]
+    for number, chosen in track(mine, what, "images", lambda each: len(each[1])):
         x_1 = to_model_range(images[chosen]).to(device)
         y = None if labels is None or not model.num_classes else labels[chosen].to(device)
         for draw in range(draws):

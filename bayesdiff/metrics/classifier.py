@@ -138,6 +138,7 @@ def load_or_train(
         cached = _read_cache(path)
         if cached is not None:
             return cached.to(device)
+        log.info("classifier of %s: %d passes over %d images", data.name, epochs, len(data.images))
         network = train_classifier(
             data.images,
             data.labels,
@@ -215,7 +216,7 @@ def _fit(network: Classifier, images: Tensor, labels: Tensor, batches: list[Tens
         optimizer, max_lr=5e-3, total_steps=len(batches), pct_start=0.2
     )
     dtype = autocast_dtype(images.device)
-    for index in track(batches, "training the classifier"):
+    for index in track(batches, "training the classifier", "steps"):
         index = index.to(images.device)
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             logits = network(images[index].contiguous(memory_format=torch.channels_last))

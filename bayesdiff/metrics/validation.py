@@ -10,6 +10,7 @@ from bayesdiff.distributed import gather_rows, rank, world_size
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.uncertainty import mean, pixel_ranks, spearman, with_intervals
 from bayesdiff.models import GenerativeModel
+from bayesdiff.progress import track
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty import Ensemble, Estimator, Starts
 from bayesdiff.uncertainty.memory import images_at_once
@@ -121,7 +122,8 @@ def validate(
     count = len(variance)
     batches = torch.arange(count).split(batch_size)[rank() :: world_size()]
     parts = []
-    for numbers in batches:
+    each = reference.evaluations(starts([0]))
+    for numbers in track(batches, "validation", "maps", len, each):
         image, members = reference.images(starts(numbers.tolist()), posterior)
         parts.append(compare(variance[numbers], image.cpu(), members.cpu()))
     rows = torch.cat(parts) if parts else torch.zeros(0, len(COLUMNS), dtype=torch.float64)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bayesdiff.artefacts import write_atomic
+from bayesdiff.cli import mute
 
 Row = Mapping[str, Any]
 
@@ -95,6 +96,13 @@ def show(title: str, rows: Sequence[Row], columns: Sequence[str] | None = None) 
     from rich.table import Table
     from rich.text import Text
 
+    class Output(Console):
+        """Standard output, whose reader may leave before the end, as in ``| head``."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            mute()
+
     names = list(columns) if columns is not None else columns_of(rows)
     numeric = {
         name: all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
@@ -106,8 +114,8 @@ def show(title: str, rows: Sequence[Row], columns: Sequence[str] | None = None) 
     for row in rows:
         # Text, not str: a value such as "[1, 2]" is not markup.
         table.add_row(*(Text(cell(row.get(name))) for name in names))
-    console = Console()
+    console = Output()
     if not console.is_terminal:
         # A log file has no width to fold at.
-        console = Console(width=1000)
+        console = Output(width=1000)
     console.print(table)

@@ -20,6 +20,7 @@ from bayesdiff.uncertainty.samples import UNITS, Samples, Starts, Trajectory
 WITHOUT_EFFECT = (
     *("batch_size", "max_memory", "validate", "validate_images", "validate_members"),
     *("labels", "numbers", "export"),
+    "few_maps",  # whatever it chose has said so
 )
 
 
@@ -114,6 +115,10 @@ class Estimator(ABC):
     @abstractmethod
     def copies(self, solver: Solver) -> int:
         """Network inputs per image that are held at once."""
+
+    def evaluations(self, start: Trajectory) -> float | None:
+        """Network evaluations of an image with its map, None where only a batch can tell."""
+        return None
 
     def check_run(self, run: Training) -> None:  # noqa: B027 - most have nothing to refuse
         """Refuse, before any work, a run that cannot have these maps; most can."""

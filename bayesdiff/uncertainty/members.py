@@ -66,6 +66,13 @@ class Members(Estimator):
         """Network inputs per image held at once."""
         return max(self.count, self.noise_members) + 1
 
+    def evaluations(self, start: Trajectory) -> float:
+        """Of image, members, and those for a stochastic solver's own noise."""
+        steps, coarse = start.steps(), start.steps(self.skip_interval)
+        share = sum(len(step.times) for step in coarse) / sum(len(step.times) for step in steps)
+        noise = self.noise_members if any(step.noise for step in steps) else 0
+        return start.nfe * (1 + self.count * share + noise)
+
     @property
     def described(self) -> str:
         """Which members they are, for the record."""

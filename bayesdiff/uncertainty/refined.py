@@ -20,7 +20,7 @@ from bayesdiff.solvers import Field, Solver, integrate
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.linearised import Followed, directions, evaluations, follow
 from bayesdiff.uncertainty.pilot import DRAWS, FIRST, Pilot, noise_of
-from bayesdiff.uncertainty.refiner import FLOOR, Evidence, Refiner, loss, overlap, train_refiner
+from bayesdiff.uncertainty.refiner import FLOOR, Evidence, Refiner, evidence, loss, train_refiner
 from bayesdiff.uncertainty.refiner_file import load, path_of, representative, save, signature
 from bayesdiff.uncertainty.response import Rule, spread_nodes
 from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory, check_skip_interval
@@ -29,7 +29,7 @@ from bayesdiff.uncertainty.tangent import PRODUCTS, Product, TangentField, diffe
 log = logging.getLogger(__name__)
 
 _MOST_DRAWS = 32
-_TARGET_DRAWS, _TARGET_PRODUCTS = 2, 8
+TARGET_DRAWS, TARGET_PRODUCTS = 2, 8
 _BATCH = 8  # training images that share their target draws
 _HELD_OUT = 0.1
 
@@ -62,6 +62,7 @@ class Refined(Estimator):
         noise_draws: directions of a stochastic solver's own noise; 0 leaves them out. They cost
             one evaluation each at every step.
         skip_interval: network evaluations per product, in place of ``products``.
+        few_maps: ``ensemble`` or ``refined``, what makes too few maps, see ``for_few_maps``.
         fitted: rule, refiner, and the logarithm of this posterior's variance over the one that the
             refiner was trained for; made by ``fit``.
     """
@@ -73,6 +74,7 @@ class Refined(Estimator):
     epochs: int = 30
     noise_draws: int = 4
     skip_interval: int | None = None
+    few_maps: str = "ensemble"
     fitted: tuple[Rule, Refiner, float] | None = None
 
     name: ClassVar[str] = "refined"
@@ -86,6 +88,8 @@ class Refined(Estimator):
                 f"unknown uncertainty.derivative {self.derivative!r}; "
                 "choose auto, difference or bfloat16"
             )
+        if self.few_maps not in ("ensemble", "refined"):
+            raise UserError(f"uncertainty.few_maps={self.few_maps!r}; choose ensemble or refined")
         at_least("uncertainty.train_images", self.train_images, 20)
         at_least("uncertainty.epochs", self.epochs)
         at_least("uncertainty.noise_draws", self.noise_draws, 0)
@@ -104,6 +108,12 @@ class Refined(Estimator):
         """Network inputs per image held at once."""
         noise = self.noise_draws if solver.family == "diffusion" else 0
         return 1 + noise + self.draws(solver.stages * solver.num_steps)
+
+    def evaluations(self, start: Trajectory) -> float:
+        """Of image, products, and a stochastic solver's own noise, not of the training."""
+        count = evaluations(start)
+        noise = self.noise_draws if any(step.noise for step in start.steps()) else 0
+        return start.nfe * (1 + self.draws(count) * len(self.nodes(count)) / count + noise)
 
     def nodes(self, count: int) -> frozenset[int]:
         """Which of ``count`` evaluations get a product."""
@@ -166,12 +176,13 @@ class Refined(Estimator):
         count = evaluations(starts([0]))
         pilot = Pilot.follow(starts, directions(posterior, DRAWS, self.seed + 1), differences)
         rule = pilot.rule(self.nodes(count), self.product(starts([0])))
-        careful = pilot.rule(spread_nodes(count, _TARGET_PRODUCTS), differences)
+        careful = pilot.rule(spread_nodes(count, TARGET_PRODUCTS), differences)
         live = self.directions(posterior, count)
         seen, targets = [], []
-        numbers = torch.arange(self.train_images) + FIRST + 1000
-        for place, part in enumerate(track(numbers.split(_BATCH), "refiner's images")):
-            fresh = directions(posterior, _TARGET_DRAWS, self.seed + 2 + place)
+        numbers = (torch.arange(self.train_images) + FIRST + 1000).split(_BATCH)
+        log.info("refiner: a network to be trained once, on maps of %d images", self.train_images)
+        for place, part in enumerate(track(numbers, "refiner's images", "images", len)):
+            fresh = directions(posterior, TARGET_DRAWS, self.seed + 2 + place)
             start = starts(part.tolist())
             given, target = self.lesson(start, (live, rule), (fresh, careful))
             seen.append(given)
@@ -272,16 +283,6 @@ class Refined(Estimator):
         label = f"refined, {len(deltas)} draws of {len(rule.nodes)} products"
         label += "" if refiner.helps else ", refiner refused"
         return replace(followed, variance=variance).samples(start, label, self.times)
-
-
-def evidence(images: Tensor, features: list[Tensor], d: Tensor) -> Evidence:
-    """What the refiner reads of a batch with live sensitivities ``d (M, B, C, H, W)``."""
-    return Evidence(
-        images=images,
-        features=torch.cat(features, 1).half(),  # precise enough, and small
-        variance=d.square().mean(0),
-        overlap=overlap(d),
-    )
 
 
 class _Remembering(Field):

@@ -58,6 +58,16 @@ def overlap(d: Tensor) -> Tensor:
     return off / (len(d) * (len(d) - 1))
 
 
+def evidence(images: Tensor, features: Sequence[Tensor], d: Tensor) -> Evidence:
+    """What the refiner reads of a batch with live sensitivities ``d (M, B, C, H, W)``."""
+    return Evidence(
+        images=images,
+        features=torch.cat(list(features), 1).half(),  # precise enough, and small
+        variance=d.square().mean(0),
+        overlap=overlap(d),
+    )
+
+
 class Level(nn.Module):
     """Logarithm of an image's mean variance, by ridge regression on a summary of the evidence.
 
@@ -208,7 +218,7 @@ def _train(seen: Evidence, target: Tensor, patch: int, epochs: int, batch: int) 
     optimizer = torch.optim.AdamW(refiner.parameters(), weight_decay=1e-2)
     steps = epochs * max(1, len(target) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
-    for _ in track(range(epochs), "refiner"):
+    for _ in track(range(epochs), "refiner", "epochs"):
         order = torch.randperm(len(target), device=target.device)
         for index in order[: max(1, len(order) // batch) * batch].split(batch):
             optimizer.zero_grad()

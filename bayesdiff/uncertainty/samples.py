@@ -155,6 +155,12 @@ class Trajectory:
         times = time_grid(self.solver.grid, self.path, self.solver.num_steps, skip_interval)
         return self.solver.steps(self.path, self.model.prediction, times)
 
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of an image without its uncertainty."""
+        guided = self.solver.guidance != 1 and self.labels is not None
+        return (2 if guided else 1) * sum(len(step.times) for step in self.steps())
+
     def draw(self) -> Tensor:
         """The next noise of the batch, ``(B, C, H, W)``."""
         return self.noise().to(self.device)

@@ -1,0 +1,62 @@
+"""Which estimator makes few maps: training a refiner costs more than it saves on them.
+
+A question of the configuration alone. What lies in the run folder has no say, or tables would
+depend on the order of their cells.
+"""
+
+import logging
+from dataclasses import fields
+
+from bayesdiff.uncertainty.ensemble import Ensemble
+from bayesdiff.uncertainty.estimator import Estimator
+from bayesdiff.uncertainty.linearised import evaluations
+from bayesdiff.uncertainty.pilot import DRAWS, IMAGES
+from bayesdiff.uncertainty.refined import TARGET_DRAWS, TARGET_PRODUCTS, Refined
+from bayesdiff.uncertainty.response import spread_nodes
+from bayesdiff.uncertainty.samples import Trajectory
+
+log = logging.getLogger(__name__)
+
+MEMBERS = 16
+
+
+def for_few_maps(estimator: Estimator, start: Trajectory, maps: int) -> tuple[Estimator, str]:
+    """The estimator, or an ensemble of 16 where a refined one costs more network evaluations.
+
+    Refined ones with options of their own are kept: who sets them means them.
+
+    Args:
+        estimator: as configured.
+        start: of any image.
+        maps: that the whole configuration asks for.
+
+    Returns:
+        The estimator and why it is another one, nothing if it is not.
+    """
+    if not isinstance(estimator, Refined) or estimator.few_maps != "ensemble":
+        return estimator, ""
+    shared = {field.name: getattr(estimator, field.name) for field in fields(Estimator)}
+    if estimator != Refined(**shared):
+        return estimator, ""
+    ensemble = Ensemble(members=MEMBERS, instead_of=estimator.name, **shared)
+    cost = maps * ensemble.evaluations(start)
+    refined = training(estimator, start) + maps * estimator.evaluations(start)
+    if refined <= cost:
+        return estimator, ""
+    return ensemble, (
+        f"ensemble in place of refined, since {maps} maps take {cost:,.0f} network evaluations "
+        f"by it and {refined:,.0f} by refined, which trains a network first; "
+        "uncertainty.few_maps=refined keeps that"
+    )
+
+
+def training(refined: Refined, start: Trajectory) -> float:
+    """Network evaluations before the first map: pilot, and images to learn from.
+
+    The small network's own training is not among them.
+    """
+    count = evaluations(start)
+    live, target = len(refined.nodes(count)), len(spread_nodes(count, TARGET_PRODUCTS))
+    pilot = IMAGES * (3 * count + DRAWS * (count + live + target))
+    each = count + refined.draws(count) * live + TARGET_DRAWS * target
+    return (pilot + refined.train_images * each) * start.nfe / count
