@@ -89,7 +89,7 @@ def test_a_run_with_few_maps_says_what_made_them_everywhere(
     assert result.samples.name.startswith("samples-euler-ensemble-")
     monkeypatch.setattr(table, "show", lambda title, rows: shown.extend(rows))
     shown: list = []
-    pipeline.show(result, "outputs")
+    pipeline.show(result)
     (by,) = [row["value"] for row in shown if row["metric"] == "maps by"]
     assert "few_maps=refined keeps that" in by
     assert list(result.folder.parent.glob("refiner*")) == []

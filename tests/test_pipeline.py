@@ -393,8 +393,9 @@ def test_the_closing_table(trained: Trained, capsys):
     headlines = {"filtering/best/z@0.8": 3.25}
     metrics = trained.metrics | headlines | {"laplace/block_effective_parameters": 12.5}
     metrics |= {"laplace/block_parameters": 400}
+    named = {"uncertainty.name": "ensemble"}
     result = pipeline.Result(
-        trained.cell, trained.samples, metrics, {}, headlines=headlines, curves=curves
+        trained.cell, trained.samples, metrics, named, headlines=headlines, curves=curves
     )
     pipeline.show(result)
     text = capsys.readouterr().out
@@ -408,7 +409,7 @@ def test_the_closing_table(trained: Trained, capsys):
         f"{trained.metrics['laplace/effective_parameters']:.4g} of 73",
     ):
         assert part in text
-    pipeline.show(pipeline.Result(trained.cell, trained.samples, trained.metrics, {}))
+    pipeline.show(pipeline.Result(trained.cell, trained.samples, trained.metrics, named))
     assert "tensorboard" not in capsys.readouterr().out
 
 
