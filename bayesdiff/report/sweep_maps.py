@@ -29,6 +29,7 @@ _IMAGES = 8
 _LEFT, _RIGHT = 270, 180
 # So many times brighter than all others, or darker.
 _OUTLIER = 30
+_DARKER = 2.5
 # Images of two cells are the same if no pixel of a screen differs by more than one level.
 _LEVEL = 2 / 255
 
@@ -85,7 +86,7 @@ def scale_of(cells: Sequence[CellMaps]) -> tuple[float, float, bool]:
 
     A few cells, a quarter at most, that are ``_OUTLIER`` times brighter or darker than all others
     do not count: they lie beyond the scale, and the others keep their contrast. A linear scale
-    from 0 shows all maps as long as the palest is within a factor 3 of the brightest.
+    from 0 shows all maps as long as the palest is within ``_DARKER`` of the brightest.
     """
     values = [cell.maps[np.isfinite(cell.maps)] for cell in cells]
     tops = [float(np.quantile(each, 0.999)) for each in values if each.size and each.max() > 0]
@@ -95,7 +96,7 @@ def scale_of(cells: Sequence[CellMaps]) -> tuple[float, float, bool]:
     for _ in range(len(tops) // 4):
         tops = tops[:-1] if tops[-1] > _OUTLIER * tops[-2] else tops
         tops = tops[1:] if tops[1] > _OUTLIER * tops[0] else tops
-    if max(tops) <= 3 * min(tops):
+    if max(tops) <= _DARKER * min(tops):
         return 0.0, max(tops), False
     positive = np.concatenate([each[each > 0] for each in values])
     # Of a map a factor 20 is seen; below that is mostly the noise of the estimate.
@@ -136,8 +137,8 @@ def map_tiles(cells: Sequence[CellMaps], more: int, conditions: str) -> "Figure"
     ]
     across = max(len(g[0].images) * (size[0] + GAP) for g, size in zip(groups, sizes, strict=True))
     title = "Uncertainty maps over the sweep"
-    figure, axes = sheet(_LEFT + across + _RIGHT, max(sum(heights), 160) + 10, title, caption)
-    y, drawn = 0, None  # type: int, Any
+    figure, axes = sheet(_LEFT + across + _RIGHT, max(sum(heights), 160) + 18, title, caption)
+    y, drawn = 2 * GAP, None  # type: int, Any
     for group, size, height in zip(groups, sizes, heights, strict=True):
         drawn = _group(axes, group, size, y, (low, high, log), _LEFT + across + 6)
         y += height
