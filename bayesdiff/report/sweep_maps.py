@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.artefacts import BROKEN_NPZ
+from bayesdiff.report.charts import log_ticks
 from bayesdiff.report.layout import (
     GAP,
     cell_size,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 24
 _IMAGES = 8
-_LEFT, _RIGHT = 270, 180
+_LEFT, _RIGHT = 270, 190
 # So many times brighter than all others, or darker.
 _OUTLIER = 30
 _DARKER = 2.5
@@ -147,6 +148,8 @@ def map_tiles(cells: Sequence[CellMaps], more: int, conditions: str) -> "Figure"
     bar = axes.inset_axes((_LEFT + across + 76, 30, 14, tall), transform=axes.transData)
     ends = "both" if log else "max"
     figure.colorbar(drawn, cax=bar, extend=ends).set_label("standard deviation")
+    if log:
+        log_ticks(bar.yaxis, np.array([low, high]))
     return figure
 
 
