@@ -127,5 +127,7 @@ def with_block(estimator: Estimator, block: BlockPosterior | None) -> Estimator:
     if block is None:
         return estimator
     check_block_ensemble(estimator)
-    given = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
+    taken = {field.name for field in fields(BlockEnsemble)}  # it stands in for no other
+    names = [field.name for field in fields(estimator) if field.name in taken]
+    given = {name: getattr(estimator, name) for name in names}
     return BlockEnsemble(**given, block=block)
