@@ -1,5 +1,7 @@
 """Figures against their pixels, the board against TensorBoard's own reader."""
 
+import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,8 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
+from bayesdiff import pipeline
+from bayesdiff.checks import UserError
 from bayesdiff.report import board, figures
 from bayesdiff.report.layout import standard_deviation
 from bayesdiff.report.options import ReportOptions
@@ -372,3 +376,32 @@ def test_scores_replace_the_summed_variance(tmp_path):
     histogram = board_of(tmp_path / "tb").Histograms("uncertainty/score")[0].histogram_value
     assert (histogram.min, histogram.max, histogram.num) == (100, 200, 24)
     assert (tmp_path / "p" / "extremes.png").exists()
+
+
+def test_a_run_sorts_its_images_by_what_the_report_asks_for(copied, compose):
+    asked = ("report.sorted_by=[map.sum,likelihood.bits_per_dim]", "report.likelihood_steps=2")
+    more = ("report.chosen_by=map.patch_max", "report.map_scale=own")
+    result = pipeline.run(compose(*asked, *more))
+    scores = json.loads((result.folder / "image-scores.json").read_text())
+    assert set(scores) == {"map.sum", "map.patch_max", "likelihood.bits_per_dim"}
+    captions = json.loads((result.folder / "figures" / "captions.json").read_text())
+    assert "map.patch_max" in captions["extremes"]["caption"]
+    assert "scale of its own" in captions["image_and_map"]["caption"]
+    assert {"sorted", "extremes", "samples"} <= set(captions)
+    assert not list((result.folder / "figures").glob("*.pdf"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("report.sorted_by=[map.total]", "unknown score report.sorted_by=map.total; choose from"),
+        ("report.chosen_by=nll", "unknown score report.chosen_by=nll"),
+        ("+report.colour=red", "unknown option report.colour"),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_refused_before_any_work(
+    override, said, compose, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "fit", None)
+    with pytest.raises(UserError, match=re.escape(said)):
+        pipeline.run(compose(override))

@@ -1,6 +1,7 @@
 """The report over a sweep: figures against their numbers, the page against a parser, the board."""
 
 import csv
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from bayesdiff.report import sweep
 from bayesdiff.report.sweep_charts import sweep_figure
 from bayesdiff.report.sweep_maps import CellMaps, by_images, map_tiles, scale_of
 from bayesdiff.report.sweep_over_time import CellCurve, over_time_figure
-from bayesdiff.report.sweep_series import series, short_names
+from bayesdiff.report.sweep_series import depends, series, short_names
 
 pytestmark = pytest.mark.usefixtures("without_pdf")
 
@@ -361,3 +362,54 @@ def test_the_command_is_the_users_own():
     hydra = ["hydra.mode=MULTIRUN", "hydra/launcher=joblib"]
     command = sweep.command_of(["seed=0,1", "a=[1, 2]"], hydra)
     assert command == "python sweep.py -m hydra/launcher=joblib seed=0,1 'a=[1, 2]'"
+
+
+def test_panels_that_cannot_differ_are_left_out_and_said():
+    rows = [
+        {"prior": p, "steps": n, FID: 44.0 + n, VARIANCE: p + n, "nfe": 2.0 * n}
+        for p in (1, 2) for n in (10, 20)
+    ]  # fmt: skip
+    keys = ["prior", "steps"]
+    found = [depends(rows, keys, "prior", metric) for metric in (FID, VARIANCE, "nfe")]
+    assert found == [False, True, False]
+    assert all(depends(rows, keys, "steps", metric) for metric in (FID, VARIANCE, "nfe"))
+    figure = sweep_figure(rows, keys, [FID, VARIANCE, "nfe"], "prior")
+    assert [axes.get_title() for axes in figure.axes] == [VARIANCE]
+    assert figure.axes[0].get_xlabel() == "prior"
+    said = " ".join(figure.texts[0].get_text().split())
+    assert f"Not drawn, since they do not depend on prior: {FID}, nfe" in said
+
+
+def test_an_axis_is_not_zoomed_into_noise():
+    rows = [{"p": p, FID: 44.236 + 0.001 * p} for p in (1, 2, 3)]
+    low, high = sweep_figure(rows, ["p"], [FID]).axes[0].get_ylim()
+    assert high - low >= 0.1 * 44 and low < 44.236 < high
+
+
+def test_a_cell_is_drawn_with_its_own_interval():
+    name = "validation/image_rank"
+    rows = [{"p": p, name: 0.1 * p, f"{name}_low": -0.5, f"{name}_high": 0.6} for p in (1, 2, 3)]
+    axes = sweep_figure(rows, ["p"], [name]).axes[0]
+    (bars,) = axes.collections
+    np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], [[-0.5, 0.6]] * 3)
+    assert axes.get_ylim()[0] < -0.5 and axes.get_ylim()[1] > 0.6
+
+
+def test_one_outlier_does_not_darken_all_other_maps():
+    cells = [maps_of(str(top), top) for top in (1.0, 1.2, 1.4, 1.6)]
+    assert scale_of([*cells, maps_of("outlier", 1e3)]) == scale_of(cells) == (0.0, 1.6, False)
+    figure = map_tiles([*cells, maps_of("outlier", 1e3)], 0, "here")
+    assert "1 cells are mostly off the scale" in " ".join(figure.texts[0].get_text().split())
+
+
+def test_a_sweep_has_a_sheet_of_sorted_images_for_each_score(folder):
+    rows = [cell(folder, i, [f"skip={i + 1}"]) for i in range(2)]
+    for row in rows:
+        scores = {"map.sum": list(range(6)), "members.joint": [None] * 6}
+        (Path(row["folder"]) / "image-scores.json").write_text(json.dumps(scores))
+    page = written(folder, rows)
+    assert "Images sorted by map.sum" in page.text
+    for name in ("sorted_map_sum", "sorted_members_joint", "maps", "0_skip"):
+        assert (folder / "figures" / f"{name}.png").is_file()
+    captions = json.loads((folder / "figures" / "captions.json").read_text())
+    assert "skip" in captions["0_skip"]["title"]

@@ -51,8 +51,8 @@ def log_ticks(axis: "Axis", values: np.ndarray) -> None:
 
 
 def plain_number(value: float) -> str:
-    """``0.02``, ``500`` or ``1e5``: as short as it goes."""
-    return f"{value:g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+    """``0.02``, ``500`` or ``1e5``: four digits, and short."""
+    return f"{value:.4g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
 def three_digits(value: float) -> str:

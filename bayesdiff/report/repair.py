@@ -135,7 +135,8 @@ def quality_over_diversity(
     found = results["conditions"]
     caption = (
         f"{found['num_images']} images, {found['draws']} alternatives of each; "
-        f"{_conditions(results)}. Quality: the judge's probability of the class asked for; "
+        f"{_conditions(results)}. Feature distance: between alternatives of one image; quality: "
+        "the judge's probability of the class asked for; "
         f"best: by {score} of another classifier. The larger a dot, the later the images were "
         "left; bars: 95 % over images; dotted: the images themselves. "
         f"{conditions}"
@@ -158,7 +159,7 @@ def quality_over_diversity(
             points = {"color": how["color"], "marker": how["marker"], "alpha": 0.85}
             panel.scatter(x, [row["quality"] for row in own], sizes, **points)
         panel.axhline(results["original"]["quality"], color="0.4", linestyle=":", linewidth=1)
-        panel.set(title=title, xlabel="feature distance between alternatives")
+        panel.set(title=title, xlabel="feature distance")
         if all(_there(value) and value > 0 for value in apart.values()):
             panel.set_xscale("log")  # renoising is far from all others
     axes[0, 0].set_ylabel("quality")

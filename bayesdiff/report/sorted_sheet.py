@@ -1,5 +1,6 @@
 """All images in the order of a score, one block for each score or each cell of a sweep."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bayesdiff.artefacts import BROKEN_NPZ
 from bayesdiff.report.charts import three_digits
-from bayesdiff.report.layout import GAP, cell_size, fit, picture, put, sheet
+from bayesdiff.report.layout import GAP, cell_size, picture, put, sheet
 from bayesdiff.report.style import style
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _MOST, _ALL = 200, 480
 MOST_BLOCKS = 12
 _COLUMNS = 10
 _ACROSS = 2  # blocks side by side
-_LEFT = 78  # for the values
+_LEFT, _HEAD = 78, 48  # for the values, and for two lines of a heading
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ class Block:
 
 
 @style()
-def sorted_images(blocks: Sequence[Block], conditions: str) -> "Figure":
+def sorted_images(blocks: Sequence[Block], conditions: str, score: str = "") -> "Figure":
     """Blocks of sorted images side by side.
 
     Args:
         blocks: at least one.
         conditions: what made the images, for the caption.
+        score: by which all blocks are sorted; empty where their names say so.
     """
     size = cell_size(blocks[0].images, 40)
     columns = _COLUMNS if len(blocks) > 1 else 2 * _COLUMNS
@@ -77,11 +79,12 @@ def sorted_images(blocks: Sequence[Block], conditions: str) -> "Figure":
     most = min(_MOST if len(blocks) > 1 else 2 * _MOST, max(_ALL // len(blocks), columns))
     count = max(min(len(block.images), most) for block in blocks)
     rows = -(-count // columns)
-    wide, tall = _LEFT + columns * (size[0] + GAP) + 16, 34 + rows * (size[1] + GAP) + 10
+    wide, tall = _LEFT + columns * (size[0] + GAP) + 16, _HEAD + rows * (size[1] + GAP) + 10
     whole = max(len(block.images) for block in blocks)
     shown = "all of them" if whole <= most else f"{most} of them, evenly over the ranks"
+    by = f" by {score}," if score else ""
     caption = (
-        f"{whole} images, {shown}, row by row from the most doubtful to the least; left of a "
+        f"{whole} images, {shown},{by} row by row from the most doubtful to the least; left of a "
         f"row: the score of its first image. Conditions: {conditions}."
     )
     down = -(-len(blocks) // across)
@@ -101,10 +104,11 @@ def _draw(
     most: int,
 ) -> None:
     """One block with its heading and a value for each row."""
-    left, top = at[0] + _LEFT, at[1] + 34
+    left, top = at[0] + _LEFT, at[1] + _HEAD
     width = columns * (size[0] + GAP)
     heading: dict[str, Any] = {"weight": "bold", "va": "bottom"}
-    axes.text(left, top - 8, fit(block.name, width).replace("$", r"\$"), **heading)
+    lines = textwrap.wrap(block.name, max(10, width // 9), max_lines=2, placeholder=" …")
+    axes.text(left, top - 6, "\n".join(lines).replace("$", r"\$"), size=9, **heading)
     for place, index in enumerate(block.order(most)):
         row, column = divmod(place, columns)
         y = top + row * (size[1] + GAP)

@@ -127,9 +127,7 @@ def _sorted(rows: Sequence[Row], keys: Sequence[str], conditions: str) -> "dict[
     more = len(done) - MOST_BLOCKS
     conditions += f"; {more} more cells are not shown" if more > 0 else ""
     return {
-        score: sorted_images(each, f"Sorted by {score}; {conditions}")
-        for score, each in blocks.items()
-        if each
+        score: sorted_images(each, conditions, score) for score, each in blocks.items() if each
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayesdiff.metrics.seeds import mean_interval
-from bayesdiff.report.charts import log_ticks, spans_decades
+from bayesdiff.report.charts import log_ticks, plain_number, spans_decades
 from bayesdiff.report.layout import chart, fit
 from bayesdiff.report.style import look, style
 from bayesdiff.report.sweep_series import (
@@ -70,7 +70,7 @@ def sweep_figure(
         ]
     )
     tall = sum(talls.values())
-    size = 40 + _WIDTH * wide + 210 * (len(swept_keys) > 1), 20 + 250 * tall
+    size = 40 + _WIDTH * wide + 210 * (len(swept_keys) > 1), 20 + 270 * tall
     figure, panels = chart(*size, "Sweep over " + ", ".join(keys), caption, tall, wide)
     first = 0
     for key in keys:
@@ -80,6 +80,7 @@ def sweep_figure(
         for axes, metric in zip(block, shown[key], strict=False):
             _panel(axes, groups, key, metric, _places(done, key))
             axes.set_title(metric.replace("$", r"\$"))
+            axes.set_xlabel(fit(key.rpartition(".")[2], _WIDTH).replace("$", r"\$"))
         for axes in block[len(shown[key]) :]:
             axes.axis("off")
         if len(groups) > 1:
@@ -208,8 +209,8 @@ def _x_axis(axes: "Axes", places: Mapping[Any, float], numeric: bool) -> None:
         axes.set_xscale("log")
         log_ticks(axes.xaxis, at)
         if at.max() >= 1e3 * at.min():
-            axes.xaxis.set_major_locator(LogLocator(numticks=6))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: text_of(x)))
+            axes.xaxis.set_major_locator(LogLocator(numticks=5))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: plain_number(x)))
     elif numeric:
         gaps = np.diff(at) / (np.ptp(at) or 1.0)
         if len(at) <= 8 and (gaps >= 0.1).all():

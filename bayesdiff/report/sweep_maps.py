@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.artefacts import BROKEN_NPZ
+from bayesdiff.report.charts import log_ticks
 from bayesdiff.report.layout import (
     GAP,
     cell_size,
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 24
 _IMAGES = 8
-_LEFT, _RIGHT = 270, 180
+_LEFT, _RIGHT = 270, 190
 # So many times brighter than all others, or darker.
 _OUTLIER = 30
+_DARKER = 2.5
 # Images of two cells are the same if no pixel of a screen differs by more than one level.
 _LEVEL = 2 / 255
 
@@ -85,7 +87,7 @@ def scale_of(cells: Sequence[CellMaps]) -> tuple[float, float, bool]:
 
     A few cells, a quarter at most, that are ``_OUTLIER`` times brighter or darker than all others
     do not count: they lie beyond the scale, and the others keep their contrast. A linear scale
-    from 0 shows all maps as long as the palest is within a factor 3 of the brightest.
+    from 0 shows all maps as long as the palest is within ``_DARKER`` of the brightest.
     """
     values = [cell.maps[np.isfinite(cell.maps)] for cell in cells]
     tops = [float(np.quantile(each, 0.999)) for each in values if each.size and each.max() > 0]
@@ -95,7 +97,7 @@ def scale_of(cells: Sequence[CellMaps]) -> tuple[float, float, bool]:
     for _ in range(len(tops) // 4):
         tops = tops[:-1] if tops[-1] > _OUTLIER * tops[-2] else tops
         tops = tops[1:] if tops[1] > _OUTLIER * tops[0] else tops
-    if max(tops) <= 3 * min(tops):
+    if max(tops) <= _DARKER * min(tops):
         return 0.0, max(tops), False
     positive = np.concatenate([each[each > 0] for each in values])
     # Of a map a factor 20 is seen; below that is mostly the noise of the estimate.
@@ -136,8 +138,8 @@ def map_tiles(cells: Sequence[CellMaps], more: int, conditions: str) -> "Figure"
     ]
     across = max(len(g[0].images) * (size[0] + GAP) for g, size in zip(groups, sizes, strict=True))
     title = "Uncertainty maps over the sweep"
-    figure, axes = sheet(_LEFT + across + _RIGHT, max(sum(heights), 160) + 10, title, caption)
-    y, drawn = 0, None  # type: int, Any
+    figure, axes = sheet(_LEFT + across + _RIGHT, max(sum(heights), 160) + 18, title, caption)
+    y, drawn = 2 * GAP, None  # type: int, Any
     for group, size, height in zip(groups, sizes, heights, strict=True):
         drawn = _group(axes, group, size, y, (low, high, log), _LEFT + across + 6)
         y += height
@@ -146,6 +148,8 @@ def map_tiles(cells: Sequence[CellMaps], more: int, conditions: str) -> "Figure"
     bar = axes.inset_axes((_LEFT + across + 76, 30, 14, tall), transform=axes.transData)
     ends = "both" if log else "max"
     figure.colorbar(drawn, cax=bar, extend=ends).set_label("standard deviation")
+    if log:
+        log_ticks(bar.yaxis, np.array([low, high]))
     return figure
 
 

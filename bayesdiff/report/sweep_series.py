@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from bayesdiff.report.charts import plain_number
-
 Row = Mapping[str, Any]
 Values = tuple[Any, ...]
 
@@ -76,7 +74,7 @@ def finite(value: Any) -> bool:
 def text_of(value: Any) -> str:
     """A swept value as a label: ``10.0`` and ``10`` are the same value."""
     found = number(value)
-    return str(value) if found is None else plain_number(found)
+    return str(value) if found is None else f"{found:g}".replace("e+0", "e").replace("e-0", "e-")
 
 
 def distinct(rows: Sequence[Row], key: str) -> list[Any]:

@@ -29,7 +29,8 @@ from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.metrics.uncertainty import spearman
 from bayesdiff.report import figures, table
-from bayesdiff.report.layout import chart, picture, put, sheet, style
+from bayesdiff.report.layout import chart, picture, put, sheet
+from bayesdiff.report.style import look, style
 from bayesdiff.stages import judge
 
 HERE = Path(__file__).parent
@@ -261,9 +262,6 @@ def interval(flat: dict[str, Any], name: str) -> str:
     return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
-COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6")
-
-
 @style()
 def draw(flat: dict[str, Any], conditions: dict[str, Any]) -> Any:
     """Both metrics over the level, and one over the other."""
@@ -273,17 +271,16 @@ def draw(flat: dict[str, Any], conditions: dict[str, Any]) -> Any:
         "Features: the project's classifier, penultimate layer. On the right levels 1 to 5."
     )
     title = "FID and CMMD under progressive distortion"
-    figure, axes = chart(1500, 470, title, caption, 1, 3)
-    for colour, kind in zip(COLOURS, STRENGTHS, strict=False):
+    figure, axes = chart(1100, 400, title, caption, 1, 3)
+    for place, kind in enumerate(STRENGTHS):
+        how = look(place)
         names = ["distortion.none.0", *(f"distortion.{kind}.{level}" for level in LEVELS)]
         lines = {m: [flat[f"{name}.{m}"] for name in names] for m in ("fid", "cmmd")}
         for axis, metric in zip(axes[0], lines, strict=False):
             ends = [[flat[f"{n}.{metric}_{end}"] for n in names] for end in ("low", "high")]
-            axis.fill_between(range(len(names)), *ends, color=colour, alpha=0.2, linewidth=0)
-            axis.plot(
-                lines[metric], "o-", color=colour, markersize=4, label=kind.replace("_", " ")
-            )
-        axes[0, 2].plot(lines["fid"][1:], lines["cmmd"][1:], "o-", color=colour, markersize=4)
+            axis.fill_between(range(len(names)), *ends, color=how["color"], alpha=0.2, linewidth=0)
+            axis.plot(lines[metric], label=kind.replace("_", " "), **how)
+        axes[0, 2].plot(lines["fid"][1:], lines["cmmd"][1:], **how)
     for axis, metric in zip(axes[0], ("fid", "cmmd"), strict=False):
         axis.set(xlabel="level", ylabel=metric.upper())
         axis.set_yscale("symlog", linthresh=0.1 if metric == "cmmd" else 1)

@@ -26,7 +26,7 @@ from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.pools import ImagePool
 from bayesdiff.report import figures
 from bayesdiff.report.layout import chart
-from bayesdiff.report.style import style
+from bayesdiff.report.style import look, style
 from bayesdiff.stages import judge
 from bayesdiff.study import configured
 from bayesdiff.training import fit
@@ -84,15 +84,16 @@ def over_time(found: dict[str, list[dict[str, Any]]]) -> "Figure":
         "Summed variance of the run's own maps at each solver step, t = 1 being the image. "
         "Mean over seeds with its 95 % interval."
     )
-    figure, axes = chart(1150, 420, "Maps at other times", caption, 1, len(SHOWN))
+    figure, axes = chart(1150, 360, "Maps at other times", caption, 1, len(SHOWN))
     for panel, (name, title) in zip(axes[0], SHOWN.items(), strict=True):
         for place, (model, rows) in enumerate(found.items()):
             times, means = [row["time"] for row in rows], [row[name] for row in rows]
             low, high = ([row[f"{name}_{end}"] for row in rows] for end in ("low", "high"))
-            panel.plot(times, means, ".-", color=f"C{place}", label=model)
+            panel.plot(times, means, label=model, **look(place))
             panel.fill_between(times, low, high, color=f"C{place}", alpha=0.15, linewidth=0)
         panel.set(title=title, xlabel="time t")
-    axes[0, 0].legend(fontsize=7)
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right upper")
     return figure
 
 

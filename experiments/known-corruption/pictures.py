@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Of a map's many scores, these; results.json has all.
 MAP_SCORES = ("sum", "mean_log", "patch_max", "percentile_90")
 MAPS = ("refined", "linearised", "ensemble", "published")
-TRUTHS = (("auroc", "interval", "C0"), ("wrong_auroc", "wrong_interval", "C3"))
+TRUTHS = (("auroc", "interval", "C0"), ("wrong_auroc", "wrong_interval", "C1"))
 
 
 @style()
@@ -34,9 +34,9 @@ def by_score(
     names.sort(key=lambda name: order[name])
     over = f"Mean over {seeds} seeds with its 95 % interval" if seeds > 1 else "One seed"
     caption = (
-        f"{over}. Blue: images asked for an affected class; red: images in which a judge trained "
-        "on clean data sees another class than was asked for, where there are enough of them; "
-        "grey: the same classes as blue, with a network trained on clean data."
+        f"{over}. Blue dots: images asked for an affected class; orange squares: images in "
+        "which a judge trained on clean data sees another class than was asked for, where there "
+        "are enough of them; grey: the same classes as blue, with a network trained on clean data."
     )
     figure, axes = chart(
         1150, 120 + 17 * len(names), "AUROC by score", caption, 1, len(cases), sharey=True
@@ -53,10 +53,13 @@ def by_score(
                     [max(low, 0), min(high, 1)], [height] * 2, color=colour, linewidth=1, alpha=0.4
                 )
                 value = flat[f"{case}.{name}.{truth}"]
-                panel.plot(value, height, "o", color=colour, markersize=3.5)
+                mark = "o" if truth == "auroc" else "s"
+                panel.plot(value, height, mark, color=colour, markersize=3.5)
         panel.axvline(0.5, color="0.6", linewidth=0.8)
         panel.axvline(0.9, color="0.6", linewidth=0.8, linestyle=":")
-        panel.set(title=case, xlabel="AUROC", xlim=(0, 1.02), ylim=(-1, len(names)))
+        panel.set(
+            title=case.replace("_", "\n"), xlabel="AUROC", xlim=(0, 1.02), ylim=(-1, len(names))
+        )
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=8)
     return figure
 

@@ -22,7 +22,7 @@ from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.sample_sizes import fid_of_infinity, sample_size_curve
 from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart
-from bayesdiff.report.style import style
+from bayesdiff.report.style import look, style
 from bayesdiff.stages import judge, make_images
 from bayesdiff.training import fit
 
@@ -119,23 +119,24 @@ def draw(sets: dict[str, dict[str, Any]]) -> Any:
         "project's classifier, penultimate layer; reference: 60,000 training images."
     )
     figure, axes = chart(
-        1100, 470, "FID falls with the number of images, CMMD stays", caption, 1, 2
+        900, 400, "FID falls with the number of images, CMMD stays", caption, 1, 2
     )
     for axis, metric in zip(axes[0], ("fid", "cmmd"), strict=True):
-        for color, (name, found) in zip(("C0", "C1", "0.35"), sets.items(), strict=True):
+        for place, (name, found) in enumerate(sets.items()):
+            how = look(place) | {"linestyle": "-"}  # dashed has another meaning
+            color = how["color"]
             rows = found["curve"]
             inner = [row for row in rows if row["images"] < found["images"]]
             at = [row["images"] for row in rows]
-            axis.plot(at, [row[metric] for row in rows], "o-", color=color, label=NAMES[name])
+            axis.plot(at, [row[metric] for row in rows], label=NAMES[name], **how)
             low, high = ([row[f"{metric}_{end}"] for row in inner] for end in ("low", "high"))
             axis.fill_between(at[: len(inner)], low, high, color=color, alpha=0.2, linewidth=0)
             if metric == "fid":
                 axis.axhline(found["fid_infinity"], color=color, linestyle="--", linewidth=0.9)
         axis.set(xscale="log", xlabel="images", ylabel=f"{metric.upper()} ({ENCODER})")
-        axis.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
     axes[0, 1].axhline(0, color="0.5", linewidth=0.8)
-    axes[0, 0].legend(fontsize=9)
+    axes[0, 0].legend()
     return figure
 
 

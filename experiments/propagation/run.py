@@ -18,6 +18,7 @@ from torch import Tensor
 from bayesdiff.artefacts import key_of, read_json, write_json, write_text
 from bayesdiff.metrics.uncertainty import agreement, image_rank, pixel_rank
 from bayesdiff.report import table
+from bayesdiff.report.style import DPI, LINES, save, style
 from bayesdiff.solvers import integrate
 from bayesdiff.uncertainty import (
     Ensemble,
@@ -268,13 +269,14 @@ STYLE = {
 }
 
 
+@style()
 def draw_cost(found: dict[str, Any]) -> None:
     """Accuracy over network evaluations, the ensembles as the curve to beat."""
     from matplotlib.figure import Figure
 
     settings = found["settings"]
     wide, bands = 4, -(-len(settings) // 4)
-    figure = Figure(figsize=(3.1 * wide, 5.6 * bands), layout="constrained")
+    figure = Figure(figsize=(3.1 * wide, 5.6 * bands), dpi=DPI, layout="constrained")
     axes = figure.subplots(2 * bands, wide, sharey="row", squeeze=False)
     for number, (name, setting) in enumerate(settings.items()):
         band, column = divmod(number, wide)
@@ -302,32 +304,39 @@ def draw_cost(found: dict[str, Any]) -> None:
             axis.set_xscale("log")
             axis.set_xticks([2, 3, 4, 6, 9, 17], ["2", "3", "4", "6", "9", "17"])
             axis.minorticks_off()
-            axis.grid(alpha=0.3)
             axis.set_ylabel(metric.replace("_", " ") if not column else "")
         axes[2 * band, column].set_title(name, fontsize=9)
         axes[2 * band + 1, column].set_xlabel("network evaluations\nover plain sampling")
     axes[0, 0].legend(fontsize=7)
-    figure.savefig(HERE / "accuracy-over-cost.png", dpi=110)
+    figure.set_label("Accuracy over cost")
+    save(figure, HERE / "accuracy-over-cost.png")
 
 
+@style()
 def draw_steps(steps: dict[str, Any]) -> None:
     """Total variance over the number of steps."""
     from matplotlib.figure import Figure
 
     if not steps:
         return
-    figure = Figure(figsize=(4.2 * len(steps), 3.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(steps), 3.4), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(steps), squeeze=False)[0]
     for axis, (model, values) in zip(axes, steps.items(), strict=True):
-        for name, (color, marker) in STYLE.items():
+        for (name, (color, marker)), line in zip(STYLE.items(), [*LINES, "-"], strict=True):
             pairs = [(n, v) for n, v in zip(values["steps"], values[name], strict=True) if v > 0]
             if pairs:
-                axis.plot(*zip(*pairs, strict=True), color=color, marker=marker, label=name)
+                axis.plot(
+                    *zip(*pairs, strict=True),
+                    color=color,
+                    marker=marker,
+                    linestyle=line,
+                    label=name,
+                )
         axis.set(xscale="log", yscale="log", title=model, xlabel="steps")
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("summed variance per image")
     axes[0].legend(fontsize=7)
-    figure.savefig(HERE / "variance-over-steps.png", dpi=110)
+    figure.set_label("Summed variance over the number of steps")
+    save(figure, HERE / "variance-over-steps.png")
 
 
 def main(arguments: list[str]) -> None:

@@ -22,7 +22,8 @@ from bayesdiff.metrics.selection import top_recall
 from bayesdiff.metrics.uncertainty import ranks, spearman
 from bayesdiff.pools import ImagePool
 from bayesdiff.report import figures, table
-from bayesdiff.report.layout import chart, style
+from bayesdiff.report.layout import chart
+from bayesdiff.report.style import look, style
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published
 
@@ -162,14 +163,16 @@ def draw(flats: dict[str, dict[str, float]], seeds: int) -> Any:
     )
     title = "What a skip interval does to the ranking of the images"
     measures = ("rank", "top_tenth_overlap", "bottom_tenth_overlap")
-    figure, axes = chart(1300, 320 * len(flats), title, caption, len(flats), 3, sharey="col")
+    figure, axes = chart(1080, 280 * len(flats), title, caption, len(flats), 3, sharey="col")
     for row, (model, flat) in enumerate(flats.items()):
         for axis, measure in zip(axes[row], measures, strict=True):
-            for colour, name in zip(("C0", "C1", "C2"), ESTIMATORS, strict=True):
+            for place, name in enumerate(ESTIMATORS):
+                how = look(place) | {"linestyle": "-"}  # dashed has another meaning
+                colour = how["color"]
                 at = [f"{name}.skip.{skip}.{measure}" for skip in SKIPS]
-                ends = [[flat[f"{place}_{end}"] for place in at] for end in ("low", "high")]
+                ends = [[flat[f"{where}_{end}"] for where in at] for end in ("low", "high")]
                 axis.fill_between(SKIPS, *ends, color=colour, alpha=0.15, linewidth=0)
-                axis.plot(SKIPS, [flat[place] for place in at], "o-", color=colour, label=name)
+                axis.plot(SKIPS, [flat[where] for where in at], label=name, **how)
                 chance = flat[f"{name}.skip.1.{measure}_other_draws"]
                 axis.axhline(chance, color=colour, linestyle="--", linewidth=1)
             axis.set(xticks=SKIPS, ylim=(min(-0.1, axis.get_ylim()[0]), 1.04))

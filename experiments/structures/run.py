@@ -33,6 +33,7 @@ from bayesdiff.metrics.uncertainty import agreement, image_rank, pixel_rank
 from bayesdiff.models import GenerativeModel
 from bayesdiff.progress import track
 from bayesdiff.report import figures, table
+from bayesdiff.report.style import DPI, style
 from bayesdiff.solvers import Solver
 from bayesdiff.training import fit
 from bayesdiff.uncertainty import (
@@ -234,13 +235,14 @@ def row(name: str, numbers: dict[str, Any]) -> dict[str, str]:
     return line
 
 
+@style()
 def draw(seeds: dict[str, dict[str, Any]]) -> None:
     """Ranks against both references, a dot with its interval for every network under test."""
     from matplotlib.figure import Figure
 
     names = [name for name in set.intersection(*map(set, seeds.values())) if name in SHOWN]
     names.sort(key=SHOWN.index)
-    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(8.2, 5.2), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     references = (("", "the full posterior, 128 members"), ("deep_", "a deep ensemble"))
     for axis, (prefix, title) in zip(axes, references, strict=True):
@@ -250,14 +252,16 @@ def draw(seeds: dict[str, dict[str, Any]]) -> None:
                 ends = [[one[n][f"{prefix}{metric}{end}"] for n in names] for end in ENDS]
                 axis.hlines(place, ends[1], ends[2], color=color, linewidth=1.5)
                 label = metric.replace("_", " ") if not number else None
-                axis.plot(ends[0], place, "o", color=color, markersize=4, label=label)
+                mark = "o" if metric == "image_rank" else "s"
+                axis.plot(ends[0], place, mark, color=color, markersize=4, label=label)
         axis.set_title(f"against {title}", fontsize=10)
         axis.set_xlabel("rank correlation, 95 % over images")
         axis.axvline(0, color="#999999", linewidth=0.8)
-        axis.grid(axis="x", alpha=0.3)
+        axis.grid(False, axis="y")
     axes[0].set_yticks([y + 0.2 for y in range(len(names))], names)
     axes[0].invert_yaxis()
     axes[0].legend(fontsize=8, loc="lower left")
+    figure.set_label("Ranks of maps against two references")
     figures.save(figure, HERE / "structures.png")
 
 
