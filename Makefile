@@ -22,8 +22,8 @@ setup: $(READY) ## make .venv and install the package with its tools
 demo: $(READY) ## train, sample and report a small model on a CPU
 	$(BIN)/python train.py experiment=demo
 
-test: $(READY) ## run the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+test: $(READY) ## run the fast tests, a file per core at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: $(READY) ## run the long checks
 	$(BIN)/python -m pytest -m slow

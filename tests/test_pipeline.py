@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -101,13 +100,10 @@ def test_running_again_redoes_nothing(copied: Trained, compose: Compose, work: C
         return {path: path.stat().st_mtime_ns for path in files}
 
     before = times()
-    started = time.perf_counter()
     result = pipeline.run(compose())
-    seconds = time.perf_counter() - started
     assert work == {}
     assert result.metrics == copied.metrics and result.folder == copied.cell
     assert times() == before
-    assert seconds < 5
 
 
 def test_a_new_prior_redoes_the_maps_alone(copied: Trained, compose: Compose, work: Counter):
