@@ -54,7 +54,9 @@ def data_root(tmp_path_factory):
 def runnable(given, data_root):
     """The command's own arguments, with data where the README says path/to."""
     values = [value.replace("path/to/images", str(data_root / "images")) for value in given]
-    return [value.replace("=10,", "=1,").split(",")[0] for value in values if value != "-m"]
+    lists = [value for value in values if value != "-m" and "[" in value]
+    swept = [value.replace("=10,", "=1,") for value in values if value != "-m"]
+    return [value if value in lists else value.split(",")[0] for value in swept]
 
 
 @pytest.mark.parametrize("given", arguments("train.py") + arguments("sweep.py"), ids=" ".join)
