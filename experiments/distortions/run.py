@@ -39,11 +39,13 @@ STORE = ROOT / "outputs" / "distortions"
 _CIFAR = "${oc.env:BAYESDIFF_DATA,data}/cifar10"
 DATA = {
     "fashion": ["data=fashion"],
+    "digits": ["data=digits"],
     "cifar10": [
         *("data=zip", "data.name=cifar10", f"data.root={_CIFAR}-train10k-32x32.zip"),
         f"data.source.test_root={_CIFAR}-test2k-32x32.zip",
     ],
 }
+DEFAULT = ["fashion", "digits"]
 MAIN = "fashion"  # of the keys without a data set
 SEEDS, MOST = 5, 1000  # disjoint parts of the test images, and images of each at most
 LEVELS = (1, 2, 3, 4, 5)
@@ -176,10 +178,10 @@ def summary(measured: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     return flat | disagreement(measured)
 
 
-def named(name: str, values: Iterable[float]) -> dict[str, float]:
-    """Mean over seeds and its interval."""
-    return dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(list(values)),
-                    strict=True))  # fmt: skip
+def named(name: str, values: Iterable[float], most: float = float("inf")) -> dict[str, float]:
+    """Mean over seeds and its interval, cut at what the number can reach."""
+    mean, low, high = mean_interval(list(values))
+    return {name: mean, f"{name}_low": low, f"{name}_high": min(high, most)}
 
 
 def along(measured: dict[str, Any], kind: str, metric: str) -> Tensor | None:
@@ -202,7 +204,7 @@ def follows(rows: Tensor) -> dict[str, Any]:
     signs = enumerate(LEVELS)
     seen = [level for place, level in signs if all(sign > 0 for sign in differs[place:])]
     return {
-        **named("monotone", ranks),
+        **named("monotone", ranks, most=1.0),
         "steps_up": float((rows.diff(dim=1) > 0).double().mean()),
         "seen_from": min(seen, default=None),
     }
@@ -231,7 +233,7 @@ def disagreement(measured: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     seeds = [[values[name][m] for name in names] for m in ("fid", "cmmd")]
     ranks = spearman(*(torch.stack(each, 1) for each in seeds)).tolist()
     return {
-        **named("fid_and_cmmd.rank", ranks),
+        **named("fid_and_cmmd.rank", ranks, most=1.0),
         "fid_and_cmmd.pairs": len(names) * (len(names) - 1) // 2,
         "fid_and_cmmd.pairs_apart_in_both": both,
         "fid_and_cmmd.pairs_opposite": len(against),
@@ -279,15 +281,15 @@ def draw(flat: dict[str, Any], conditions: dict[str, Any]) -> Any:
         for axis, metric in zip(axes[0], lines, strict=False):
             ends = [[flat[f"{n}.{metric}_{end}"] for n in names] for end in ("low", "high")]
             axis.fill_between(range(len(names)), *ends, color=how["color"], alpha=0.2, linewidth=0)
-            axis.plot(lines[metric], label=kind.replace("_", " "), **how)
-        axes[0, 2].plot(lines["fid"][1:], lines["cmmd"][1:], **how)
+            axis.plot(lines[metric], **how)
+        axes[0, 2].plot(lines["fid"][1:], lines["cmmd"][1:], label=kind.replace("_", " "), **how)
     for axis, metric in zip(axes[0], ("fid", "cmmd"), strict=False):
         axis.set(xlabel="level", ylabel=metric.upper())
         axis.set_yscale("symlog", linthresh=0.1 if metric == "cmmd" else 1)
     axes[0, 2].set(xlabel="FID", ylabel="CMMD")
     axes[0, 2].set_xscale("symlog", linthresh=1)
     axes[0, 2].set_yscale("symlog", linthresh=0.1)
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 2].legend(loc="lower right")
     return figure
 
 
@@ -332,7 +334,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"unknown {unknown[0]}; choose from {', '.join(DATA)}")
     lpips = perceptual_network(weights[0] if weights else None)
     sets = (read_json(HERE / "results.json") or {}).get("sets", {})
-    for name in names or DATA:
+    for name in names or DEFAULT:
         bench = Bench(name, lpips, *overrides)
         measured = bench.all()
         sets[name] = {"conditions": {"data": name, **bench.conditions}, "seeds": measured}

@@ -117,12 +117,13 @@ def of_seed(maps: dict[str, dict[str, Tensor]]) -> dict[str, float]:
 
 
 def over_seeds(seeds: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Means with their intervals; of ``crossed`` the largest."""
+    """Means with their intervals, cut at 1 where nothing can be above; of ``crossed`` the most."""
     together = {}
     for name in next(iter(seeds.values())):
         values = [measured[name] for measured in seeds.values()]
-        ends = (name, f"{name}_low", f"{name}_high")
-        together |= dict(zip(ends, mean_interval(values), strict=True))
+        mean, low, high = mean_interval(values)
+        high = high if "size" in name or "crossed" in name else min(high, 1.0)
+        together |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         if "crossed" in name:
             together[f"{name}_most"] = max(values)
     return together
