@@ -1,11 +1,13 @@
 """What code outside this package does to a run: hashes of the files behind ``_target_``."""
 
+import ast
 import hashlib
 import inspect
 import sys
 import sysconfig
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +29,7 @@ def code_of(*options: Any) -> dict[str, str]:
     """Hashes of the user's own files that the options are made by, by the names of their modules.
 
     Those of the classes and functions, of their base classes, and of what these files import of
-    the user's own; not this package and what is installed, which have versions.
+    the user's own, wherever in them; not this package and what is installed, which have versions.
 
     Args:
         options: plain values in any nesting; every ``_target_`` in them counts.
@@ -35,12 +37,13 @@ def code_of(*options: Any) -> dict[str, str]:
     waiting = [module for name in _targets(options) for module in _modules_of(name)]
     found: dict[str, str] = {}
     while waiting:
-        module = waiting.pop()
-        path = _own_file(module)
-        if path is None or module.__name__ in found:
+        name = waiting.pop()
+        path = _own_file(name)
+        if path is None or name in found:
             continue
-        found[module.__name__] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        waiting += _imported(module)
+        content = path.read_bytes()
+        found[name] = hashlib.sha256(content).hexdigest()[:16]
+        waiting += [*_defined_elsewhere(name), *_imported(name, path, content)]
     return dict(sorted(found.items()))
 
 
@@ -58,7 +61,7 @@ def _targets(value: Any) -> Iterator[str]:
         yield from _targets(part)
 
 
-def _modules_of(name: str) -> list[ModuleType]:
+def _modules_of(name: str) -> list[str]:
     """Where the object of this name, and its base classes, are written down."""
     try:
         found = get_object(name)
@@ -68,14 +71,21 @@ def _modules_of(name: str) -> list[ModuleType]:
         found = found.func
     parts = inspect.getmro(found) if inspect.isclass(found) else (inspect.unwrap(found), found)
     modules = [inspect.getmodule(part) for part in parts] if callable(found) else [found]
+    names = [module.__name__ for module in modules if isinstance(module, ModuleType)]
     # A function that was imported elsewhere under the name that was given.
-    modules.append(sys.modules.get(name.rpartition(".")[0]))
-    return [module for module in modules if isinstance(module, ModuleType)]
+    return [*names, name.rpartition(".")[0]]
 
 
-def _own_file(module: ModuleType) -> Path | None:
+def _own_file(name: str) -> Path | None:
     """The file of a module of the user's own."""
+    module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
+    if module is None:  # imported later, inside of a function
+        try:
+            spec = find_spec(name)
+        except (ImportError, ValueError, AttributeError):
+            return None
+        file = spec.origin if spec and spec.has_location else None
     path = Path(file).resolve() if file else None
     if path is None or not path.is_file() or path.is_relative_to(_PACKAGE):
         return None
@@ -83,16 +93,50 @@ def _own_file(module: ModuleType) -> Path | None:
     return None if installed or any(map(path.is_relative_to, _INSTALLED)) else path
 
 
-def _imported(module: ModuleType) -> Iterator[ModuleType]:
-    """What a module is made of.
+def _defined_elsewhere(name: str) -> Iterator[str]:
+    """Modules that objects in a module come from, by whatever way they came.
 
     Yields:
-        Modules that it, or an object in it, comes from.
+        Their names.
     """
-    for value in list(vars(module).values()):
-        name = value.__name__ if isinstance(value, ModuleType) else None
-        if name is None and (inspect.isclass(value) or inspect.isroutine(value)):
-            name = value.__module__
-        other = sys.modules.get(name) if isinstance(name, str) else None
-        if other is not None and other is not module:
-            yield other
+    for value in list(vars(sys.modules[name]).values()) if name in sys.modules else ():
+        if inspect.isclass(value) or inspect.isroutine(value):
+            if isinstance(value.__module__, str):
+                yield value.__module__
+        elif isinstance(value, ModuleType):
+            yield value.__name__
+
+
+def _imported(name: str, path: Path, content: bytes) -> Iterator[str]:
+    """What a file says that it imports: a constant does not tell where it comes from.
+
+    Yields:
+        Names of modules, and of what is imported from them, which may be modules.
+    """
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    try:
+        tree = ast.parse(content)
+    except SyntaxError:  # importing it says so
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _with_packages(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            try:
+                source = resolve_name("." * node.level + (node.module or ""), package)
+            except ImportError:  # beyond the top; importing it says so
+                continue
+            yield from _with_packages(source)
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def _with_packages(name: str) -> Iterator[str]:
+    """A module and the packages that it is in, whose files run before it.
+
+    Yields:
+        Their names.
+    """
+    while name:
+        yield name
+        name = name.rpartition(".")[0]

@@ -173,6 +173,27 @@ def test_only_code_of_ones_own_is_read(own):
     assert code_of({"_target_": "bayesdiff.networks.UNet"}, {"_target_": "no.such.thing"}) == {}
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from shown_{n} import SCALE",
+        "import shown_{n} as s",
+        "def f():\n    from shown_{n} import SCALE",
+    ],
+)
+def test_constants_and_imports_inside_functions_count(line, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    number = abs(hash(line))
+    shown = tmp_path / f"shown_{number}.py"
+    shown.write_text("SCALE = 1.0\n")
+    (tmp_path / f"user_{number}.py").write_text(line.format(n=number) + "\nclass Net: ...\n")
+    options = {"_target_": f"user_{number}.Net"}
+    before = code_of(options)
+    assert set(before) == {f"shown_{number}", f"user_{number}"}
+    shown.write_text("SCALE = 7.0\n")
+    assert code_of(options) != before
+
+
 def test_another_network_drops_what_the_group_chose(own, compose: Compose, caplog):
     own()
     options = ("net._target_=own_net.Net", "+net.width=4")
