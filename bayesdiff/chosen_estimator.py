@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from omegaconf import open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
 from bayesdiff.build import Run, is_main_process, plain
 from bayesdiff.solvers import Solver
@@ -21,7 +21,7 @@ def settle_estimator(this: Run, solver: Solver, estimator: Estimator) -> Estimat
     """The estimator that makes the maps, see ``for_few_maps``; the configuration then names it."""
     cfg = this.cfg
     studies = [cfg[name] for name in ("filtering", "repair") if cfg.get(name) is not None]
-    asked = [study.get("num_images", 0) * len(study.get("seeds", [0])) for study in studies]
+    asked = [_maps_of(study) for study in studies]
     numbers = sample_numbers(estimator, this)
     maps = sum(asked) + (estimator.num_images if numbers is None else len(numbers))
     chosen, reason = for_few_maps(estimator, starts(this, solver)([0]), maps)
@@ -36,6 +36,13 @@ def settle_estimator(this: Run, solver: Solver, estimator: Estimator) -> Estimat
                 "times": list(chosen.times),
             }
     return chosen
+
+
+def _maps_of(study: Any) -> int:
+    """Maps that a study asks for; 0 for values that its own check is about to refuse."""
+    options = plain(study) if isinstance(study, DictConfig) else {}
+    count, seeds = options.get("num_images", 0), options.get("seeds", [0])
+    return count * len(seeds) if isinstance(count, int) and isinstance(seeds, list) else 0
 
 
 def in_words(settings: Mapping[str, Any]) -> str:

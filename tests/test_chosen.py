@@ -16,7 +16,7 @@ from bayesdiff.data.module import to_uint8
 from bayesdiff.report import board, export
 from bayesdiff.solvers import Euler
 from bayesdiff.uncertainty import Ensemble
-from bayesdiff.uncertainty.chosen import sample_numbers
+from bayesdiff.uncertainty.chosen import _class, sample_numbers
 
 
 def run_of(count=10, classes=tuple("abcdefghij")):
@@ -208,3 +208,11 @@ def test_files_of_older_versions_are_read(copied: Trained, compose: Compose, mon
     monkeypatch.setattr(stages, "images_at_once", lambda *_: pytest.fail("made again"))
     result = pipeline.run(compose())
     assert result.metrics == copied.metrics
+
+
+def test_a_number_that_is_also_the_name_of_another_class_is_not_guessed():
+    names = ("1", "10", "2")
+    with pytest.raises(UserError, match="1 is the number of class '10', and the name of class"):
+        _class(1, names, 3)
+    assert [_class(label, names, 3) for label in ("1", "10", 0)] == [0, 1, 0]
+    assert [_class(label, ("0", "1"), 2) for label in (1, "1")] == [1, 1]

@@ -64,7 +64,7 @@ def test_a_grid_shows_what_was_drawn_and_says_it(
     made = []
     draw = figures.sample_grid
     monkeypatch.setattr(figures, "sample_grid", lambda *a: made.append(draw(*a)) or made[-1])
-    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+    monkeypatch.setattr(figures, "save", lambda figure, path, **options: None)
     labels = None if classes is None else torch.arange(classes)
     images = torch.zeros(classes or 3, 1, 4, 4, dtype=torch.uint8)
     names = tuple(str(i) for i in range(classes or 0))

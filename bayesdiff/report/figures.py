@@ -78,11 +78,9 @@ def sample_grid(
     width, height = cell_size(images, 72)
     left = 12 + (8 + 9 * max(len(fit(name, 160)) for name, _ in rows) if titled else 0)
     shown = sum(len(chosen) for _, chosen in rows)
-    caption = (
-        f"{shown} of {len(images)} samples, unselected; conditions: {conditions}".removesuffix(
-            "; conditions: "
-        )
-    )
+    caption = f"{shown} of {len(images)} samples"
+    caption += "" if "chosen by" in conditions else ", unselected"
+    caption += f"; conditions: {conditions}" if conditions else ""
     across = max(len(chosen) for _, chosen in rows) * (width + GAP)
     tall = 2 * GAP + len(rows) * (height + GAP)
     figure, axes = sheet(left + across + 8, tall, "Samples", f"{caption}.")
@@ -177,7 +175,8 @@ def image_and_map(
         return fit(class_name(samples.labels[index], classes), size)
 
     caption = (
-        f"The first {len(chosen)} samples. {_how_maps_read(samples, own_scale)} "
+        f"{len(chosen)} of {len(samples.images)} samples, in order. "
+        f"{_how_maps_read(samples, own_scale)} "
         f"Conditions: {map_conditions(samples, settings)}."
     )
     title = "Samples and their uncertainty maps"

@@ -171,8 +171,11 @@ def conditions(samples: "Samples", settings: Mapping[str, Any] | None = None) ->
         samples: say the estimator, NFE and N.
         settings: of the run, as ``pipeline.settings`` names them.
     """
+    settings = settings or {}
+    picked = [name for name in ("numbers", "labels") if settings.get(f"uncertainty.{name}")]
     own = f"estimator {samples.estimator}, NFE\u00a0{samples.nfe}, N\u00a0{len(samples.images)}"
-    return "; ".join(part for part in (conditions_of(settings or {}), own) if part)
+    own += f", chosen by uncertainty.{picked[0]}" if picked else ""
+    return "; ".join(part for part in (conditions_of(settings), own) if part)
 
 
 def map_conditions(samples: "Samples", settings: Mapping[str, Any] | None = None) -> str:

@@ -90,6 +90,12 @@ def _class(label: Any, classes: Sequence[str], count: int) -> int:
     """
     if isinstance(label, str) and label in classes:
         return classes.index(label)
+    other = classes.index(str(label)) if str(label) in classes else label
+    if isinstance(label, int) and other != label and label < len(classes):
+        raise UserError(
+            f"uncertainty.labels {label} is the number of class {classes[label]!r}, and the name "
+            f"of class number {other}; give names in quotes, such as '\"{label}\"'"
+        )
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
         names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
         raise UserError(
