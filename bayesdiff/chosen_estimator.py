@@ -51,4 +51,4 @@ def in_words(settings: Mapping[str, Any]) -> str:
     asked = settings.get("uncertainty.instead_of")
     if not asked:
         return name
-    return f"{name}, cheaper than {asked} for so few; uncertainty.few_maps={asked} keeps that"
+    return f"{name}, cheaper than {asked} for so few; uncertainty={asked} keeps that"

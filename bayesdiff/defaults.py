@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # Where files are, what is shown, and how the work is done: nothing a run is told apart by.
 _ASIDE = re.compile(
     r"(output_dir|run_dir|ckpt_path|init_from|fit|dry_run|process_timeout|logger|objective|direction)(\.|$)"
-    r"|.*\b_(target|partial|convert)_$|callbacks\.progress"
+    r"|.*\b_(target|partial|convert)_$|callbacks\.progress|uncertainty\.few_maps"
 )
 _MOST = 72  # signs of all settings in a name
 _VALUE = 16  # of one value

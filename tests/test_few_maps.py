@@ -48,13 +48,14 @@ def test_what_an_image_costs_is_what_it_reports(solver):
 
 def test_the_cheaper_one_is_taken_on_either_side_of_break_even():
     _, starts = counting(Euler(20))
-    start, asked = starts([0]), Refined(times=[0.5], seed=3, units="unit")
+    start = starts([0])
+    asked = Refined(times=[0.5], seed=3, units="unit", few_maps="ensemble")
     each = Ensemble(members=16).evaluations(start) - asked.evaluations(start)
     even = training(asked, start) / each
     assert 150 < even < 400
     few, reason = for_few_maps(asked, start, int(even))
     assert few == Ensemble(members=16, times=[0.5], seed=3, units="unit", instead_of="refined")
-    assert "uncertainty.few_maps=refined" in reason
+    assert "uncertainty=refined keeps" in reason
     assert few.described == "ensemble, 16 members, skip 1, in place of refined for few maps"
     assert for_few_maps(asked, start, int(even) + 1) == (asked, "")
 
@@ -62,7 +63,7 @@ def test_the_cheaper_one_is_taken_on_either_side_of_break_even():
 def test_who_sets_an_option_of_the_refiner_means_it():
     _, starts = counting(Euler(20))
     for kept in (
-        Refined(few_maps="refined"), Refined(budget=2.0), Refined(skip_interval=2), Linearised(),
+        Refined(), Refined(few_maps="ensemble", budget=2.0), Linearised(),
         Ensemble(members=4),
     ):  # fmt: skip
         assert for_few_maps(kept, starts([0]), 1) == (kept, "")
@@ -75,7 +76,7 @@ def test_a_run_with_few_maps_says_what_made_them_everywhere(
 ):
     monkeypatch.setattr(board, "write", lambda *args, **kwargs: [])
     caplog.set_level(logging.INFO, "bayesdiff")
-    words = ("uncertainty=refined", "uncertainty.train_images=1000", "uncertainty.epochs=30",
+    words = ("uncertainty=auto", "uncertainty.train_images=1000", "uncertainty.epochs=30",
              "metrics.num_images=0")  # fmt: skip
     cell = planner.look(words, compose(*words))
     assert "refiner" not in [work.stage for work in cell.works]
@@ -91,12 +92,12 @@ def test_a_run_with_few_maps_says_what_made_them_everywhere(
     shown: list = []
     pipeline.show(result)
     (by,) = [row["value"] for row in shown if row["metric"] == "maps by"]
-    assert "few_maps=refined keeps that" in by
+    assert "uncertainty=refined keeps that" in by
     assert list(result.folder.parent.glob("refiner*")) == []
 
 
 def test_a_study_s_maps_count(compose: Compose):
-    words = ("uncertainty=refined", "uncertainty.train_images=1000", "uncertainty.epochs=30")
+    words = ("uncertainty=auto", "uncertainty.train_images=1000", "uncertainty.epochs=30")
     cfg = compose(*words, "experiment=filtering", "~filtering.maps.published")
     cfg.filtering.num_images, cfg.filtering.seeds = 100, [0, 1, 2]
     cfg.filtering.keep, cfg.filtering.main_keep = [0.5], 0.5

@@ -80,7 +80,7 @@ def sample_grid(
     shown = sum(len(chosen) for _, chosen in rows)
     caption = f"{shown} of {len(images)} samples"
     caption += "" if "chosen by" in conditions else ", unselected"
-    caption += f"; conditions: {conditions}" if conditions else ""
+    caption += f"; {conditions}" if conditions else ""
     across = max(len(chosen) for _, chosen in rows) * (width + GAP)
     tall = 2 * GAP + len(rows) * (height + GAP)
     figure, axes = sheet(left + across + 8, tall, "Samples", f"{caption}.")

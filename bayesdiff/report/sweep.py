@@ -23,6 +23,8 @@ _SHOWN = (
     "fid@", "is@", "nfe", "summed_variance/mean", "laplace/effective_parameters",
     "validation/image_rank", "validation/pixel_rank", "validation/log_ratio",
 )  # fmt: skip
+# What made a cell's maps where it is not what was asked for.
+MAPS_BY = "maps by"
 # More keys than this have no picture of their own.
 _MOST_KEYS = 8
 _MOST_ROWS = 200  # of the table in TensorBoard
@@ -45,13 +47,15 @@ def write(folder: Path, rows: list[Row], command: str = "") -> None:
     flat = [flatten(row, keys) for row in rows]
     table.write_csv(folder / "sweep.csv", flat)
     metrics = [name for name in shown_metrics(rows) if any(name in row for row in flat)]
-    table.show(f"sweep: {folder / 'sweep.csv'}", flat, [*keys, *metrics, "status"])
+    others = [MAPS_BY] if any(MAPS_BY in row for row in flat) else []
+    columns = [*keys, *others, *metrics, "status"]
+    table.show(f"sweep: {folder / 'sweep.csv'}", flat, columns)
     pictures = draw(folder, rows, flat, keys, metrics)
     conditions = conditions_of(rows)
     text = page.page(folder, flat, keys, metrics, conditions, pictures, command)
     write_text(folder / "report.html", text)
     told = "\n\n".join(f"{name}: {value}" for name, value in conditions.items())
-    shown = table.markdown(flat[:_MOST_ROWS], [*keys, *metrics, "status"])
+    shown = table.markdown(flat[:_MOST_ROWS], columns)
     said = f"`{command}`\n\n{told}\n\n{shown}"
     board.write_sweep(folder / "report", flat, metrics, said, pictures)
     log.info("report: %s", folder / "report.html")
@@ -176,7 +180,7 @@ def conditions_of(rows: Sequence[Row]) -> dict[str, str]:
         "seed": [s.get("seed") for s in settings],
         "solver": [s.get("solver.name") for s in settings],
         "NFE": [m.get("nfe") for m in metrics],
-        "estimator": [s.get("uncertainty.name") for s in settings],
+        "estimator": [_estimator(s) for s in settings],
         "images with maps": [s.get("uncertainty.num_images") for s in settings],
         "images scored": sizes,
         "feature extractor": features,
@@ -206,8 +210,16 @@ def flatten(row: Mapping[str, Any], keys: Sequence[str]) -> Row:
     """One table row: the swept values first, then status, metrics and folder."""
     given = dict(override.partition("=")[::2] for override in row["overrides"])
     flat: Row = {key: _number(given.get(key, "")) for key in keys}
+    if row.get("settings", {}).get("uncertainty.instead_of"):
+        flat[MAPS_BY] = _estimator(row["settings"])
     flat |= {"status": row["status"], **row.get("metrics", {}), "seconds": row["seconds"]}
     return flat | {"folder": row.get("folder", ""), "error": row.get("error", "")}
+
+
+def _estimator(settings: Mapping[str, Any]) -> str | None:
+    """What made the maps, and what was asked for if it is not that."""
+    name, asked = (settings.get(f"uncertainty.{key}") for key in ("name", "instead_of"))
+    return f"{name}, in place of {asked} for few maps" if asked else name
 
 
 def shown_metrics(rows: Sequence[Row]) -> list[str]:

@@ -36,7 +36,7 @@ def for_few_maps(estimator: Estimator, start: Trajectory, maps: int) -> tuple[Es
     if not isinstance(estimator, Refined) or estimator.few_maps != "ensemble":
         return estimator, ""
     shared = {field.name: getattr(estimator, field.name) for field in fields(Estimator)}
-    if estimator != Refined(**shared):
+    if estimator != Refined(few_maps="ensemble", **shared):
         return estimator, ""
     ensemble = Ensemble(members=MEMBERS, instead_of=estimator.name, **shared)
     cost = maps * ensemble.evaluations(start)
@@ -46,7 +46,7 @@ def for_few_maps(estimator: Estimator, start: Trajectory, maps: int) -> tuple[Es
     return ensemble, (
         f"ensemble in place of refined, since {maps} maps take {cost:,.0f} network evaluations "
         f"by it and {refined:,.0f} by refined, which trains a network first; "
-        "uncertainty.few_maps=refined keeps that"
+        "uncertainty=refined keeps that"
     )
 
 

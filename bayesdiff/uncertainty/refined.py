@@ -74,7 +74,7 @@ class Refined(Estimator):
     epochs: int = 30
     noise_draws: int = 4
     skip_interval: int | None = None
-    few_maps: str = "ensemble"
+    few_maps: str = "refined"
     fitted: tuple[Rule, Refiner, float] | None = None
 
     name: ClassVar[str] = "refined"
