@@ -1,5 +1,6 @@
 """From a configuration to checked objects: all that can be refused is refused here."""
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from bayesdiff.checks import UserError, at_least, positive, seed_of, share
 from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
-from bayesdiff.defaults import run_folder
+from bayesdiff.defaults import run_folder, takes_weights
 from bayesdiff.device import autocast_dtype
 from bayesdiff.disk import check_writable
 from bayesdiff.fit_key import fit_key
@@ -27,6 +28,8 @@ from bayesdiff.networks import UNet
 from bayesdiff.report.loggers import check_loggers
 from bayesdiff.targets import arguments, fitting
 from bayesdiff.trainer_options import check_interval, check_trainer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,18 @@ def start_from(cfg: DictConfig, model: GenerativeModel) -> dict[str, Any] | None
         raise UserError("init_from begins a training and fit=false has none; use ckpt_path=")
     path = checkpoint_at(cfg.init_from)
     weights = load_weights(model, path)
+    there = note_of(path).get("config") or {}
+    odd = [n for n in ("path", "prediction") if _said(there, n) not in (None, _said(cfg, n))]
+    if odd and is_main_process():
+        log.warning(
+            "init_from=%s was trained with another %s, which these weights must now unlearn",
+            *(path, " and ".join(odd)),
+        )
     return {"path": str(path.resolve()), "key": note_of(path).get("key"), "weights": weights}
+
+
+def _said(config: Any, name: str) -> Any:
+    return plain(config.get(name) if name == "path" else config.get("model", {}).get(name))
 
 
 _GROUPS = (
@@ -200,6 +214,11 @@ def check_values(cfg: DictConfig) -> None:
     check_trainer(cfg.trainer)
     if cfg.sample_from not in ("last", "best"):
         raise UserError(f"unknown sample_from {cfg.sample_from!r}; choose last or best")
+    if takes_weights(cfg) and cfg.sample_from != "last":
+        raise UserError(
+            f"sample_from={cfg.sample_from} chooses among the epochs of a training, and "
+            f"ckpt_path={cfg.ckpt_path} with fit=false is one file; leave sample_from out"
+        )
     if not cfg.fit and not cfg.ckpt_path:
         raise UserError("fit=false needs a checkpoint; give ckpt_path=/path/to/last.ckpt")
     if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():

@@ -4,6 +4,7 @@ import logging
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ log = logging.getLogger(__name__)
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
-# Where other programs keep weights in their files, averaged ones first.
+# Where other programs keep weights in their files; averaged ones, of whatever name, go first.
 _NESTED = (
-    "ema", "model_ema", "ema_model", "ema_state_dict", "averaged_model", "state_dict",
-    "model_state_dict", "model", "net", "network", "module", "params", "weights",
+    "state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights",
 )  # fmt: skip
-_AVERAGED = ("ema", "averag")
+_AVERAGED = ("ema", "averag", "shadow")
+_DEPTH = 3  # dictionaries within each other
 
 
 def sampled_checkpoint(folder: Path) -> Path:
@@ -62,7 +63,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if isinstance(content, dict):
         for name, state in _states(content):
             if name not in ("", "state_dict"):
-                log.info("%s: its weights are those under %r", path, name)
+                _say(path, name)
             return content | {"state_dict": state} if name else {"state_dict": state}
     raise UserError(
         f"{path} has no weights: it is not a Lightning checkpoint or a state_dict of tensors; "
@@ -70,22 +71,66 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     )
 
 
+@cache  # a run reads a file several times
+def _say(path: Path, name: str) -> None:
+    log.info("%s: its weights are those under %r", path, name)
+
+
 def _states(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Where weights are in a file's content.
 
     Yields:
         Names and dictionaries of tensors, the best guess first.
+
+    Raises:
+        UserError: if there are averages in a form that cannot be read beside other weights.
     """
-    # What Lightning calls so has the averages in it already.
-    names = ["state_dict", *_NESTED] if "pytorch-lightning_version" in content else _NESTED
-    for name in names:
-        state = content.get(name)
-        if isinstance(state, dict) and state:
-            state = state.get("state_dict", state) if name != "state_dict" else state
-            if isinstance(state, dict) and all(map(torch.is_tensor, state.values())):
-                yield name, state
+    found = dict(_nested(content))
+    raw = {name: found[name] for name in _names(found) if not _is_averaged(name)}
+    if "pytorch-lightning_version" not in content:  # its state_dict has the averages in it already
+        least = len(next(iter(raw.values()), ()))
+        averaged = {n: s for n, s in found.items() if _is_averaged(n) and len(s) >= least}
+        yield from averaged.items()
+        odd = [n for n, v in content.items() if _is_averaged(str(n)) and _has_tensors(v)]
+        if raw and odd and not averaged:
+            raise UserError(
+                f"the averaged weights under {odd[0]!r} are no dictionary of tensors, and those "
+                f"under {next(iter(raw))!r} are not averaged; save the ones you mean alone"
+            )
+    yield from raw.items()
     if content and all(map(torch.is_tensor, content.values())):
         yield "", content
+
+
+def _nested(content: dict[Any, Any], above: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dictionary of tensors inside of another one.
+
+    Yields:
+        Its place, dotted, and itself.
+    """
+    for key, value in content.items():
+        name = f"{above}{key}"
+        if isinstance(value, dict) and value:
+            if all(map(torch.is_tensor, value.values())):
+                yield name, value
+            elif name.count(".") + 1 < _DEPTH:
+                yield from _nested(value, f"{name}.")
+
+
+def _names(found: Mapping[str, Any]) -> list[str]:
+    """The usual ones of these names, or what is right below them, in order."""
+    return [n for start in _NESTED for n in (start, f"{start}.state_dict") if n in found]
+
+
+def _is_averaged(name: str) -> bool:
+    return any(word in name.lower() for word in _AVERAGED)
+
+
+def _has_tensors(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list | tuple):
+        return any(map(_has_tensors, values))
+    return torch.is_tensor(value) and value.ndim > 0
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -145,6 +190,25 @@ def require_options(path: Path, config: Mapping[str, Any], names: Sequence[str])
                     f"checkpoint {path} was trained with {leaf}={other.get(leaf)}, not "
                     f"{one.get(leaf)}; give the options it was trained with"
                 )
+
+
+def require_guidance(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse guidance by an answer without class that the checkpoint never learnt.
+
+    Args:
+        path: of the checkpoint; those of other programs say nothing and are taken.
+        config: options here, nested.
+
+    Raises:
+        UserError: if its training hid no class.
+    """
+    guidance = config["solver"].get("guidance", 1)
+    learnt = (note_of(path).get("config") or {}).get("model", {})
+    if guidance != 1 and learnt.get("class_dropout") == 0:
+        raise UserError(
+            f"solver.guidance={guidance} needs a network that was trained with classes left out, "
+            f"and checkpoint {path} had model.class_dropout=0; use solver.guidance=1"
+        )
 
 
 def _leaves(config: Mapping[str, Any], name: str) -> dict[str, Any]:

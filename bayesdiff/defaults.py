@@ -139,6 +139,18 @@ _TELLING = (
 )  # fmt: skip
 
 
+# What only a training reads; weights from a file have learnt as their own note says.
+LEARNT = re.compile(
+    r"(trainer|callbacks|model\.optimizer)\..+|model\.(warmup_steps|class_dropout|time_sampling)"
+    r"|data\.(batch_size|flip|epochs|ema_decay)|sample_from"
+)
+
+
+def takes_weights(cfg: DictConfig) -> bool:
+    """Whether a run takes the weights of a file and trains nothing of its own."""
+    return not cfg.fit and cfg.ckpt_path != "last"
+
+
 def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
     """Place of a training, named by what it is told apart by and found by its key.
 
@@ -152,6 +164,8 @@ def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
     found = differences(cfg, data=str(cfg.data.get("name")), model=family, corruption=damage)
     learnt = {f"trainer.{name}" for name in weighty(cfg.trainer, validated=True)}
     found = {k: v for k, v in found.items() if k in learnt or not k.startswith("trainer.")}
+    if takes_weights(cfg):
+        found = {k: v for k, v in found.items() if not LEARNT.fullmatch(k)}
     told = {"corruption": damage} if damage else {}
     told |= {} if cfg.get("init_from") is None else {"init_from": "weights"}
     told |= {n: v for place in _TELLING for n, v in found.items() if re.fullmatch(place, n)}

@@ -1,5 +1,6 @@
 """The settings that a table, an HPARAMS row or a logger shows beside a run's numbers."""
 
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -7,7 +8,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.build import Run, plain
-from bayesdiff.defaults import differences, is_aside, preset
+from bayesdiff.checkpoints import note_of
+from bayesdiff.defaults import LEARNT, differences, is_aside, preset, takes_weights
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty import Estimator
@@ -28,9 +30,7 @@ def settings(
         "prediction": this.model.prediction,
         "net": preset("net", cfg.net),
         "path": preset("path", cfg.path),
-        "lr": cfg.model.optimizer.lr,
-        "epochs": cfg.trainer.get("max_epochs"),
-        "batch_size": cfg.data.batch_size,
+        **_learnt(cfg),
         "seed": cfg.seed,
         "features": cfg.metrics.features,
         "structure": posterior.structure,
@@ -51,7 +51,23 @@ def settings(
         laplace=posterior.structure,
         metrics=cfg.metrics.features,
     )
-    return standing | {k: v for k, v in (changed | typed(cfg)).items() if k not in standing}
+    more = changed | typed(cfg)
+    if takes_weights(cfg):
+        more = {k: v for k, v in more.items() if not LEARNT.fullmatch(k)}
+    return standing | {k: v for k, v in more.items() if k not in standing}
+
+
+def _learnt(cfg: DictConfig) -> dict[str, Any]:
+    """How the weights were trained; None where a file of weights does not say."""
+    config: Any = plain(cfg)
+    if takes_weights(cfg):
+        config = note_of(Path(cfg.ckpt_path)).get("config") or {}
+    names = {
+        "lr": "model.optimizer.lr",
+        "epochs": "trainer.max_epochs",
+        "batch_size": "data.batch_size",
+    }
+    return {name: OmegaConf.select(OmegaConf.create(config), key) for name, key in names.items()}
 
 
 def typed(cfg: DictConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from bayesdiff.checkpoints import (
     load_weights,
     note_of,
     read_checkpoint,
+    require_guidance,
     require_options,
 )
 from bayesdiff.checks import UserError
@@ -183,6 +184,7 @@ def require_same_kind(run: Run, path: Path) -> None:
     config = plain(run.cfg)
     net = [f"net.{name}" for name in config["net"] if name != "dropout"]
     require_options(path, config, ("model.prediction", "path", *net))
+    require_guidance(path, config)
     trained_on = note_of(path).get("data")
     if trained_on not in (None, run.data.data.fingerprint):
         log.warning("%s was trained on other images than data=%s", path, run.cfg.data.name)

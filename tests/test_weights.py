@@ -40,6 +40,11 @@ FORMS = {
     "under state_dict": lambda s, net: {"state_dict": net},
     "of DataParallel": lambda s, net: {"model": {f"module.{k}": v for k, v in net.items()}},
     "ema before model": lambda s, net: {"model": other(net), "ema": net},
+    "state_dict_ema": lambda s, net: {"state_dict": other(net), "state_dict_ema": net},
+    "params_ema": lambda s, net: {"params": other(net), "params_ema": net},
+    "shadow": lambda s, net: {"model": other(net), "ema": {"decay": 0.9, "shadow": net}},
+    "ema module": lambda s, net: {"model": other(net), "ema": {"module": net, "decay": 0.9}},
+    "ema_params": lambda s, net: {"model": other(net), "ema_params": net},
     "ema beside net": lambda s, net: (
         {f"net.{k}": v + 1 for k, v in net.items()} | {f"ema_model.{k}": v for k, v in net.items()}
     ),
@@ -53,6 +58,14 @@ def test_weights_of_other_programs(form, model, tmp_path):
     net = model.net.state_dict()
     torch.save(FORMS[form](model.state_dict(), net), tmp_path / "a.pth")
     check_taken(model, tmp_path / "a.pth")
+
+
+def test_averages_that_cannot_be_read_are_not_passed_over(model, tmp_path):
+    net = model.net.state_dict()
+    ema = {"decay": 0.9, "shadow_params": list(net.values())}
+    torch.save({"model": other(net), "ema": ema}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="averaged weights under 'ema'.*'model' are not"):
+        load_weights(model, tmp_path / "a.pth")
 
 
 def check_taken(model: GenerativeModel, path: Path) -> None:

@@ -153,13 +153,14 @@ def variance_statistics(
         classes: their names; a class without one goes by its number.
 
     Returns:
-        ``mean`` and ``sd`` over images of the summed variance, ``negative_share`` of all values
+        ``mean`` and, of several, ``sd`` over images of the summed variance, ``negative_share`` of
+        all values
         and, with labels, the mean per class as ``class_<name>``.
     """
     sums = variance.double().flatten(1).sum(1)
     found = {
         "mean": float(sums.mean()),
-        "sd": float(sums.std(correction=0)),
+        **({"sd": float(sums.std(correction=0))} if len(sums) > 1 else {}),
         "negative_share": float((variance < 0).double().mean()),
     }
     if labels is None:

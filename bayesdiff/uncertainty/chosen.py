@@ -51,19 +51,25 @@ def check_samples(estimator: Estimator, run: Training) -> None:
     check_export("uncertainty.export", estimator.export, run)
 
 
-def check_export(name: str, kind: Any, run: Training) -> None:
+def check_export(name: str, kind: Any, run: Training, images: int = 1) -> None:
     """Refuse another format than PNG, or images that it cannot hold.
 
     Args:
         name: of the option.
         kind: its value.
         run: whose images are to be written.
+        images: their number.
 
     Raises:
         UserError: one line with the cure.
     """
     if kind is None:
         return
+    if not images:
+        raise UserError(
+            f"{name}={kind} has no images with metrics.num_images=0; ask for some, or use "
+            "uncertainty.export for the images with maps"
+        )
     if kind != "png":
         raise UserError(f"unknown {name} {kind!r}; choose png, or null for no files")
     channels = run.data.data.channels

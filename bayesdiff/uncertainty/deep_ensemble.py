@@ -13,6 +13,7 @@ from bayesdiff.artefacts import weights_key
 from bayesdiff.checkpoints import (
     load_weights,
     note_of,
+    require_guidance,
     require_options,
     sampled_checkpoint,
 )
@@ -73,6 +74,7 @@ class DeepEnsemble(NetworkMembers):
         paths = self._checkpoints(run.folder)
         for path in paths:
             require_options(path, config, _ALIKE)
+            require_guidance(path, config)
             data, here = note_of(path).get("data"), run.data.data.fingerprint
             if data is not None and data != here:
                 raise UserError(
