@@ -154,8 +154,7 @@ def variance_statistics(
 
     Returns:
         ``mean`` and, of several, ``sd`` over images of the summed variance, ``negative_share`` of
-        all values
-        and, with labels, the mean per class as ``class_<name>``.
+        all values and, with labels, the mean per class as ``class_<name>``.
     """
     sums = variance.double().flatten(1).sum(1)
     found = {
