@@ -18,8 +18,10 @@ from hydra import compose, initialize_config_dir
 from bayesdiff import pipeline
 from bayesdiff.artefacts import finite, read_json, write_json, write_text
 from bayesdiff.metrics.seeds import over_seeds
-from bayesdiff.report import table
+from bayesdiff.report import figures, table
+from bayesdiff.report.layout import chart
 from bayesdiff.report.repair import line
+from bayesdiff.report.style import COLOURS, style
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -150,14 +152,45 @@ def rejection(model: str, found: dict[str, Any]) -> dict[str, Any]:
     return keys
 
 
+@style()
+def draw(model: str, found: dict[str, Any]) -> Any:
+    """How often the choice by every score beats the image, with intervals."""
+    rows = [{"score": "any alternative", **found["draws"][0]}]
+    chosen = [row for row in found["picks"] if row["among"] == "draws"]
+    rows += sorted(chosen, key=lambda row: row["better"])
+    conditions, colours = found["conditions"], {"any": "0.5", "map": COLOURS[0]}
+    draws = conditions["draws"]
+    caption = (
+        f"{model}, {conditions['num_images']} images of each of {len(conditions['seeds'])} "
+        f"trainings, each with {draws} fresh samples of its class; the best of these by "
+        "every score against the image. 95 % intervals over trainings. Dashed: chance. Dotted: "
+        "the most that any choice can reach on average."
+    )
+    title = "Is the sample that a score prefers better than the original?"
+    figure, axes = chart(760, 24 * len(rows) + 60, title, caption)
+    axis = axes[0, 0]
+    for place, row in enumerate(rows):
+        colour = colours.get(row["score"][:3], COLOURS[1])
+        axis.hlines(place, row["better_low"], row["better_high"], color=colour)
+        axis.plot(row["better"], place, "o", color=colour)
+    axis.axvline(0.5, color="0.4", linestyle="--", linewidth=1)
+    axis.axvline(draws / (draws + 1), color="0.4", linestyle=":", linewidth=1)
+    axis.set_yticks(range(len(rows)), [row["score"] for row in rows])
+    axis.set_xlabel("share of images that the choice beats, ties half")
+    axis.grid(False, axis="y")
+    return figure
+
+
 def write(models: dict[str, dict[str, Any]]) -> None:
-    """results.json and the tables."""
+    """results.json, the tables, and the figure of rejection."""
     write_json(HERE / "results.json", finite({**flat(models), "models": models}))
     parts = []
     for model, settings in models.items():
         for setting, found in settings.items():
             original = {k: v for k, v in found["original"].items() if k in VALUES}
             rejecting = setting == "rejection"
+            if rejecting:
+                figures.save(draw(model, found), HERE / "figures" / f"{model}_rejection.png")
             among, names = ("draws", OF_SCORES) if rejecting else ("all", OF_PICKS)
             best = [row for row in found["picks"] if row["among"] == among]
             which = (
@@ -176,7 +209,7 @@ def write(models: dict[str, dict[str, Any]]) -> None:
 
 def lines(rows: list[dict[str, Any]], names: Sequence[str]) -> str:
     """A table of those columns that a row has."""
-    there = [name for name in names if any(row.get(name) is not None for row in rows)]
+    there = [name for name in names if any(name in row for row in rows)]
     return table.markdown([line(row, there) for row in rows])
 
 

@@ -117,12 +117,13 @@ def of_seed(maps: dict[str, dict[str, Tensor]]) -> dict[str, float]:
 
 
 def over_seeds(seeds: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Means with their intervals, cut at 1 where nothing can be above; of ``crossed`` the most."""
+    """Means with their intervals, cut at what shares and ranks can be; of ``crossed`` the most."""
     together = {}
     for name in next(iter(seeds.values())):
         values = [measured[name] for measured in seeds.values()]
         mean, low, high = mean_interval(values)
-        high = high if "size" in name or "crossed" in name else min(high, 1.0)
+        if "rank" in name or "overlap" in name:
+            low, high = max(low, 0.0 if "overlap" in name else -1.0), min(high, 1.0)
         together |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         if "crossed" in name:
             together[f"{name}_most"] = max(values)
@@ -182,7 +183,7 @@ def draw(flats: dict[str, dict[str, float]], seeds: int) -> Any:
                 axis.axhline(TENTH, color="0.4", linestyle=":", linewidth=1)
             if row == len(flats) - 1:
                 axis.set_xlabel("skip interval")
-    axes[0, 0].legend(loc="lower left")
+    axes[0, 0].legend(loc=(0.42, 0.43))
     return figure
 
 
