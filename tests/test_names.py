@@ -3,11 +3,15 @@
 import re
 
 import pytest
-from conftest import compose_list
+import torch
+from conftest import compose_list, smallest
 
 from bayesdiff import pipeline
 from bayesdiff.build import build
+from bayesdiff.checkpoints import require_guidance
+from bayesdiff.checks import UserError
 from bayesdiff.defaults import differences, named, preset, words
+from bayesdiff.settings import _learnt
 
 BARE = ("output_dir=/nowhere/that/is",)
 
@@ -95,3 +99,23 @@ def test_cells_of_two_sweeps_are_told_apart_in_their_names(cells):
     both = cells("uncertainty.skip_interval=3", "laplace.prior_precision=10")
     assert both == cells("laplace.prior_precision=10.0", "uncertainty.skip_interval=3")
     assert "prior_precision_10" in both and "skip_interval_3" in both
+
+
+def test_weights_of_a_file_are_not_named_by_what_this_command_would_train(tmp_path, trained):
+    taken = ("fit=false", f"ckpt_path={trained.checkpoint}")
+    idle = ("model.optimizer.lr=0.5", "data.batch_size=64", "trainer.max_epochs=7")
+    cfg = compose_list(smallest(tmp_path, *taken, *idle))
+    run = build(cfg)
+    assert not any(word in run.folder.name for word in ("lr_", "batch_size", "max_epochs"))
+    assert _learnt(cfg) == {"lr": 1e-3, "epochs": 1, "batch_size": 128}
+    with pytest.raises(UserError, match="sample_from=best chooses among the epochs"):
+        build(compose_list(smallest(tmp_path, *taken, "sample_from=best")))
+
+
+def test_guidance_needs_a_checkpoint_that_learnt_it(tmp_path):
+    path = tmp_path / "a.ckpt"
+    note = {"config": {"model": {"class_dropout": 0.0}}}
+    torch.save({"state_dict": {"a": torch.ones(1)}, "bayesdiff": note}, path)
+    require_guidance(path, {"solver": {"guidance": 1.0}})
+    with pytest.raises(UserError, match="solver.guidance=2.0 needs a network.*class_dropout=0"):
+        require_guidance(path, {"solver": {"guidance": 2.0}})
