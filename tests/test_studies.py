@@ -199,7 +199,9 @@ def test_rejection_has_a_number_for_every_score(script, tmp_path):
         row(0.7, score="map.sum", among="all"),
         row(0.8, score="classifier.off_label", among="draws"),
     ]
-    one = {"original": {"quality": 0.5}, "draws": [row(0.5, time=0.0, way="fresh")]}
+    conditions = {"num_images": 5, "draws": 4, "seeds": [0, 1]}
+    draws = [row(0.5, time=0.0, way="fresh")]
+    one = {"conditions": conditions, "original": {"quality": 0.5}, "draws": draws}
     (tmp_path / "study").mkdir()
     run.write({run.REJECTION: {"rejection": one | {"picks": picks}}})
     results = json.loads((tmp_path / "study" / "results.json").read_text())
@@ -210,3 +212,4 @@ def test_rejection_has_a_number_for_every_score(script, tmp_path):
     lines = (tmp_path / "study" / "table.md").read_text().splitlines()
     assert "| map.sum | 0.6 [0.61, 0.62] |" in lines
     assert not any("0.7 [" in line for line in lines)  # among alternatives alone
+    assert (tmp_path / "study" / "figures" / f"{run.REJECTION}_rejection.png").is_file()
