@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayesdiff.artefacts import read_arrays, read_json, write_arrays, write_json
 from bayesdiff.build import Run, is_main_process
-from bayesdiff.checks import UserError, at_least
+from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.data.images import check_classifiable
 from bayesdiff.data.module import to_uint8
 from bayesdiff.distributed import barrier, rank, world_size
@@ -200,6 +200,8 @@ def check_metrics(cfg: DictConfig, run: Run) -> None:
         UserError: for bad values, data without labels, or Inception weights that are not there.
     """
     check_export("metrics.export", cfg.export, run, cfg.num_images)
+    at_least("metrics.batch_size", cfg.batch_size)
+    seed_of("metrics.seed", cfg.seed)
     if cfg.features not in ENCODERS:
         raise UserError(
             f"unknown metrics.features {cfg.features!r}; choose from {', '.join(ENCODERS)}"
