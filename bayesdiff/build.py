@@ -17,7 +17,7 @@ from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.defaults import run_folder, takes_weights
-from bayesdiff.device import autocast_dtype
+from bayesdiff.device import autocast_dtype, settle_threads
 from bayesdiff.disk import check_writable
 from bayesdiff.fit_key import fit_key
 from bayesdiff.fit_key import plain as plain
@@ -71,6 +71,7 @@ def build(cfg: DictConfig) -> Run:
         seed=cfg.seed,
     )
     check_interval(cfg.trainer, images_per_epoch(data.data) // data.batch_size)
+    settle_threads(device, data.data.images[0].numel())
     model = build_model(cfg, data)
     parent = start_from(cfg, model)
     key = fit_key(cfg, data.data.fingerprint, parent["weights"] if parent else None)
