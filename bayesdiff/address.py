@@ -83,18 +83,25 @@ def maps_settings(run: Run, estimator: Estimator) -> dict[str, Any]:
     return told if chosen is None else told | {"numbers": chosen}
 
 
-def cell_words(run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior) -> str:
-    """What the cell is told apart by, with what was fitted in numbers."""
-    cfg = run.cfg
-    found = differences(
-        cfg,
-        data=str(cfg.data.get("name")),
+def overridden(
+    run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior
+) -> dict[str, Any]:
+    """What a cell has other than the shipped configuration of the same choices, by dotted name."""
+    return differences(
+        run.cfg,
+        data=str(run.cfg.data.get("name")),
         model=run.model.path.family,
         solver=solver.name,
         uncertainty=estimator.name,
         laplace=posterior.structure,
-        metrics=cfg.metrics.features,
+        metrics=run.cfg.metrics.features,
     )
+
+
+def cell_words(run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior) -> str:
+    """What the cell is told apart by, with what was fitted in numbers."""
+    cfg = run.cfg
+    found = overridden(run, solver, estimator, posterior)
     told = {"studies": s} if (s := [n for n in STUDIES if cfg.get(n) is not None]) else {}
     told |= _of_posterior(posterior)
     left = [f"laplace.{name}" for name in (*_FITTED, "structure", "rank")]

@@ -71,7 +71,7 @@ class RunCheckpoints(Checkpoint):
         loss = trainer.callback_metrics.get("val/loss")
         if self.best and loss is not None and (self.score is None or float(loss) < self.score):
             self.score = float(loss)
-            trainer.save_checkpoint(self.folder / BEST, weights_only=False)
+            trainer.save_checkpoint(self.folder / BEST)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the end of every whole epoch."""
@@ -104,7 +104,7 @@ class RunCheckpoints(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+        trainer.save_checkpoint(self.folder / LAST)
         self.kept_step = trainer.global_step
 
 

@@ -7,9 +7,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from bayesdiff.address import overridden
 from bayesdiff.build import Run, plain
 from bayesdiff.checkpoints import note_of
-from bayesdiff.defaults import LEARNT, differences, is_aside, preset, takes_weights
+from bayesdiff.defaults import LEARNT, is_aside, preset, takes_weights
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty import Estimator
@@ -42,16 +43,7 @@ def settings(
         **_group("solver", cfg.solver, solver.name),
         **_group("uncertainty", cfg.uncertainty, estimator.name),
     }
-    changed = differences(
-        cfg,
-        data=str(cfg.data.get("name")),
-        model=this.model.path.family,
-        solver=solver.name,
-        uncertainty=estimator.name,
-        laplace=posterior.structure,
-        metrics=cfg.metrics.features,
-    )
-    more = changed | typed(cfg)
+    more = overridden(this, solver, estimator, posterior) | typed(cfg)
     if takes_weights(cfg):
         more = {k: v for k, v in more.items() if not LEARNT.fullmatch(k)}
     return standing | {k: v for k, v in more.items() if k not in standing}
