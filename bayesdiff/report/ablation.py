@@ -56,7 +56,7 @@ def evidence_figure(curve: "EvidenceCurve", conditions: str = "") -> "Figure":
     floor = min([*left.tolist(), curve.own[1]])
     room = 0.08 * (curve.best[1] - floor) or 1.0
     top.set(ylabel="log evidence", ylim=(floor - room, curve.best[1] + room), xscale="log")
-    top.legend(loc="upper left")
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     bottom.plot(taus, curve.effective_parameters.numpy() / curve.parameters)
     _mark_eigenvalues(bottom, curve.eigenvalues, (taus.min(), taus.max()))
     bottom.set(xlabel="prior_precision", ylabel="effective\nparameters over P", ylim=(-0.03, 1.05))
