@@ -13,7 +13,7 @@ from bayesdiff.cli import one_line_errors
 @hydra.main(version_base="1.3", config_path="configs", config_name="sweep")
 def main(cfg: DictConfig) -> float | None:
     """Run one cell of the sweep."""
-    from bayesdiff import sweep
+    from bayesdiff.sweeps import sweep
 
     with one_line_errors():
         return sweep.run_cell(cfg)
@@ -24,7 +24,7 @@ if __name__ == "__main__":
         try:
             main()
         except Exception as error:
-            from bayesdiff.sweep import lost_worker
+            from bayesdiff.sweeps.sweep import lost_worker
 
             if (lost := lost_worker(error)) is not None:
                 raise lost from error

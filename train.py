@@ -11,7 +11,7 @@ def main(cfg: DictConfig) -> None:
     """Run every stage whose artefact is missing."""
     with one_line_errors():
         if cfg.dry_run:
-            from bayesdiff import dry_run
+            from bayesdiff.sweeps.plan import dry_run
 
             return dry_run.one(cfg)
         from bayesdiff import pipeline

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bayesdiff.checks import UserError
-from bayesdiff.disk import disk_error
+from bayesdiff.storage.atomic import disk_error
 
 # Hydra raises a plain ValueError for model=3.
 _NUMBER_FOR_NAME = "Config group override must be a string"
@@ -178,8 +178,8 @@ def _line(error: BaseException) -> str:
 
 
 def _cure(name: str) -> str:
+    from bayesdiff.runs.trainer_options import SUPPLIED
     from bayesdiff.spelling import near, option_names
-    from bayesdiff.trainer_options import SUPPLIED
 
     group, _, last = name.rpartition(".")
     if last in _OF_ESTIMATORS and not name.startswith("laplace."):

@@ -10,44 +10,50 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from bayesdiff import run_log
-from bayesdiff.ablation import ablate, check_ablation
-from bayesdiff.address import Address, scores_key, scores_path, settings_of
-from bayesdiff.artefacts import finite, read_json, weights_key, write_json, write_text
-from bayesdiff.build import Run, build, check_groups, is_main_process, plain
-from bayesdiff.callback_options import check_callbacks
 from bayesdiff.checks import at_least, seed_of
-from bayesdiff.chosen_estimator import in_words, settle_estimator
-from bayesdiff.disk import named_disk
-from bayesdiff.distributed import barrier, rank
-from bayesdiff.filtering import check_filtering, filter_images
-from bayesdiff.fit_key import network_code
-from bayesdiff.head_chain import chain_head, check_head_chain
-from bayesdiff.interpolation import check_interpolation, interpolate
-from bayesdiff.laplace.block import check_subset
+from bayesdiff.laplace.block.fit import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
-from bayesdiff.laplace.grid import EvidenceCurve, evidence_curve
+from bayesdiff.laplace.evidence_grid import EvidenceCurve, evidence_curve
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
-from bayesdiff.local_paths import settle
-from bayesdiff.locks import alone, together
+from bayesdiff.machine.progress import stage
+from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.metrics.validation import Validation, reference_at_once
-from bayesdiff.processes import check_devices, launch
-from bayesdiff.progress import stage
-from bayesdiff.repair import check_repair, repair_images
 from bayesdiff.report import table
 from bayesdiff.report.loggers import Loggers
-from bayesdiff.report_scores import check_report, options_of, report_scores
-from bayesdiff.settings import settings
+from bayesdiff.runs import run_log
+from bayesdiff.runs.address import Address, scores_key, scores_path, settings_of
+from bayesdiff.runs.build import Run, build, check_groups, is_main_process, plain
+from bayesdiff.runs.callback_options import check_callbacks
+from bayesdiff.runs.chosen_estimator import in_words, settle_estimator
+from bayesdiff.runs.fit_key import network_code
+from bayesdiff.runs.local_paths import settle
+from bayesdiff.runs.processes import check_devices, launch
+from bayesdiff.runs.settings import settings
+from bayesdiff.runs.stages import (
+    check_metrics,
+    make_images,
+    make_maps,
+    make_scores,
+    make_validation,
+)
+from bayesdiff.runs.training import fit, weights_in_words
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
-from bayesdiff.stages import check_metrics, make_images, make_maps, make_scores, make_validation
-from bayesdiff.study import STUDIES, headlines_of
-from bayesdiff.training import fit, weights_in_words
+from bayesdiff.storage.artefacts import finite, read_json, weights_key, write_json, write_text
+from bayesdiff.storage.atomic import named_disk
+from bayesdiff.storage.locks import alone, together
+from bayesdiff.studies.filtering.filtering import check_filtering, filter_images
+from bayesdiff.studies.head_chain.head_chain import chain_head, check_head_chain
+from bayesdiff.studies.interpolation.interpolation import check_interpolation, interpolate
+from bayesdiff.studies.prior_ablation.ablation import ablate, check_ablation
+from bayesdiff.studies.repair.repair import check_repair, repair_images
+from bayesdiff.studies.report_scores import check_report, options_of, report_scores
+from bayesdiff.studies.study import STUDIES, headlines_of
 from bayesdiff.uncertainty import Estimator, Samples
-from bayesdiff.uncertainty.block_ensemble import check_block_ensemble, with_block
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
+from bayesdiff.uncertainty.members.block_ensemble import check_block_ensemble, with_block
+from bayesdiff.uncertainty.members.snapshots import note_missing_snapshots
 from bayesdiff.uncertainty.memory import images_at_once
-from bayesdiff.uncertainty.snapshots import note_missing_snapshots
 
 __all__ = ["Result", "prepare", "run", "settings_of", "show"]
 log = logging.getLogger(__name__)
@@ -206,7 +212,7 @@ _POSTERIOR = ("structure", "sigma_noise", "prior_precision", "n_eff", "rank", "t
 
 def statistics_of(samples: Samples, classes: tuple[str, ...] = ()) -> dict[str, float]:
     """What the maps come to, as flat scalars."""
-    from bayesdiff.metrics.uncertainty import variance_statistics
+    from bayesdiff.metrics.agreement import variance_statistics
 
     samples = samples.in_model_range()  # a number means the same whatever is shown
     statistics = variance_statistics(samples.variance, samples.labels, classes)

@@ -1,4 +1,4 @@
-"""Hydra takes sweepers from this package only; all there is to this one is in bayesdiff.search."""
+"""Hydra takes sweepers from this package only; this one is in bayesdiff.sweeps.search."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class OptunaSearch(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the study to its end."""
-        from bayesdiff.search import Search
+        from bayesdiff.sweeps.search import Search
 
         words = [f"{key}={value}" for key, value in self.params.items()]
         search = Search.of([*words, *arguments], self.config, **self.settings)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bayesdiff.laplace.fisher import gradients
+from bayesdiff.laplace.gradients import gradients
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.posterior import Curvature, HeadPosterior
 from bayesdiff.models import GenerativeModel

@@ -18,22 +18,22 @@ from test_posterior import example
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.cli import explain
-from bayesdiff.laplace.grid import (
+from bayesdiff.laplace.evidence_grid import (
     best_settings,
     evidence_curve,
     evidence_grid,
     separate_priors,
 )
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.report import ablation as figures
 from bayesdiff.report import board
 from bayesdiff.report.layout import chart
 from bayesdiff.solvers import Euler, Heun
+from bayesdiff.studies.prior_ablation import figures
+from bayesdiff.studies.prior_ablation import maps as grids
+from bayesdiff.studies.prior_ablation.bands import Bands, allocate, split
+from bayesdiff.studies.prior_ablation.maps import Ablation
 from bayesdiff.uncertainty import Linearised
-from bayesdiff.uncertainty import ablation as grids
-from bayesdiff.uncertainty.ablation import Ablation
-from bayesdiff.uncertainty.bands import Bands, allocate, split
-from bayesdiff.uncertainty.tangent import PRODUCTS
+from bayesdiff.uncertainty.sensitivities.products import PRODUCTS
 
 EXACT = PRODUCTS["exact"]
 SIGMAS, TAUS = [0.05, 0.3, 4.0], [1e-2, 1.0, 70.0, 1e6]

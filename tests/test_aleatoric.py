@@ -8,7 +8,7 @@ from hand import FLOW, LINEAR, Hand, curved, model_of, start_of
 
 from bayesdiff.checks import UserError
 from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise
-from bayesdiff.uncertainty.aleatoric import aleatoric, answer_spread
+from bayesdiff.uncertainty.scores.aleatoric import aleatoric, answer_spread
 
 
 def random(*shape, seed=0):

@@ -9,7 +9,6 @@ import torch
 from conftest import Compose
 from torch import nn
 
-from bayesdiff.build import build
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.sources import digits
@@ -17,10 +16,11 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT
-from bayesdiff.report.callback import SampleGrid
-from bayesdiff.report.validate import ValidateUncertainty
+from bayesdiff.report.sample_grid import SampleGrid
+from bayesdiff.report.validation_callback import ValidateUncertainty
+from bayesdiff.runs.build import build
 from bayesdiff.solvers import Euler
-from bayesdiff.source_code import code_of
+from bayesdiff.storage.source_code import code_of
 from bayesdiff.uncertainty import Published
 
 

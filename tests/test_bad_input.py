@@ -20,14 +20,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
-from bayesdiff import build, pipeline, training
-from bayesdiff.artefacts import weights_key
-from bayesdiff.checkpoints import read_checkpoint
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.cli import explain, one_line_errors
 from bayesdiff.laplace import callback
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.models import GenerativeModel
+from bayesdiff.runs import build, training
+from bayesdiff.storage.artefacts import weights_key
+from bayesdiff.storage.checkpoints import read_checkpoint
 
 DIFFUSION = ("model=diffusion", "solver.num_steps=3")
 PUBLISHED = ("uncertainty=published",)

@@ -15,8 +15,7 @@ from torch import nn
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.laplace import block
-from bayesdiff.laplace.block import (
+from bayesdiff.laplace.block.fit import (
     block_layers,
     check_block,
     check_subset,
@@ -24,13 +23,18 @@ from bayesdiff.laplace.block import (
     layer_matrix,
     stored_factors,
 )
-from bayesdiff.laplace.block_posterior import BlockPosterior, LayerPosterior
-from bayesdiff.laplace.block_record import BlockFactors, LayerFactors
+from bayesdiff.laplace.block import fit as block
+from bayesdiff.laplace.block.posterior import BlockPosterior, LayerPosterior
+from bayesdiff.laplace.block.record import BlockFactors, LayerFactors
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.uncertainty import Ensemble, Linearised
-from bayesdiff.uncertainty.block_ensemble import BlockEnsemble, check_block_ensemble, with_block
+from bayesdiff.uncertainty.members.block_ensemble import (
+    BlockEnsemble,
+    check_block_ensemble,
+    with_block,
+)
 
 
 class Small(nn.Module):

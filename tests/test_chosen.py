@@ -10,10 +10,11 @@ from conftest import Compose, Trained
 from hand import curved, model_of, start_of
 from PIL import Image
 
-from bayesdiff import pipeline, stages
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import to_uint8
 from bayesdiff.report import board, export
+from bayesdiff.runs import stages
 from bayesdiff.solvers import Euler
 from bayesdiff.uncertainty import Ensemble
 from bayesdiff.uncertainty.chosen import _class, sample_numbers

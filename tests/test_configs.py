@@ -14,16 +14,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from bayesdiff import build
-from bayesdiff.callback_options import _place
 from bayesdiff.cli import explain
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.sources import digits
 from bayesdiff.laplace.posterior import check_settings
 from bayesdiff.paths import CondOT, VariancePreserving
 from bayesdiff.report.loggers import Loggers, check_loggers
+from bayesdiff.runs import build
+from bayesdiff.runs.callback_options import _place
+from bayesdiff.runs.trainer_options import SUPPLIED
 from bayesdiff.solvers.step import check_solver
-from bayesdiff.trainer_options import SUPPLIED
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 SHARED = [path for path in FILES if "local" not in path.parts]

@@ -18,7 +18,7 @@ from bayesdiff.data.corruption import corrupted, mislabelled, truncated, undertr
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.sources import digits
-from bayesdiff.doubts import ScoreOptions
+from bayesdiff.studies.scoring import ScoreOptions
 from bayesdiff.uncertainty import Ensemble, Published
 
 STUDY = ROOT / "experiments" / "known-corruption"

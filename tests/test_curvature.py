@@ -15,15 +15,15 @@ from torch import nn
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
-from bayesdiff.laplace import draws as draws_module
+from bayesdiff.laplace import training_draws as draws_module
 from bayesdiff.laplace.callback import LastLayerLaplace
-from bayesdiff.laplace.checked_file import checksum
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.gram import head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT, VariancePreserving
+from bayesdiff.storage.checked_file import checksum
 
 
 class Spied(nn.Module):

@@ -7,11 +7,12 @@ import signal
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from bayesdiff import pipeline, training
-from bayesdiff.artefacts import read_json
-from bayesdiff.build import build
-from bayesdiff.checkpoints import read_checkpoint
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
+from bayesdiff.runs import training
+from bayesdiff.runs.build import build
+from bayesdiff.storage.artefacts import read_json
+from bayesdiff.storage.checkpoints import read_checkpoint
 
 SETTINGS = (
     "trainer.max_epochs=2",

@@ -10,12 +10,12 @@ import torch
 from conftest import Trained, compose_list, smallest, train_py
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import read_json
-from bayesdiff.checkpoints import read_checkpoint
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.metrics import classifier
 from bayesdiff.report import board
+from bayesdiff.storage.artefacts import read_json
+from bayesdiff.storage.checkpoints import read_checkpoint
 
 VALIDATE = ("uncertainty.validate=true", "uncertainty.validate_images=3")
 TWO = ("trainer=ddp", "trainer.devices=2")

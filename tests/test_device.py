@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bayesdiff.device import settle_threads
+from bayesdiff.machine.device import settle_threads
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import torch
 from conftest import Compose
 from hand import FLOW
 
-from bayesdiff import pipeline, planner
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.models import GenerativeModel
-from bayesdiff.probe import _counted, _posterior, _Stub
 from bayesdiff.report import board, table
 from bayesdiff.solvers import Euler, Heun
+from bayesdiff.sweeps.plan import planner
+from bayesdiff.sweeps.plan.probe import _counted, _posterior, _Stub
 from bayesdiff.uncertainty import Ensemble, Linearised, Refined, starts_of
 from bayesdiff.uncertainty.few_maps import for_few_maps, training
 

@@ -12,24 +12,27 @@ from conftest import Compose, Trained
 from hydra.utils import instantiate
 from torch import nn
 
-from bayesdiff import doubts, filtering, pipeline, pools, stages
-from bayesdiff.artefacts import key_of
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import to_uint8
-from bayesdiff.doubts import Seen, doubts_of
-from bayesdiff.filtering import Filtering, Judged
 from bayesdiff.metrics.features import untrained
 from bayesdiff.report import board
-from bayesdiff.report import filtering as figures
+from bayesdiff.runs import stages
+from bayesdiff.storage.artefacts import key_of
+from bayesdiff.studies import image_pool as pools
+from bayesdiff.studies import scoring as doubts
+from bayesdiff.studies.filtering import figures, filtering
+from bayesdiff.studies.filtering.filtering import Filtering, Judged
+from bayesdiff.studies.scoring import Seen, doubts_of
 from bayesdiff.uncertainty import Ensemble, Samples
-from bayesdiff.uncertainty.image_scores import (
+from bayesdiff.uncertainty.scores.likelihood import log_likelihood, random_probes
+from bayesdiff.uncertainty.scores.of_maps_and_images import (
     IMAGE_SCORES,
     MAP_SCORES,
     foreground_mean,
     segmented,
 )
-from bayesdiff.uncertainty.likelihood import log_likelihood, random_probes
-from bayesdiff.uncertainty.member_scores import (
+from bayesdiff.uncertainty.scores.of_members import (
     CONFIDENCE_SCORES,
     MEMBER_SCORES,
     semantic_entropy,

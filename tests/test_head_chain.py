@@ -9,12 +9,13 @@ from conftest import Compose
 from hand import curvature_of
 from torch import nn
 
-from bayesdiff import head_chain, pipeline
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.head_chain import HeadChain
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.metrics.head_chain import ChainTest, measure, sds
 from bayesdiff.report import board
+from bayesdiff.studies.head_chain import head_chain
+from bayesdiff.studies.head_chain.comparison import ChainTest, measure, sds
+from bayesdiff.studies.head_chain.head_chain import HeadChain
 
 SMALL = (
     "experiment=head_chain",

@@ -11,8 +11,8 @@ from torch.nn.functional import one_hot
 
 from bayesdiff.checks import UserError
 from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise, integrate
-from bayesdiff.uncertainty.aleatoric import _FORK, aleatoric, answer_spread
-from bayesdiff.uncertainty.image_scores import (
+from bayesdiff.uncertainty.scores.aleatoric import _FORK, aleatoric, answer_spread
+from bayesdiff.uncertainty.scores.of_maps_and_images import (
     FLOOR,
     IMAGE_SCORES,
     MAP_SCORES,
@@ -22,7 +22,7 @@ from bayesdiff.uncertainty.image_scores import (
     percentile,
     top_mean,
 )
-from bayesdiff.uncertainty.member_scores import (
+from bayesdiff.uncertainty.scores.of_members import (
     CONFIDENCE_SCORES,
     FEATURE_FLOOR,
     MEMBER_SCORES,

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import Compose, Trained
 
-from bayesdiff import interpolation, pipeline
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.interpolation import Interpolation, results_of, slerp
 from bayesdiff.report import board
+from bayesdiff.studies.interpolation import interpolation
+from bayesdiff.studies.interpolation.interpolation import Interpolation, results_of, slerp
 
 SMALL = (
     "experiment=interpolation",

@@ -15,10 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import OmegaConf, open_dict
 
-from bayesdiff import slots, sweep
 from bayesdiff.checks import UserError
-from bayesdiff.locks import lock_of, taken
-from bayesdiff.search import Search, distribution
+from bayesdiff.storage.locks import lock_of, taken
+from bayesdiff.sweeps import slots, sweep
+from bayesdiff.sweeps.search import Search, distribution
 
 LAUNCHERS = {
     "basic": [],

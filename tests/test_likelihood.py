@@ -13,7 +13,7 @@ from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import VariancePreserving, convert
 from bayesdiff.solvers import Field, SampleNoise
-from bayesdiff.uncertainty.likelihood import (
+from bayesdiff.uncertainty.scores.likelihood import (
     Probes,
     dequantised,
     exact_probes,

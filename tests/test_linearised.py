@@ -62,11 +62,11 @@ from bayesdiff.uncertainty import (
     Trajectory,
     starts_of,
 )
-from bayesdiff.uncertainty.ensemble import _SALT
-from bayesdiff.uncertainty.linearised import directions, evaluations, follow
-from bayesdiff.uncertainty.pilot import FIRST, IMAGES, Pilot
-from bayesdiff.uncertainty.response import Memory, spread_nodes
-from bayesdiff.uncertainty.tangent import PRODUCTS
+from bayesdiff.uncertainty.members.ensemble import _SALT
+from bayesdiff.uncertainty.sensitivities.linearised import directions, evaluations, follow
+from bayesdiff.uncertainty.sensitivities.pilot_images import FIRST, IMAGES, Pilot
+from bayesdiff.uncertainty.sensitivities.predicted_products import Memory, spread_nodes
+from bayesdiff.uncertainty.sensitivities.products import PRODUCTS
 
 SOLVERS = {
     "euler": (Euler(4), FLOW, "velocity"),
@@ -268,8 +268,8 @@ def none_left(head):
 @pytest.fixture
 def few_pilots(monkeypatch):
     """Where it does not matter how well a rule predicts."""
-    monkeypatch.setattr("bayesdiff.uncertainty.pilot.IMAGES", 2)
-    monkeypatch.setattr("bayesdiff.uncertainty.linearised.DRAWS", 2)
+    monkeypatch.setattr("bayesdiff.uncertainty.sensitivities.pilot_images.IMAGES", 2)
+    monkeypatch.setattr("bayesdiff.uncertainty.sensitivities.linearised.DRAWS", 2)
 
 
 DIFFERENCES = [(name, "difference") for name in SOLVERS]
@@ -330,7 +330,7 @@ def test_directions_in_turns_are_those_followed_at_once(name, monkeypatch):
     net, posterior, _ = curved(kernel=3, patch=2)
     estimator = Linearised(draws=7, noise_draws=3)
     whole = estimator(small_start(net, name), posterior)
-    monkeypatch.setattr("bayesdiff.uncertainty.linearised._ROWS", 3)
+    monkeypatch.setattr("bayesdiff.uncertainty.sensitivities.linearised._ROWS", 3)
     turns = estimator(small_start(net, name), posterior)
     torch.testing.assert_close(turns.variance, whole.variance, rtol=1e-9, atol=0)
     torch.testing.assert_close(turns.summed, whole.summed, rtol=1e-9, atol=0)

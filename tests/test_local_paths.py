@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT, compose_list, smallest
 from omegaconf import OmegaConf
 
-from bayesdiff import pipeline, planner
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.local_paths import settle
+from bayesdiff.runs.local_paths import settle
+from bayesdiff.sweeps.plan import planner
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, smallest
 
-from bayesdiff import locks
 from bayesdiff.checks import UserError
+from bayesdiff.storage import locks
 
 HOLD = """
 import sys
 from pathlib import Path
-from bayesdiff.locks import alone
+from bayesdiff.storage.locks import alone
 with alone(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()
@@ -30,7 +30,9 @@ RUN = """
 import sys
 sys.path.insert(0, "tests")
 from conftest import QUICK_CLASSIFIER, compose_list
-from bayesdiff import pipeline, stages, training
+from bayesdiff import pipeline
+from bayesdiff.runs import stages
+from bayesdiff.runs import training
 from bayesdiff.laplace import callback
 from bayesdiff.metrics import classifier, scores
 from bayesdiff.report import board
@@ -59,7 +61,7 @@ TOGETHER = """
 import sys
 from pathlib import Path
 import torch.distributed as dist
-from bayesdiff import locks
+from bayesdiff.storage import locks
 locks._PATIENCE = 0.1
 rank, place = int(sys.argv[2]), Path(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{place}-meet", rank=rank, world_size=2)
@@ -101,7 +103,7 @@ def test_a_killed_owner_leaves_the_lock_to_the_next(owner, tmp_path):
 
 
 def test_a_waiting_process_says_for_whom_and_finds_the_artefact(owner, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "bayesdiff.locks")
+    caplog.set_level(logging.INFO, "bayesdiff.storage.locks")
 
     def release():
         while not caplog.messages:

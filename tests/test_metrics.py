@@ -15,6 +15,15 @@ from torch.utils.data import TensorDataset
 
 from bayesdiff.checks import UserError
 from bayesdiff.metrics import scores as score_module
+from bayesdiff.metrics.agreement import (
+    agreement,
+    bootstrap_interval,
+    image_rank,
+    pixel_rank,
+    spearman,
+    spread_ratio,
+    variance_statistics,
+)
 from bayesdiff.metrics.classifier import Classifier, save_classifier
 from bayesdiff.metrics.features import (
     CLASSIFIER,
@@ -28,15 +37,6 @@ from bayesdiff.metrics.features import (
     weights_hash,
 )
 from bayesdiff.metrics.scores import conditions, reference_statistics, scores, size_name
-from bayesdiff.metrics.uncertainty import (
-    agreement,
-    bootstrap_interval,
-    image_rank,
-    pixel_rank,
-    spearman,
-    spread_ratio,
-    variance_statistics,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -399,7 +399,7 @@ def test_size_names(size, name):
 
 
 def test_importing_the_scores_is_light():
-    code = "import sys, bayesdiff.metrics.scores, bayesdiff.metrics.uncertainty; " + (
+    code = "import sys, bayesdiff.metrics.scores, bayesdiff.metrics.agreement; " + (
         "print([n for n in ('torch_fidelity', 'torchvision', 'matplotlib') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -470,7 +470,7 @@ def test_bootstrap_equals_a_loop_and_is_seeded(monkeypatch):
     found = bootstrap_interval(spearman, a, b, seed=7, draws=200, level=0.9)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
     # Blocks only bound the memory.
-    monkeypatch.setattr("bayesdiff.metrics.uncertainty.BLOCK", 15 * 64)
+    monkeypatch.setattr("bayesdiff.metrics.agreement.BLOCK", 15 * 64)
     assert bootstrap_interval(spearman, a, b, seed=7, draws=200, level=0.9) == found
     assert bootstrap_interval(spearman, a, b, seed=8, draws=200, level=0.9) != found
 

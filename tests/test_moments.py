@@ -53,14 +53,14 @@ from bayesdiff.solvers import (
 )
 from bayesdiff.solvers.integrate import combine
 from bayesdiff.uncertainty import Published, Samples, TotalVariance, Trajectory
-from bayesdiff.uncertainty.covariance import (
+from bayesdiff.uncertainty.recursion.covariance import (
     covariance_between,
     covariance_with_input,
     shifts,
     stein_covariance,
 )
-from bayesdiff.uncertainty.head_noise import UncertainHead
-from bayesdiff.uncertainty.propagate import OutputMoments, propagate, without_negative
+from bayesdiff.uncertainty.recursion.propagate import OutputMoments, propagate, without_negative
+from bayesdiff.uncertainty.recursion.uncertain_head import UncertainHead
 
 # Eight draws whose columns have mean 0 and do not correlate: estimates of a linear g are exact.
 SIGNS = torch.from_numpy(hadamard(8)).double()

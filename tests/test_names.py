@@ -7,11 +7,11 @@ import torch
 from conftest import compose_list, smallest
 
 from bayesdiff import pipeline
-from bayesdiff.build import build
-from bayesdiff.checkpoints import require_guidance
 from bayesdiff.checks import UserError
-from bayesdiff.defaults import differences, named, preset, words
-from bayesdiff.settings import _learnt
+from bayesdiff.runs.build import build
+from bayesdiff.runs.defaults import differences, named, preset, words
+from bayesdiff.runs.settings import _learnt
+from bayesdiff.storage.checkpoints import require_guidance
 
 BARE = ("output_dir=/nowhere/that/is",)
 

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from test_launchers import SETTINGS, search
 
 from bayesdiff.checks import UserError
-from bayesdiff.objective import check_objective, direction_of, value_of
-from bayesdiff.search import Search
+from bayesdiff.sweeps.objective import check_objective, direction_of, value_of
+from bayesdiff.sweeps.search import Search
 
 METRICS = {
     "fid@2k/classifier": 12.0, "fid@200/classifier/class_3": 80.0, "real/fid@2k/classifier": 3.0,

@@ -12,11 +12,12 @@ from conftest import Compose, Trained, smallest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from bayesdiff import pipeline, stages, training
-from bayesdiff.artefacts import key_of, weights_key
+from bayesdiff import pipeline
 from bayesdiff.data.module import to_uint8
 from bayesdiff.laplace import callback
 from bayesdiff.report import board, table
+from bayesdiff.runs import stages, training
+from bayesdiff.storage.artefacts import key_of, weights_key
 from bayesdiff.uncertainty import Ensemble
 
 

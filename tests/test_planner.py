@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import ROOT, smallest
 
-from bayesdiff import dry_run, pipeline, planner
-from bayesdiff.artefacts import read_json
-from bayesdiff.estimate import Estimates, steps_of
-from bayesdiff.probe import Probe, count
-from bayesdiff.stages import starts
-from bayesdiff.uncertainty.refined import Refined
+from bayesdiff import pipeline
+from bayesdiff.runs.stages import starts
+from bayesdiff.storage.artefacts import read_json
+from bayesdiff.sweeps.plan import dry_run, planner
+from bayesdiff.sweeps.plan.estimate import Estimates, steps_of
+from bayesdiff.sweeps.plan.probe import Probe, count
+from bayesdiff.uncertainty.sensitivities.refined import Refined
 
 
 def states(cell):
@@ -28,7 +29,7 @@ def free(monkeypatch):
     monkeypatch.setattr(Probe, "training_step", 1e-3)
     monkeypatch.setattr(Probe, "classifier", (1.0, 1e-3))
     for name in ("_pictures", "_refiner", "_formulas"):
-        monkeypatch.setattr(f"bayesdiff.estimate.{name}", lambda *_: 1e-3)
+        monkeypatch.setattr(f"bayesdiff.sweeps.plan.estimate.{name}", lambda *_: 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -360,7 +360,7 @@ def test_a_crash_while_saving_keeps_the_old_file(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bayesdiff.laplace.checked_file.save_file", crash)
+    monkeypatch.setattr("bayesdiff.storage.checked_file.save_file", crash)
     with pytest.raises(KeyboardInterrupt):
         curvature.save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import rankdata, spearmanr
 from sklearn.metrics import roc_auc_score
 
-from bayesdiff.metrics.profile import PROFILE, profile
+from bayesdiff.studies.filtering.profile import PROFILE, profile
 
 
 def case(count=60, seed=0):

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.progress import Progress
 
-from bayesdiff import progress
-from bayesdiff.progress import Meter, evaluated, stage, track
+from bayesdiff.machine import progress
+from bayesdiff.machine.progress import Meter, evaluated, stage, track
+from bayesdiff.runs.training_progress import TrainingProgress
 from bayesdiff.solvers import Euler
-from bayesdiff.training_progress import TrainingProgress
 
 
 @pytest.fixture

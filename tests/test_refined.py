@@ -9,8 +9,10 @@ from hand import certain, plain, posterior_of, random_covariance, small_unet
 from bayesdiff.checks import UserError
 from bayesdiff.solvers import DDIM, DDPM, DPMSolverPP2M, Euler, Heun
 from bayesdiff.uncertainty import Ensemble, Linearised, Refined, starts_of
-from bayesdiff.uncertainty import refined as module
-from bayesdiff.uncertainty.refiner import (
+from bayesdiff.uncertainty.sensitivities import refined as module
+from bayesdiff.uncertainty.sensitivities.predicted_products import spread_nodes
+from bayesdiff.uncertainty.sensitivities.products import PRODUCTS
+from bayesdiff.uncertainty.sensitivities.refiner import (
     Evidence,
     Level,
     Refiner,
@@ -19,9 +21,7 @@ from bayesdiff.uncertainty.refiner import (
     summary,
     train_refiner,
 )
-from bayesdiff.uncertainty.refiner_file import TOLERANCE, representative
-from bayesdiff.uncertainty.response import spread_nodes
-from bayesdiff.uncertainty.tangent import PRODUCTS
+from bayesdiff.uncertainty.sensitivities.refiner_file import TOLERANCE, representative
 
 SMALL = {"train_images": 24, "epochs": 2, "derivative": "difference"}
 
@@ -363,7 +363,7 @@ def test_unusable_settings_are_refused_in_one_line(options, named):
 @pytest.mark.slow
 def test_refined_maps_agree_with_an_ensemble_better_than_their_live_part():
     """On a small network with random weights, against 256 members."""
-    from bayesdiff.metrics.uncertainty import pixel_rank, spread_ratio
+    from bayesdiff.metrics.agreement import pixel_rank, spread_ratio
 
     start, posterior = case("euler")
     ready = Refined(train_images=600, derivative="difference").fit(start, posterior)

@@ -9,16 +9,18 @@ import pytest
 import torch
 from conftest import Compose, Trained
 
-from bayesdiff import pipeline, repair, repair_results
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import to_uint8
-from bayesdiff.metrics import redraws as figures_of
-from bayesdiff.metrics.pool import Pool
-from bayesdiff.metrics.redraws import Redraws, draws_row, images_row, over, pick_row
+from bayesdiff.metrics.subsets import Pool
 from bayesdiff.report import board
-from bayesdiff.report import repair as pictures
-from bayesdiff.uncertainty.redraw import OF_MAPS, SCORES, Repair
-from bayesdiff.uncertainty.resample import WAYS
+from bayesdiff.studies.repair import figures as pictures
+from bayesdiff.studies.repair import judged as figures_of
+from bayesdiff.studies.repair import repair
+from bayesdiff.studies.repair import results as repair_results
+from bayesdiff.studies.repair.alternatives import WAYS
+from bayesdiff.studies.repair.judged import Redraws, draws_row, images_row, over, pick_row
+from bayesdiff.studies.repair.redraw import OF_MAPS, SCORES, Repair
 
 SMALL = (
     "experiment=diversity",

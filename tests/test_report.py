@@ -17,7 +17,7 @@ from bayesdiff.report import board, figures
 from bayesdiff.report.layout import standard_deviation
 from bayesdiff.report.options import ReportOptions
 from bayesdiff.report.style import DPI
-from bayesdiff.report.sweep_charts import sweep_figure
+from bayesdiff.sweeps.charts import sweep_figure
 from bayesdiff.uncertainty import Samples
 
 pytestmark = pytest.mark.usefixtures("without_pdf")

@@ -21,8 +21,7 @@ from hand import (
 
 from bayesdiff.solvers import Euler, Heun, SampleNoise
 from bayesdiff.solvers.dpm_solver import DPMSolverPP2M
-from bayesdiff.uncertainty import Ensemble
-from bayesdiff.uncertainty.resample import (
+from bayesdiff.studies.repair.alternatives import (
     WAYS,
     Middle,
     Origin,
@@ -32,6 +31,7 @@ from bayesdiff.uncertainty.resample import (
     resample,
     weight_draws,
 )
+from bayesdiff.uncertainty import Ensemble
 
 STEPS, OWN, SHARED, SPREAD = 8, -0.7, 0.9, 0.2
 SIDE = 3

@@ -15,8 +15,8 @@ from hand import (
 )
 
 from bayesdiff.solvers import Euler
+from bayesdiff.studies.repair.alternatives import Origin
 from bayesdiff.uncertainty import Ensemble, Linearised, Published
-from bayesdiff.uncertainty.resample import Origin
 from bayesdiff.uncertainty.restart import fresh_start
 
 

@@ -7,9 +7,10 @@ import torch
 from conftest import Compose
 from torch import Tensor
 
-from bayesdiff import pipeline, training
-from bayesdiff.checkpoints import read_checkpoint
+from bayesdiff import pipeline
 from bayesdiff.models import GenerativeModel
+from bayesdiff.runs import training
+from bayesdiff.storage.checkpoints import read_checkpoint
 
 # Everything that carries state over: dropout, mirroring, label dropout, averaged weights.
 SETTINGS = (

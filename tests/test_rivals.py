@@ -31,11 +31,11 @@ from test_resume import SETTINGS, fit, stop_at
 from torch import nn
 
 from bayesdiff import pipeline
-from bayesdiff.checkpoints import read_checkpoint
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.checked_file import save_checked
 from bayesdiff.laplace.gram import head_matrix
 from bayesdiff.solvers import DDIM, Euler, SampleNoise
+from bayesdiff.storage.checked_file import save_checked
+from bayesdiff.storage.checkpoints import read_checkpoint
 from bayesdiff.uncertainty import (
     Checkpoints,
     DeepEnsemble,
@@ -45,9 +45,9 @@ from bayesdiff.uncertainty import (
     Swag,
     Trajectory,
 )
-from bayesdiff.uncertainty.members import twin
-from bayesdiff.uncertainty.snapshots import read_snapshot, snapshots_of
-from bayesdiff.uncertainty.swag import swag_draws, swag_moments
+from bayesdiff.uncertainty.members.base import twin
+from bayesdiff.uncertainty.members.snapshots import read_snapshot, snapshots_of
+from bayesdiff.uncertainty.members.swag import swag_draws, swag_moments
 
 
 class Flat(Hand):
@@ -391,7 +391,7 @@ def kept(compose: Compose, no_pictures):
 def test_snapshots_that_a_finished_training_has_not_kept_are_named_and_the_line_works(
     copied: Trained, compose: Compose, no_pictures, caplog
 ):
-    with caplog.at_level("WARNING", "bayesdiff.uncertainty.snapshots"):
+    with caplog.at_level("WARNING", "bayesdiff.uncertainty.members.snapshots"):
         pipeline.prepare(compose(*SNAPS))
     (line,) = [record.getMessage() for record in caplog.records]
     assert "trained without it" in line
@@ -433,7 +433,7 @@ def test_checkpoints_and_swag_follow_the_runs_own_snapshots(kept, compose: Compo
 
 
 def pipeline_start(this, solver):
-    from bayesdiff.stages import starts
+    from bayesdiff.runs.stages import starts
 
     return starts(this, solver)(range(4))
 

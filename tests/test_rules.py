@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bayesdiff.checks import UserError
-from bayesdiff.metrics.choice import OTHERS
-from bayesdiff.metrics.pool import Pool
-from bayesdiff.metrics.rules import factor_of, kept_by_rule, rule_gains
+from bayesdiff.metrics.subsets import Pool
+from bayesdiff.studies.filtering.choice import OTHERS
+from bayesdiff.studies.filtering.rules import factor_of, kept_by_rule, rule_gains
 
 
 def pool_of(count=60, dims=3, groups=None):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import Trained
 
-from bayesdiff import run_log
 from bayesdiff.checks import UserError
-from bayesdiff.run_log import recording, write_to
+from bayesdiff.runs import run_log
+from bayesdiff.runs.run_log import recording, write_to
 
 log = logging.getLogger("bayesdiff.somewhere")
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "

@@ -11,7 +11,7 @@ from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT
 from bayesdiff.report import figures
-from bayesdiff.report.callback import SampleGrid, grid_size
+from bayesdiff.report.sample_grid import SampleGrid, grid_size
 
 
 def model(classes: int | None) -> GenerativeModel:

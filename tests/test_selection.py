@@ -10,16 +10,16 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from bayesdiff.checks import UserError
-from bayesdiff.metrics import gains as gains_module
-from bayesdiff.metrics import pool as pool_module
+from bayesdiff.metrics import subsets as pool_module
 from bayesdiff.metrics.cmmd import cmmd
 from bayesdiff.metrics.features import Features
-from bayesdiff.metrics.gains import NAMES, VALUES, gains
-from bayesdiff.metrics.pool import pool
-from bayesdiff.metrics.sample_sizes import sample_size_curve
 from bayesdiff.metrics.scores import reference_statistics, scores
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.selection import auroc, detection, kept, random_kept, top_recall
+from bayesdiff.metrics.subsets import pool
+from bayesdiff.studies.filtering import gains as gains_module
+from bayesdiff.studies.filtering.gains import NAMES, VALUES, gains
+from bayesdiff.studies.sample_sizes import sample_size_curve
 
 
 @pytest.fixture(scope="module", autouse=True)

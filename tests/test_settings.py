@@ -4,7 +4,7 @@ from conftest import Compose, Trained, compose_list
 from hydra.core.hydra_config import HydraConfig
 
 from bayesdiff import pipeline
-from bayesdiff.settings import typed
+from bayesdiff.runs.settings import typed
 
 
 def test_standing_columns_and_all_that_differs_from_the_defaults(

@@ -11,10 +11,10 @@ from conftest import compose_list, scalars, smallest, train_py
 from torch.distributed.tensor import DTensor
 
 from bayesdiff import pipeline
-from bayesdiff.checkpoints import read_checkpoint
 from bayesdiff.checks import UserError
 from bayesdiff.report import board
-from bayesdiff.uncertainty.snapshots import read_snapshot, snapshots_of
+from bayesdiff.storage.checkpoints import read_checkpoint
+from bayesdiff.uncertainty.members.snapshots import read_snapshot, snapshots_of
 
 TWO = ("trainer=fsdp", "trainer.devices=2")
 CLIPPED_AT = 0.01
@@ -30,7 +30,9 @@ OPTIONS = (
     "+callbacks.snapshots._target_=bayesdiff.uncertainty.Snapshots",
     "+callbacks.snapshots.keep=2",
 )
-PICTURES = "callbacks.samples={_target_:bayesdiff.report.callback.SampleGrid,num_steps:2,rows:1}"
+PICTURES = (
+    "callbacks.samples={_target_:bayesdiff.report.sample_grid.SampleGrid,num_steps:2,rows:1}"
+)
 
 
 class Kept(L.Callback):

@@ -11,9 +11,9 @@ from torch import nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace import callback
-from bayesdiff.laplace import draws as draws_module
+from bayesdiff.laplace import training_draws as draws_module
 from bayesdiff.laplace.curvature import fit_curvature
-from bayesdiff.laplace.fisher import gradients, unfolded
+from bayesdiff.laplace.gradients import gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature, TimeBins
@@ -309,7 +309,7 @@ def test_gradients_are_those_of_autograd(k, bias, monkeypatch):
     single = gradients(head, features.float(), residual.float())
     assert single.dtype == torch.float64
     torch.testing.assert_close(single, expected, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr("bayesdiff.laplace.fisher._CHUNK", 1)
+    monkeypatch.setattr("bayesdiff.laplace.gradients._CHUNK", 1)
     torch.testing.assert_close(gradients(head, features, residual), found)
 
 

@@ -12,14 +12,14 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from bayesdiff.metrics import subset_scores
 from bayesdiff.metrics.cmmd import cmmd_of_subsets
 from bayesdiff.metrics.features import Features
-from bayesdiff.metrics.gains import NAMES, VALUES, gains
 from bayesdiff.metrics.neighbours import density_coverage
-from bayesdiff.metrics.pool import pool
-from bayesdiff.metrics.sample_sizes import fid_of_infinity
 from bayesdiff.metrics.scores import reference_statistics
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.selection import random_kept
 from bayesdiff.metrics.subset_scores import SubsetScores
+from bayesdiff.metrics.subsets import pool
+from bayesdiff.studies.filtering.gains import NAMES, VALUES, gains
+from bayesdiff.studies.sample_sizes import fid_of_infinity
 
 
 def normal(count, dims=3, seed=0, scale=1.0, shift=0.0):

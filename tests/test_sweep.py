@@ -10,9 +10,9 @@ import pytest
 from conftest import CONFIGS, ROOT, smallest
 from hydra import initialize_config_dir
 
-from bayesdiff import sweep
 from bayesdiff.checks import UserError
-from bayesdiff.report import sweep as report_sweep
+from bayesdiff.sweeps import report as report_sweep
+from bayesdiff.sweeps import sweep
 
 KEY = "laplace.prior_precision"
 

@@ -15,12 +15,12 @@ from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from bayesdiff.artefacts import write_arrays
-from bayesdiff.report import sweep
-from bayesdiff.report.sweep_charts import sweep_figure
-from bayesdiff.report.sweep_maps import CellMaps, by_images, map_tiles, scale_of
-from bayesdiff.report.sweep_over_time import CellCurve, over_time_figure
-from bayesdiff.report.sweep_series import depends, series, short_names
+from bayesdiff.storage.artefacts import write_arrays
+from bayesdiff.sweeps import report as sweep
+from bayesdiff.sweeps.charts import sweep_figure
+from bayesdiff.sweeps.maps import CellMaps, by_images, map_tiles, scale_of
+from bayesdiff.sweeps.over_time import CellCurve, over_time_figure
+from bayesdiff.sweeps.series import depends, series, short_names
 
 pytestmark = pytest.mark.usefixtures("without_pdf")
 
@@ -319,10 +319,10 @@ def test_headlines_of_studies_are_columns(folder, capsys):
 
 
 def test_the_cap_on_tiles_is_said(folder, monkeypatch):
-    monkeypatch.setattr("bayesdiff.report.sweep_maps.MOST_CELLS", 4)
+    monkeypatch.setattr("bayesdiff.sweeps.maps.MOST_CELLS", 4)
     seen = []
     monkeypatch.setattr(
-        "bayesdiff.report.sweep_maps.map_tiles",
+        "bayesdiff.sweeps.maps.map_tiles",
         lambda cells, more, conditions: seen.append((len(cells), more, conditions)) or
         map_tiles(cells, more, conditions),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.cli import explain
-from bayesdiff.trainer_options import (
+from bayesdiff.runs.trainer_options import (
     SUPPLIED,
     check_interval,
     check_trainer,

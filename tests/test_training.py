@@ -8,14 +8,15 @@ import torch
 from conftest import Compose, Trained, scalars
 from lightning.pytorch.callbacks import Callback
 
-from bayesdiff import pipeline, training
-from bayesdiff.artefacts import weights_key
-from bayesdiff.build import build
-from bayesdiff.checkpoints import load_weights, read_checkpoint
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.record import Curvature
+from bayesdiff.runs import training
+from bayesdiff.runs.build import build
+from bayesdiff.storage.artefacts import weights_key
+from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
 
 
 def fit(cfg) -> tuple[pipeline.Run, str]:
@@ -114,7 +115,7 @@ def test_variations_run(overrides, compose: Compose):
 def test_sample_grids_while_it_trains(compose: Compose):
     cfg = compose("trainer.max_epochs=2")
     options = {"grids": 1, "num_steps": 2, "rows": 1}
-    cfg.callbacks.samples = {"_target_": "bayesdiff.report.callback.SampleGrid", **options}
+    cfg.callbacks.samples = {"_target_": "bayesdiff.report.sample_grid.SampleGrid", **options}
     this, _ = fit(cfg)
     assert (this.folder / "figures" / "training.png").stat().st_size > 0
 

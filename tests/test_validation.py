@@ -25,7 +25,7 @@ from bayesdiff.metrics.validation import (
     validate,
 )
 from bayesdiff.report import board, figures
-from bayesdiff.report.validate import ValidateUncertainty
+from bayesdiff.report.validation_callback import ValidateUncertainty
 from bayesdiff.solvers import DDPM, Euler, Heun, SampleNoise
 from bayesdiff.uncertainty import Ensemble, Published, Trajectory
 

@@ -8,13 +8,14 @@ from conftest import Compose, Trained, compose_list, smallest
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
-from bayesdiff import pipeline, training
-from bayesdiff.artefacts import read_json, weights_key
-from bayesdiff.build import build, build_model
-from bayesdiff.callback_options import check_callbacks
-from bayesdiff.checkpoints import load_weights, read_checkpoint
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.models import GenerativeModel
+from bayesdiff.runs import training
+from bayesdiff.runs.build import build, build_model
+from bayesdiff.runs.callback_options import check_callbacks
+from bayesdiff.storage.artefacts import read_json, weights_key
+from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
 
 
 def fit(cfg):

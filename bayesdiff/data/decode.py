@@ -15,7 +15,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.framing import Framing
 from bayesdiff.data.listing import shown
 from bayesdiff.data.pixels import DECODE_ERRORS, Pixels, one_line, read_pixels
-from bayesdiff.progress import track
+from bayesdiff.machine.progress import track
 
 log = logging.getLogger(__name__)
 

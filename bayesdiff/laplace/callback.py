@@ -8,20 +8,20 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from bayesdiff.artefacts import key_of, weights_key
 from bayesdiff.checks import UserError
-from bayesdiff.distributed import barrier, rank
-from bayesdiff.laplace.block import check_block, check_subset, factors_of, stored_factors
-from bayesdiff.laplace.block_posterior import BlockPosterior
-from bayesdiff.laplace.block_record import BlockFactors
+from bayesdiff.laplace.block.fit import check_block, check_subset, factors_of, stored_factors
+from bayesdiff.laplace.block.posterior import BlockPosterior
+from bayesdiff.laplace.block.record import BlockFactors
 from bayesdiff.laplace.curvature import check_pass, fit_curvature
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.laplace.structures import check_structure
-from bayesdiff.locks import together
+from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.spelling import near
+from bayesdiff.storage.artefacts import key_of, weights_key
+from bayesdiff.storage.locks import together
 
 log = logging.getLogger(__name__)
 

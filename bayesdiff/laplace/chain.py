@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, positive
-from bayesdiff.progress import track
+from bayesdiff.machine.progress import track
 
 Loss = Callable[[Tensor], Tensor]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.distributed import total
-from bayesdiff.laplace.draws import draws_of
-from bayesdiff.laplace.fisher import gradients, unfolded
+from bayesdiff.laplace.gradients import gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
+from bayesdiff.laplace.training_draws import draws_of
+from bayesdiff.machine.ranks import total
 from bayesdiff.models import GenerativeModel
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.checked_file import load_checked, save_checked
 from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.storage.checked_file import load_checked, save_checked
 
 _FORMAT = "bayesdiff-curvature-3"
 # Without sums that came later; read to be recognised, not to be used.

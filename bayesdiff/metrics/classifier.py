@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import check_classifiable
-from bayesdiff.device import autocast_dtype
-from bayesdiff.laplace.checked_file import load_checked, save_checked
-from bayesdiff.locks import alone
-from bayesdiff.progress import track
+from bayesdiff.machine.device import autocast_dtype
+from bayesdiff.machine.progress import track
+from bayesdiff.storage.checked_file import load_checked, save_checked
+from bayesdiff.storage.locks import alone
 
 log = logging.getLogger(__name__)
 

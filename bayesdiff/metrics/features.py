@@ -20,6 +20,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.registry import register_feature_extractor
 
 from bayesdiff.checks import UserError
+from bayesdiff.machine.shared_rows import Rows, own_rows, shared_rows
 from bayesdiff.metrics.classifier import Classifier, load_classifier, load_or_train
 from bayesdiff.metrics.encoders import (
     ClipFeatures,
@@ -31,7 +32,6 @@ from bayesdiff.metrics.encoders import (
     in_colour,
     plain_weights,
 )
-from bayesdiff.rows import Rows, own_rows, shared_rows
 
 # Names that metrics.features takes.
 ENCODERS = ("classifier", "inception", "clip", "dinov2")

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdiff.artefacts import BROKEN_NPZ
 from bayesdiff.checks import at_least
-from bayesdiff.disk import write_atomic
-from bayesdiff.distributed import rank
-from bayesdiff.locks import alone, together
+from bayesdiff.machine.ranks import rank
+from bayesdiff.storage.artefacts import BROKEN_NPZ
+from bayesdiff.storage.atomic import write_atomic
+from bayesdiff.storage.locks import alone, together
 
 if TYPE_CHECKING:  # bayesdiff.metrics.features imports torch-fidelity, which costs seconds
     from bayesdiff.metrics.features import Features

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.metrics.uncertainty import with_intervals
+from bayesdiff.metrics.agreement import with_intervals
 
 
 def kept(

@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bayesdiff.distributed import gather_rows, rank, world_size
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.metrics.uncertainty import mean, pixel_ranks, spearman, with_intervals
+from bayesdiff.machine.progress import track
+from bayesdiff.machine.ranks import gather_rows, rank, world_size
+from bayesdiff.metrics.agreement import mean, pixel_ranks, spearman, with_intervals
 from bayesdiff.models import GenerativeModel
-from bayesdiff.progress import track
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty import Ensemble, Estimator, Starts
 from bayesdiff.uncertainty.memory import images_at_once

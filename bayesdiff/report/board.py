@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from bayesdiff.report import figures
-from bayesdiff.report.ablation import evidence_figure
 from bayesdiff.report.layout import conditions, conditions_of, image_range
 from bayesdiff.report.loggers import Loggers
 from bayesdiff.report.options import SUM, ReportOptions
 from bayesdiff.report.sorted_sheet import Block, sorted_images
 from bayesdiff.report.writer import Curves, flat, new_report, report
+from bayesdiff.studies.prior_ablation.figures import evidence_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from bayesdiff.laplace.grid import EvidenceCurve
+    from bayesdiff.laplace.evidence_grid import EvidenceCurve
     from bayesdiff.metrics.validation import Validation
     from bayesdiff.uncertainty.samples import Samples
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bayesdiff.data.module import to_uint8
-from bayesdiff.disk import write_folder
-from bayesdiff.locks import alone
 from bayesdiff.report.figures import MAP_COLOURS
 from bayesdiff.report.layout import image_range, standard_deviation
+from bayesdiff.storage.atomic import write_folder
+from bayesdiff.storage.locks import alone
 
 if TYPE_CHECKING:
     from bayesdiff.uncertainty.samples import Samples

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdiff.artefacts import BROKEN_NPZ
 from bayesdiff.report.charts import three_digits
 from bayesdiff.report.layout import GAP, cell_size, picture, put, sheet
 from bayesdiff.report.style import style
+from bayesdiff.storage.artefacts import BROKEN_NPZ
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

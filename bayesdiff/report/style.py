@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayesdiff.artefacts import read_json, write_json
-from bayesdiff.disk import write_atomic
+from bayesdiff.storage.artefacts import read_json, write_json
+from bayesdiff.storage.atomic import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bayesdiff.artefacts import write_atomic
 from bayesdiff.cli import mute
+from bayesdiff.storage.artefacts import write_atomic
 
 Row = Mapping[str, Any]
 

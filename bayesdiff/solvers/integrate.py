@@ -6,8 +6,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from bayesdiff.machine.progress import evaluated
 from bayesdiff.models import GenerativeModel
-from bayesdiff.progress import evaluated
 from bayesdiff.solvers.step import Step
 
 Observe = Callable[[Step, Tensor], None]

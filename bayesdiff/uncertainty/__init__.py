@@ -1,13 +1,13 @@
-from bayesdiff.uncertainty.deep_ensemble import DeepEnsemble
-from bayesdiff.uncertainty.dropout import MCDropout
-from bayesdiff.uncertainty.ensemble import Ensemble
 from bayesdiff.uncertainty.estimator import Estimator
-from bayesdiff.uncertainty.linearised import Linearised
-from bayesdiff.uncertainty.moments import Published, TotalVariance
-from bayesdiff.uncertainty.refined import Refined
+from bayesdiff.uncertainty.members.deep_ensemble import DeepEnsemble
+from bayesdiff.uncertainty.members.dropout import MCDropout
+from bayesdiff.uncertainty.members.ensemble import Ensemble
+from bayesdiff.uncertainty.members.snapshots import Snapshots
+from bayesdiff.uncertainty.members.swag import Checkpoints, Swag
+from bayesdiff.uncertainty.recursion.moments import Published, TotalVariance
 from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory, starts_of
-from bayesdiff.uncertainty.snapshots import Snapshots
-from bayesdiff.uncertainty.swag import Checkpoints, Swag
+from bayesdiff.uncertainty.sensitivities.linearised import Linearised
+from bayesdiff.uncertainty.sensitivities.refined import Refined
 
 __all__ = [
     "Checkpoints",

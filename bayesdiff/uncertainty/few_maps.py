@@ -7,13 +7,13 @@ depend on the order of their cells.
 import logging
 from dataclasses import fields
 
-from bayesdiff.uncertainty.ensemble import Ensemble
 from bayesdiff.uncertainty.estimator import Estimator
-from bayesdiff.uncertainty.linearised import evaluations
-from bayesdiff.uncertainty.pilot import DRAWS, IMAGES
-from bayesdiff.uncertainty.refined import TARGET_DRAWS, TARGET_PRODUCTS, Refined
-from bayesdiff.uncertainty.response import spread_nodes
+from bayesdiff.uncertainty.members.ensemble import Ensemble
 from bayesdiff.uncertainty.samples import Trajectory
+from bayesdiff.uncertainty.sensitivities.linearised import evaluations
+from bayesdiff.uncertainty.sensitivities.pilot_images import DRAWS, IMAGES
+from bayesdiff.uncertainty.sensitivities.predicted_products import spread_nodes
+from bayesdiff.uncertainty.sensitivities.refined import TARGET_DRAWS, TARGET_PRODUCTS, Refined
 
 log = logging.getLogger(__name__)
 

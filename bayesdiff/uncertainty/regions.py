@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.uncertainty.resample import box_region, map_region
+from bayesdiff.studies.repair.alternatives import box_region, map_region
 
 Box = Sequence[int]
 Region = str | Box | Mapping[int, Box] | None

@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from bayesdiff import pipeline
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule, to_model_range
-from bayesdiff.device import autocast_dtype
 from bayesdiff.laplace.curvature import fit_curvature
+from bayesdiff.machine.device import autocast_dtype
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT
-from bayesdiff.stages import make_maps
-from bayesdiff.training import fit
+from bayesdiff.runs.stages import make_maps
+from bayesdiff.runs.training import fit
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,18 +20,18 @@ from distort import STRENGTHS, distorted
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from bayesdiff.artefacts import finite, key_of, read_json, write_json, write_text
-from bayesdiff.build import build
 from bayesdiff.data.images import ImageData
+from bayesdiff.metrics.agreement import spearman
 from bayesdiff.metrics.cmmd import cmmd_of_subsets
 from bayesdiff.metrics.features import extract, weights_hash
-from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.seeds import mean_interval
-from bayesdiff.metrics.uncertainty import spearman
+from bayesdiff.metrics.subsets import pool
 from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart, picture, put, sheet
 from bayesdiff.report.style import look, style
-from bayesdiff.stages import judge
+from bayesdiff.runs.build import build
+from bayesdiff.runs.stages import judge
+from bayesdiff.storage.artefacts import finite, key_of, read_json, write_json, write_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -14,23 +14,23 @@ from hydra import compose, initialize_config_dir
 from run import HERE, MODELS, POOL, ROOT
 
 from bayesdiff import pipeline
-from bayesdiff.address import Address
-from bayesdiff.artefacts import finite, read_json, write_json
 from bayesdiff.data.module import to_uint8
-from bayesdiff.filtering import Filtering
 from bayesdiff.metrics.features import extract
-from bayesdiff.metrics.gains import gains
-from bayesdiff.metrics.pool import pool
-from bayesdiff.metrics.profile import profile
 from bayesdiff.metrics.seeds import over_seeds
-from bayesdiff.pools import ImagePool
+from bayesdiff.metrics.subsets import pool
 from bayesdiff.report import figures
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
-from bayesdiff.stages import judge
-from bayesdiff.study import configured
-from bayesdiff.training import fit
-from bayesdiff.uncertainty.image_scores import IMAGE_SCORES
+from bayesdiff.runs.address import Address
+from bayesdiff.runs.stages import judge
+from bayesdiff.runs.training import fit
+from bayesdiff.storage.artefacts import finite, read_json, write_json
+from bayesdiff.studies.filtering.filtering import Filtering
+from bayesdiff.studies.filtering.gains import gains
+from bayesdiff.studies.filtering.profile import profile
+from bayesdiff.studies.image_pool import ImagePool
+from bayesdiff.studies.study import configured
+from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

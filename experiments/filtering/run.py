@@ -13,11 +13,11 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import read_json, write_json, write_text
-from bayesdiff.metrics.gains import NAMES, SCORES
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.report import figures, table
-from bayesdiff.report.filtering import z_by_score
+from bayesdiff.storage.artefacts import read_json, write_json, write_text
+from bayesdiff.studies.filtering.figures import z_by_score
+from bayesdiff.studies.filtering.gains import NAMES, SCORES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

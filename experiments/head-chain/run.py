@@ -14,11 +14,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import read_json, write_json
-from bayesdiff.build import Run
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.training import fit
+from bayesdiff.runs.build import Run
+from bayesdiff.runs.training import fit
+from bayesdiff.storage.artefacts import read_json, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

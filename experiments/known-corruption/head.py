@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.build import Run
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import to_model_range
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.paths import CondOT
+from bayesdiff.runs.build import Run
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 

@@ -18,23 +18,23 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import finite, key_of, read_json, write_json, write_text
-from bayesdiff.build import Run, plain
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import to_uint8
-from bayesdiff.doubts import ScoreOptions, doubts_of, seen_of
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.classifier import load_or_train
 from bayesdiff.metrics.features import classifier_extractor, extract
 from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.metrics.selection import auroc
-from bayesdiff.pools import ImagePool
 from bayesdiff.report import figures, table
+from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.training import fit
 from bayesdiff.solvers import Solver
-from bayesdiff.training import fit
+from bayesdiff.storage.artefacts import finite, key_of, read_json, write_json, write_text
+from bayesdiff.studies.image_pool import ImagePool
+from bayesdiff.studies.scoring import ScoreOptions, doubts_of, seen_of
 from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published, Refined, Samples
-from bayesdiff.uncertainty.image_scores import MAP_SCORES
+from bayesdiff.uncertainty.scores.of_maps_and_images import MAP_SCORES
 
 Values = dict[str, Any]
 HERE = Path(__file__).parent

@@ -15,16 +15,16 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import finite, key_of, write_json, write_text
-from bayesdiff.build import Run, plain
 from bayesdiff.metrics.features import extract
-from bayesdiff.metrics.pool import pool
-from bayesdiff.metrics.sample_sizes import fid_of_infinity, sample_size_curve
+from bayesdiff.metrics.subsets import pool
 from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
-from bayesdiff.stages import judge, make_images
-from bayesdiff.training import fit
+from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.stages import judge, make_images
+from bayesdiff.runs.training import fit
+from bayesdiff.storage.artefacts import finite, key_of, write_json, write_text
+from bayesdiff.studies.sample_sizes import fid_of_infinity, sample_size_curve
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

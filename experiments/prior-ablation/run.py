@@ -15,10 +15,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bayesdiff import pipeline
-from bayesdiff.ablation import ablate
-from bayesdiff.artefacts import key_of, read_json, write_json, write_text
-from bayesdiff.report import ablation, figures, table
-from bayesdiff.training import fit
+from bayesdiff.report import figures, table
+from bayesdiff.runs.training import fit
+from bayesdiff.storage.artefacts import key_of, read_json, write_json, write_text
+from bayesdiff.studies.prior_ablation import figures as ablation
+from bayesdiff.studies.prior_ablation.ablation import ablate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -12,14 +12,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import key_of, read_arrays, write_arrays
-from bayesdiff.build import Run
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.progress import track
+from bayesdiff.machine.progress import track
+from bayesdiff.runs.build import Run
+from bayesdiff.runs.training import fit
 from bayesdiff.solvers import Solver, integrate
-from bayesdiff.training import fit
+from bayesdiff.storage.artefacts import key_of, read_arrays, write_arrays
 from bayesdiff.uncertainty import Starts, starts_of
-from bayesdiff.uncertainty.ensemble import MemberField
+from bayesdiff.uncertainty.members.ensemble import MemberField
 
 ROOT = Path(__file__).parents[2]
 MEMBERS, IMAGES, SEED = 128, 64, 10_000

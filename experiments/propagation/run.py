@@ -15,11 +15,11 @@ import torch
 from reference import IMAGES, configure, load, members, starts
 from torch import Tensor
 
-from bayesdiff.artefacts import key_of, read_json, write_json, write_text
-from bayesdiff.metrics.uncertainty import agreement, image_rank, pixel_rank
+from bayesdiff.metrics.agreement import agreement, image_rank, pixel_rank
 from bayesdiff.report import table
 from bayesdiff.report.style import DPI, LINES, save, style
 from bayesdiff.solvers import integrate
+from bayesdiff.storage.artefacts import key_of, read_json, write_json, write_text
 from bayesdiff.uncertainty import (
     Ensemble,
     Estimator,

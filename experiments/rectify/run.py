@@ -16,12 +16,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import finite, read_json, write_json, write_text
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart
-from bayesdiff.report.repair import line
 from bayesdiff.report.style import COLOURS, style
+from bayesdiff.storage.artefacts import finite, read_json, write_json, write_text
+from bayesdiff.studies.repair.figures import line
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -15,16 +15,16 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bayesdiff import pipeline
-from bayesdiff.address import Address
-from bayesdiff.artefacts import finite, read_json, write_json, write_text
+from bayesdiff.metrics.agreement import ranks, spearman
 from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.metrics.selection import top_recall
-from bayesdiff.metrics.uncertainty import ranks, spearman
-from bayesdiff.pools import ImagePool
 from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
-from bayesdiff.training import fit
+from bayesdiff.runs.address import Address
+from bayesdiff.runs.training import fit
+from bayesdiff.storage.artefacts import finite, read_json, write_json, write_text
+from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published
 
 HERE = Path(__file__).parent

@@ -17,7 +17,17 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bayesdiff import pipeline
-from bayesdiff.artefacts import (
+from bayesdiff.laplace.callback import LastLayerLaplace
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.machine.progress import track
+from bayesdiff.metrics.agreement import agreement, image_rank, pixel_rank
+from bayesdiff.models import GenerativeModel
+from bayesdiff.report import figures, table
+from bayesdiff.report.style import DPI, style
+from bayesdiff.runs.build import Run
+from bayesdiff.runs.training import fit
+from bayesdiff.solvers import Solver
+from bayesdiff.storage.artefacts import (
     key_of,
     read_arrays,
     read_json,
@@ -26,16 +36,6 @@ from bayesdiff.artefacts import (
     write_json,
     write_text,
 )
-from bayesdiff.build import Run
-from bayesdiff.laplace.callback import LastLayerLaplace
-from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.metrics.uncertainty import agreement, image_rank, pixel_rank
-from bayesdiff.models import GenerativeModel
-from bayesdiff.progress import track
-from bayesdiff.report import figures, table
-from bayesdiff.report.style import DPI, style
-from bayesdiff.solvers import Solver
-from bayesdiff.training import fit
 from bayesdiff.uncertainty import (
     Checkpoints,
     DeepEnsemble,
@@ -46,7 +46,7 @@ from bayesdiff.uncertainty import (
     Swag,
     starts_of,
 )
-from bayesdiff.uncertainty.block_ensemble import BlockEnsemble
+from bayesdiff.uncertainty.members.block_ensemble import BlockEnsemble
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

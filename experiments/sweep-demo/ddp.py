@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bayesdiff.artefacts import read_json, write_json
 from bayesdiff.laplace.record import Curvature
+from bayesdiff.storage.artefacts import read_json, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bayesdiff.artefacts import read_json, write_json
+from bayesdiff.storage.artefacts import read_json, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

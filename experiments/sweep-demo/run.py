@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bayesdiff.artefacts import read_json, write_json
+from bayesdiff.storage.artefacts import read_json, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

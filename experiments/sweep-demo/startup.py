@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bayesdiff.artefacts import read_json, write_json
+from bayesdiff.storage.artefacts import read_json, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

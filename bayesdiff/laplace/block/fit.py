@@ -1,0 +1,267 @@
+"""Beyond the head: Kronecker factors of the last block's layers, from one pass over the data.
+
+The block is not linear in its weights, so this is an approximation where the head's posterior is
+exact: a Gaussian around the trained weights whose precision is the GGN, independent from layer to
+layer and Kronecker-factored in each (KFAC-expand, Martens and Grosse 2015; Eschenhagen et al.
+2023, section 3.2, for layers that are shared over positions), computed by curvlinops.
+"""
+
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bayesdiff.checks import UserError
+from bayesdiff.laplace.block.record import BlockFactors, LayerFactors, stored_factors
+from bayesdiff.laplace.training_draws import draws_of
+from bayesdiff.machine.ranks import barrier, rank, total
+from bayesdiff.models import GenerativeModel
+from bayesdiff.networks import Network
+
+SUBSETS = ("head", "last_block")
+# Structures of the head whose like exists for a Kronecker-factored layer: with and without what
+# ties weights and bias.
+_STRUCTURES = ("full", "kron")
+# Of an outer factor from fewer images, next to nothing is known.
+_FEWEST_IMAGES = 10
+
+
+def check_subset(subset: str, structure: str, sigma_noise: float | str, probes: int | str) -> None:
+    """Refuse settings that do not go with the subset, before any work.
+
+    Args:
+        subset: ``head`` or ``last_block``.
+        structure: of the posterior.
+        sigma_noise: of the likelihood.
+        probes: see ``fit_block``.
+
+    Raises:
+        UserError: if one does not.
+    """
+    if subset not in SUBSETS:
+        raise UserError(f"laplace.subset must be one of {', '.join(SUBSETS)}; got {subset!r}")
+    if probes != "all" and (isinstance(probes, bool) or not isinstance(probes, int) or probes < 1):
+        raise UserError(f"laplace.probes must be a whole number >= 1, or all; got {probes!r}")
+    if subset == "head":
+        return
+    if structure not in _STRUCTURES:
+        raise UserError(
+            f"laplace.structure={structure} is for laplace.subset=head; laplace.subset=last_block"
+            f" takes {' or '.join(_STRUCTURES)}"
+        )
+    if sigma_noise == "mle_per_time":
+        raise UserError(
+            "laplace.sigma_noise=mle_per_time is for laplace.subset=head; "
+            "laplace.subset=last_block has one noise for all times, use mle"
+        )
+
+
+def check_block(net: Network, images: int) -> None:
+    """Refuse a network without a last block, or too few images for its factors.
+
+    Raises:
+        UserError: one line with the cure.
+    """
+    block_layers(net)
+    if images < _FEWEST_IMAGES:
+        raise UserError(
+            f"laplace.subset=last_block needs {_FEWEST_IMAGES} images or more, got {images}; "
+            "raise laplace.num_images or use laplace.subset=head"
+        )
+
+
+def block_layers(net: Network) -> dict[str, nn.Module]:
+    """Layers of the network's ``last_block`` that have Kronecker factors, by name in the network.
+
+    These are linear layers and dense, zero-padded convolutions. All else in the block, such as
+    the scale and shift of a normalisation or an embedding, keeps its trained values.
+
+    Raises:
+        UserError: if the network declares no such block, or there is no such layer in it.
+    """
+    block = getattr(net, "last_block", None)
+    if not isinstance(block, nn.Module):
+        raise UserError(
+            f"laplace.subset=last_block: {type(net).__name__} has no last block; give it a "
+            "property last_block, the module before its head, or use laplace.subset=head"
+        )
+    inside = {id(module) for module in block.modules()}
+    found = {
+        name: module
+        for name, module in cast(nn.Module, net).named_modules()
+        if id(module) in inside and module is not net.head and _is_treated(module)
+    }
+    if not found:
+        raise UserError(
+            f"laplace.subset=last_block: the last block of {type(net).__name__} has no linear or "
+            "convolution layer; use laplace.subset=head"
+        )
+    return found
+
+
+def _is_treated(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return isinstance(module, nn.Linear)
+
+
+def layer_matrix(layer: nn.Module) -> Tensor:
+    """Weights of a linear or convolution layer, its bias as last column, float64 ``(C, P)``."""
+    parts = [cast(Tensor, layer.weight).detach().flatten(1)]
+    if isinstance(layer.bias, Tensor):
+        parts.append(layer.bias.detach()[:, None])
+    return torch.cat(parts, 1).double()
+
+
+def fit_block(
+    model: GenerativeModel,
+    images: Tensor,
+    labels: Tensor | None,
+    *,
+    source: str,
+    draws: int = 1,
+    num_images: int | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    probes: int | str = 4,
+) -> BlockFactors:
+    """Kronecker factors of the last block's layers, over the images and draws of the head's pass.
+
+    The likelihood is the head's, a Gaussian on every pixel and channel, so the curvature at the
+    output is the identity: outer factors are sums of g g^T, g the layer's share of the gradient
+    of ``z . output``. z runs over all outputs, or is standard normal: the same on average.
+
+    Args:
+        model: with its trained weights; neither they nor its mode are touched.
+        images: ``(N, C, H, W)`` uint8.
+        labels: ``(N,)`` or None.
+        source: key of weights, data and pass, kept with the result.
+        draws: (t, noise) draws per image.
+        num_images: use a random subset of this size; None for all.
+        batch_size: images per network evaluation.
+        seed: fixes subset, draws and z.
+        probes: backward passes through head and block for every batch; ``all`` for one per
+            output of an image, which leaves no chance in the outer factors.
+    """
+    net = cast(Network, deepcopy(model.net).eval().requires_grad_(False))  # type: ignore[attr-defined]
+    layers, device = block_layers(net), next(model.parameters()).device
+    sums = _Sums(net, layers, probes, device)
+    count = num_images or len(images)
+    for seen in draws_of(
+        model,
+        images,
+        labels,
+        draws=draws,
+        num_images=count,
+        batch_size=batch_size,
+        seed=seed,
+        what="last block",
+    ):
+        probe = int(torch.randint(2**31, (), generator=seen.generator))
+        sums.add({"x": seen.x_t, "t": seen.time, "y": seen.y}, seen.target, probe)
+    return BlockFactors(sums.over_processes(draws, count), count, source)
+
+
+class _Sums:
+    """What the pass adds up, in float64."""
+
+    def __init__(
+        self, net: Network, layers: dict[str, nn.Module], probes: int | str, device: torch.device
+    ) -> None:
+        self.model, self.probes = _Flat(net), probes
+        self.layers = layers
+        self.params = [
+            parameter
+            for layer in layers.values()
+            for parameter in (layer.weight, layer.bias)
+            if isinstance(parameter, nn.Parameter)
+        ]
+        for parameter in self.params:
+            parameter.requires_grad_(True)
+        self.input, self.output = {}, {}
+        for name, layer in layers.items():
+            rows, columns = layer_matrix(layer).shape
+            kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
+            self.input[name] = torch.zeros(columns, columns, **kind)
+            self.output[name] = torch.zeros(rows, rows, **kind)
+
+    def add(self, inputs: dict[str, Any], target: Tensor, seed: int) -> None:
+        """Add one batch."""
+        with warnings.catch_warnings():
+            # Here, as training and sampling have no use for it; its own imports are deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            from curvlinops import FisherType, KFACLinearOperator
+
+        chance = self.probes != "all"
+        operator = KFACLinearOperator(
+            self.model,
+            nn.MSELoss(reduction="sum"),
+            self.params,
+            [(inputs, target.flatten(1))],
+            check_deterministic=False,
+            seed=seed,
+            fisher_type=FisherType.MC if chance else FisherType.TYPE2,
+            mc_samples=int(self.probes) if chance else 1,
+            num_per_example_loss_terms=1,
+            separate_weight_and_bias=False,
+            num_data=len(target),
+            batch_size_fn=lambda batch: len(batch["x"]),
+        )
+        with torch.inference_mode(False), torch.enable_grad():
+            operator.compute_kronecker_factors()
+        for name in self.layers:
+            # Its inner factor is a mean over the batch; its loss lacks the half.
+            inner = operator._input_covariances[f"net.{name}"].double()
+            outer = operator._gradient_covariances[f"net.{name}"].double()
+            self.input[name] += inner * len(target)
+            self.output[name] += outer / 2
+
+    def over_processes(self, draws: int, images: int) -> dict[str, LayerFactors]:
+        """Factors of all processes; their product counts every image once."""
+        return {
+            name: LayerFactors(
+                _symmetric(total(self.input[name]) / (draws * images)).cpu(),
+                _symmetric(total(self.output[name]) / draws).cpu(),
+                isinstance(layer.bias, Tensor),
+            )
+            for name, layer in self.layers.items()
+        }
+
+
+class _Flat(nn.Module):
+    """The network as curvlinops takes it: one input, one row of outputs per image."""
+
+    def __init__(self, net: Network) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        return self.net(inputs["x"], inputs["t"], inputs["y"]).flatten(1)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2
+
+
+def factors_of(
+    model: GenerativeModel, data: Any, path: Path | None, source: str, **options: Any
+) -> BlockFactors:
+    """The factors kept at ``path`` if they are of this very pass, else those of a new one, kept.
+
+    Args:
+        model: with its trained weights.
+        data: with ``images`` and ``labels``.
+        path: None keeps nothing.
+        source: as for ``fit_block``, like the options.
+        **options: draws, num_images, batch_size, seed and probes.
+    """
+    factors = stored_factors(path, source)
+    if factors is None:
+        factors = fit_block(model, data.images, data.labels, source=source, **options)
+        if path is not None and rank() == 0:
+            factors.save(path)
+        barrier()
+    return factors

@@ -1,0 +1,167 @@
+"""Where the artefacts of one cell are, and the keys of what they came from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.defaults import differences, named, words
+from bayesdiff.runs.fit_key import network_code
+from bayesdiff.solvers import Solver
+from bayesdiff.storage.artefacts import key_of
+from bayesdiff.storage.source_code import code_of
+from bayesdiff.studies.study import STUDIES, scored, with_effect
+from bayesdiff.uncertainty import Estimator
+from bayesdiff.uncertainty.chosen import sample_numbers
+from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+
+_FITTED = ("sigma_noise", "prior_precision", "n_eff")
+
+
+@dataclass(frozen=True)
+class Address:
+    """One cell's artefacts.
+
+    What cells share lies in the run folder, under the key of what it comes from.
+
+    Attributes:
+        folder: of the cell, inside the run folder: its numbers and pictures.
+        images_path: of the images for the scores.
+        samples_path: of the images with their maps.
+        checked_path: of the maps' comparison with a reference.
+        images: key of the images.
+        maps: key of the maps.
+        checked: key of the comparison, None where none is asked for.
+        cell: key of all numbers of the cell.
+        made_from: what studies are made from.
+    """
+
+    folder: Path
+    images_path: Path
+    samples_path: Path
+    checked_path: Path
+    images: str
+    maps: str
+    checked: str | None
+    cell: str
+    made_from: str
+
+    @classmethod
+    def of(
+        cls, run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, weights: str
+    ) -> "Address":
+        """Of the cell with these trained weights and this posterior."""
+        cfg, name = run.cfg, f"{solver.name}-{estimator.name}"
+        sampled = sampled_from(run, weights)
+        images = images_key(run, weights)
+        told, sources = maps_settings(run, estimator), estimator.sources(run)
+        maps = key_of(*sampled, settings_of(posterior), told, *sources)
+        asked = key_of(maps, estimator.validate_images, estimator.validate_members)
+        checked = asked if estimator.validate else None
+        asked_for = {n: plain(cfg[n]) for n in STUDIES if cfg.get(n) is not None}
+        cell = key_of(maps, images, scored(run), checked, *([asked_for] if asked_for else []))
+        return cls(
+            folder=named(run.folder, name, cell_words(run, solver, estimator, posterior), cell),
+            images_path=images_path(run, solver, images),
+            samples_path=run.folder / f"samples-{name}-{maps[:8]}.npz",
+            checked_path=run.folder / f"validation-{asked[:8]}.json",
+            images=images,
+            maps=maps,
+            checked=checked,
+            cell=cell,
+            made_from=key_of(*sampled, settings_of(posterior)),
+        )
+
+
+def maps_settings(run: Run, estimator: Estimator) -> dict[str, Any]:
+    """Options that change the run's own maps, chosen samples by their numbers."""
+    chosen = sample_numbers(estimator, run)
+    told = with_effect(run.cfg.uncertainty)
+    if code := code_of(plain(run.cfg.uncertainty)):
+        told = told | {"code": code}
+    return told if chosen is None else told | {"numbers": chosen}
+
+
+def overridden(
+    run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior
+) -> dict[str, Any]:
+    """What a cell has other than the shipped configuration of the same choices, by dotted name."""
+    return differences(
+        run.cfg,
+        data=str(run.cfg.data.get("name")),
+        model=run.model.path.family,
+        solver=solver.name,
+        uncertainty=estimator.name,
+        laplace=posterior.structure,
+        metrics=run.cfg.metrics.features,
+    )
+
+
+def cell_words(run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior) -> str:
+    """What the cell is told apart by, with what was fitted in numbers."""
+    cfg = run.cfg
+    found = overridden(run, solver, estimator, posterior)
+    told = {"studies": s} if (s := [n for n in STUDIES if cfg.get(n) is not None]) else {}
+    told |= _of_posterior(posterior)
+    left = [f"laplace.{name}" for name in (*_FITTED, "structure", "rank")]
+    left += [f"uncertainty.{name}" for name in WITHOUT_EFFECT]
+    told |= {
+        name: value
+        for place in ("laplace.", "solver.", "uncertainty.", "metrics.")
+        for name, value in found.items()
+        if name.startswith(place) and name not in (*left, "metrics.export")
+    }
+    told = dict(sorted(told.items(), key=lambda item: item[0].endswith("num_images")))
+    known = [f"{n}.{k}" for n in ("laplace", "solver", "uncertainty", "metrics") for k in cfg[n]]
+    return words(told, known)
+
+
+def _of_posterior(posterior: HeadPosterior) -> dict[str, Any]:
+    """Settings that are not those of the default posterior of the same curvature."""
+    curvature = posterior.curvature
+    numbers = dict(zip(_FITTED, posterior.settings[-3:], strict=True))
+    usual = dict(zip(_FITTED, (curvature.sigma_mle, 1.0, curvature.num_images), strict=True))
+    told: dict[str, Any] = {}
+    if posterior.structure != "full":
+        told["laplace.structure"] = posterior.structure
+    if posterior.rank is not None:
+        told["laplace.rank"] = posterior.rank
+    return told | {
+        f"laplace.{name}": value
+        for name, value in numbers.items()
+        if f"{value:.9g}" != f"{usual[name]:.9g}"
+    }
+
+
+def images_key(run: Run, weights: str) -> str:
+    """What the images come from, the posterior not among it."""
+    return key_of(*sampled_from(run, weights), run.cfg.metrics.num_images)
+
+
+def sampled_from(run: Run, weights: str) -> list[Any]:
+    """All that samples of these weights depend on, apart from their numbers."""
+    cfg = run.cfg
+    # The same weights make other images where they are to predict something else.
+    options = [cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
+    return [weights, *options, *network_code(cfg), code_of(plain(cfg.solver))]
+
+
+def images_path(run: Run, solver: Solver, key: str) -> Path:
+    """Where the images with this key are."""
+    return run.folder / f"images-{solver.name}-{key[:8]}.npz"
+
+
+def scores_path(run: Run, key: str) -> Path:
+    """Where the scores of the images with this key are."""
+    return run.folder / f"scores-{key[:8]}.json"
+
+
+def scores_key(run: Run, images: str) -> str:
+    """What the scores of the images with this key come from."""
+    return key_of(images, scored(run), run.data.data.fingerprint)
+
+
+def settings_of(posterior: HeadPosterior) -> list[Any]:
+    """What the posterior depends on, with words like ``mle`` resolved."""
+    return [posterior.curvature.source, *posterior.settings]

@@ -1,0 +1,254 @@
+"""From a configuration to checked objects: all that can be refused is refused here."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from bayesdiff.checks import UserError, at_least, positive, seed_of, share
+from bayesdiff.data.corruption import images_per_epoch
+from bayesdiff.data.images import ImageData
+from bayesdiff.data.module import ImageDataModule
+from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.laplace.requirements import require_module
+from bayesdiff.machine.device import autocast_dtype, settle_threads
+from bayesdiff.models import GenerativeModel
+from bayesdiff.networks import UNet
+from bayesdiff.report.loggers import check_loggers
+from bayesdiff.runs.defaults import run_folder, takes_weights
+from bayesdiff.runs.fit_key import fit_key
+from bayesdiff.runs.fit_key import plain as plain
+from bayesdiff.runs.targets import arguments, fitting
+from bayesdiff.runs.trainer_options import check_interval, check_trainer
+from bayesdiff.storage.atomic import check_writable
+from bayesdiff.storage.checkpoints import checkpoint_at, load_weights, note_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configured run: what it works with and where its artefacts are.
+
+    Attributes:
+        cfg: resolved configuration.
+        data: images and batches.
+        model: network, path and loss; its weights are loaded by the fit stage.
+        device: where sampling and scoring happen.
+        key: content key of everything the trained weights depend on.
+        folder: the run folder.
+        parent: what the training starts from (``init_from``): path, key of its run and weights.
+    """
+
+    cfg: DictConfig
+    data: ImageDataModule
+    model: GenerativeModel
+    device: torch.device
+    key: str
+    folder: Path
+    parent: dict[str, Any] | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes the model knows, none for an unconditional model."""
+        return self.data.data.classes if self.model.num_classes else ()
+
+
+def build(cfg: DictConfig) -> Run:
+    """Make and check everything a run needs; what cannot work is a UserError here."""
+    check_values(cfg)
+    device = choose_device(str(cfg.trainer.accelerator))
+    data = ImageDataModule(
+        instantiate(cfg.data.source),
+        batch_size=cfg.data.batch_size,
+        flip=cfg.data.flip,
+        seed=cfg.seed,
+    )
+    check_interval(cfg.trainer, images_per_epoch(data.data) // data.batch_size)
+    settle_threads(device, data.data.images[0].numel())
+    model = build_model(cfg, data)
+    parent = start_from(cfg, model)
+    key = fit_key(cfg, data.data.fingerprint, parent["weights"] if parent else None)
+    folder = Path(cfg.run_dir or run_folder(cfg, data.data.name, model.path.family, key))
+    if is_main_process() and not cfg.get("dry_run"):
+        check_writable(Path(cfg.run_dir or cfg.output_dir))
+    return Run(cfg, data, model, device, key, folder, parent)
+
+
+def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
+    """The model for this data, with freshly initialised weights.
+
+    Raises:
+        UserError: if the class count, the head or the optimiser's options do not fit.
+    """
+    images = data.data
+    classes: Any = cfg.model.num_classes
+    if classes == "auto":
+        classes = images.num_classes or None
+    if classes is not None:
+        at_least("model.num_classes", classes)
+        if classes != images.num_classes:
+            raise UserError(
+                f"model.num_classes={classes} but {images.name} has {images.num_classes} classes; "
+                "use model.num_classes=auto, or null for an unconditional model"
+            )
+    torch.manual_seed(cfg.seed)
+    path = instantiate(cfg.path)
+    optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
+    # Below its name, which errors then give in full.
+    options = OmegaConf.create({"model": plain(cfg.model) | {"optimizer": optimizer}}).model
+    net = build_network(cfg.net, images, classes)
+    model = instantiate(options, net=net, path=path, num_classes=classes, _convert_="all")
+    require_module(model, "last-layer Laplace")
+    HeadGeometry.of(model.net.head)
+    try:
+        instantiate(options.optimizer, _convert_="all")(model.parameters())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.optimizer does not work: {error}; correct its options") from error
+    return model
+
+
+def build_network(options: DictConfig, images: ImageData, classes: int | None) -> nn.Module:
+    """The network for these images.
+
+    Raises:
+        UserError: for options that it does not take, or labels that it would not read.
+    """
+    known = arguments(str(options.get("_target_")))
+    size: dict[str, Any] = {"in_channels": images.channels, "image_size": images.image_size}
+    given = {name: value for name, value in size.items() if known is None or name in known}
+    if known is None or "num_classes" in known:
+        given["num_classes"] = classes
+    elif classes:
+        raise UserError(
+            f"net._target_={options._target_} takes no num_classes and would not see the labels; "
+            "give model.num_classes=null, or let it take num_classes"
+        )
+    fitted = OmegaConf.create({"net": fitting(options, "net", UNet)}).net
+    net: nn.Module = instantiate(fitted, **given, _convert_="all")
+    return net
+
+
+def start_from(cfg: DictConfig, model: GenerativeModel) -> dict[str, Any] | None:
+    """Load the weights that a training starts from, and say where they are from.
+
+    Raises:
+        UserError: if they are missing, or belong to another network.
+    """
+    if cfg.init_from is None:
+        return None
+    if not cfg.fit:
+        raise UserError("init_from begins a training and fit=false has none; use ckpt_path=")
+    path = checkpoint_at(cfg.init_from)
+    weights = load_weights(model, path)
+    there = note_of(path).get("config") or {}
+    odd = [n for n in ("path", "prediction") if _said(there, n) not in (None, _said(cfg, n))]
+    if odd and is_main_process():
+        log.warning(
+            "init_from=%s was trained with another %s, which these weights must now unlearn",
+            *(path, " and ".join(odd)),
+        )
+    return {"path": str(path.resolve()), "key": note_of(path).get("key"), "weights": weights}
+
+
+def _said(config: Any, name: str) -> Any:
+    return plain(config.get(name) if name == "path" else config.get("model", {}).get(name))
+
+
+_GROUPS = (
+    "data", "data.source", "model", "model.optimizer", "net", "path", "laplace", "solver",
+    "uncertainty", "metrics", "trainer",
+)  # fmt: skip
+_PATHS = ("output_dir", "run_dir", "ckpt_path", "init_from")
+
+
+def check_groups(cfg: DictConfig) -> None:
+    """Refuse a configuration that lacks a part, or has a value in the place of one.
+
+    Raises:
+        UserError: one line with the name and the cure.
+    """
+    for name in _GROUPS:
+        if not isinstance(found := OmegaConf.select(cfg, name), DictConfig):
+            raise UserError(
+                f"{name}={found} leaves a part out; choose it by name, or leave it as it is"
+            )
+    if cfg.callbacks is not None and not isinstance(cfg.callbacks, DictConfig):
+        raise UserError(f"callbacks={cfg.callbacks} are no callbacks; use callbacks=default")
+    callbacks: dict[Any, Any] = {**(cfg.callbacks or {})}
+    for name, options in callbacks.items():
+        target = options.get("_target_") if isinstance(options, DictConfig) else None
+        if options and not isinstance(target, str):
+            raise UserError(
+                f"callbacks.{name}={options} has no _target_ that makes it; give one, such as "
+                f"callbacks.{name}._target_=lightning.pytorch.callbacks.ModelCheckpoint, or give "
+                "null to switch it off"
+            )
+    check_loggers(cfg.get("logger"))
+    for name in _PATHS:
+        value = cfg.get(name)
+        if not isinstance(value, str) and (value is not None or name == "output_dir"):
+            raise UserError(f"{name}={value} is no path; give it as text, as in {name}=outputs")
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Refuse plain values that no stage could use.
+
+    Raises:
+        UserError: one line with the value and the cure.
+    """
+    seed_of("seed", cfg.seed)
+    at_least("data.batch_size", cfg.data.batch_size)
+    for name in ("fit", "data.flip", "dry_run"):
+        if not isinstance(value := OmegaConf.select(cfg, name), bool):
+            raise UserError(f"{name} must be true or false, got {value!r}")
+    positive("model.optimizer.lr", cfg.model.optimizer.lr)
+    for name in ("model.class_dropout", "net.dropout", "callbacks.ema.decay"):
+        if (value := OmegaConf.select(cfg, name)) is not None:
+            share(name, value)
+    check_trainer(cfg.trainer)
+    if cfg.sample_from not in ("last", "best"):
+        raise UserError(f"unknown sample_from {cfg.sample_from!r}; choose last or best")
+    if takes_weights(cfg) and cfg.sample_from != "last":
+        raise UserError(
+            f"sample_from={cfg.sample_from} chooses among the epochs of a training, and "
+            f"ckpt_path={cfg.ckpt_path} with fit=false is one file; leave sample_from out"
+        )
+    if not cfg.fit and not cfg.ckpt_path:
+        raise UserError("fit=false needs a checkpoint; give ckpt_path=/path/to/last.ckpt")
+    if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():
+        raise UserError(f"no checkpoint at {cfg.ckpt_path}; correct ckpt_path, or leave it out")
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """Device for sampling and scoring, the one Lightning would choose for training.
+
+    Raises:
+        UserError: for a device that is not there.
+    """
+    cuda = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not cuda:
+        raise UserError(f"trainer.accelerator={accelerator} but there is no GPU here; use cpu")
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"unknown trainer.accelerator {accelerator!r}; choose auto, cpu or gpu")
+    if cuda and accelerator != "cpu":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def precision(cfg: DictConfig, device: torch.device) -> str:
+    """Lightning's precision flag, with ``auto`` resolved for this device."""
+    if cfg.trainer.precision != "auto":
+        return cfg.trainer.precision
+    return "bf16-mixed" if autocast_dtype(device) else "32-true"
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the artefacts."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0

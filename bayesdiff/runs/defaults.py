@@ -1,0 +1,186 @@
+"""What a configuration has other than the shipped one with the same choices, for names and tables.
+
+All of it follows from values: the same configuration has the same differences, whatever was typed.
+"""
+
+import glob
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from bayesdiff.runs.trainer_options import weighty
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# Where files are, what is shown, and how the work is done: nothing a run is told apart by.
+_ASIDE = re.compile(
+    r"(output_dir|run_dir|ckpt_path|init_from|fit|dry_run|process_timeout|logger|objective|direction)(\.|$)"
+    r"|.*\b_(target|partial|convert)_$|callbacks\.progress|uncertainty\.few_maps"
+)
+_MOST = 72  # signs of all settings in a name
+_VALUE = 16  # of one value
+
+
+@cache
+def shipped(choices: tuple[tuple[str, str], ...]) -> Mapping[str, Any]:
+    """Leaves of the shipped configuration, without this machine's own settings; by dotted name.
+
+    Args:
+        choices: groups and names; those that are not shipped are left as they are by default.
+
+    Returns:
+        Nothing where the package is installed without its configurations.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+    from hydra.types import RunMode
+
+    if not (CONFIGS / "train.yaml").is_file():
+        return {}
+    known = [f"{g}={name}" for g, name in choices if (CONFIGS / g / f"{name}.yaml").is_file()]
+    # Beside Hydra's own global state, which belongs to the command that runs.
+    loader = ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONFIGS)))
+    cfg = loader.load_configuration("train", [*known, "~local"], RunMode.RUN, from_shell=False)
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("hydra")
+    return leaves(cfg)
+
+
+def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name, interpolations resolved; a list is one value."""
+    node: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node} if prefix else {}
+    return {
+        name: value
+        for key, each in node.items()
+        for name, value in leaves(each, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def is_aside(name: str) -> bool:
+    """Whether an option says where files are, or how work is done, and tells no runs apart."""
+    return bool(_ASIDE.match(name))
+
+
+def differences(cfg: DictConfig, **choices: str) -> dict[str, Any]:
+    """Values of ``cfg`` that are not those of the shipped configuration, by dotted name.
+
+    Options of a study, which nothing shipped runs by itself, are not among them.
+
+    Args:
+        cfg: of a run.
+        **choices: names of the groups that it is made from, such as ``data="digits"``.
+    """
+    there = shipped(tuple(sorted(choices.items())))
+    if not there:
+        return {}
+    nothing = object()
+    given = {name: value for name, value in leaves(cfg).items() if not is_aside(name)}
+    return {
+        name: value
+        for name, value in given.items()
+        if there.get(name.partition(".")[0], nothing) is not None
+        and there.get(name, nothing) != value
+    }
+
+
+def preset(group: str, options: Any) -> str:
+    """Name of the shipped options that these are, else that of their class."""
+    given: Any = OmegaConf.to_container(options, resolve=True)
+    for path in sorted((CONFIGS / group).glob("*.yaml")):
+        if OmegaConf.to_container(OmegaConf.load(path)) == given:
+            return path.stem
+    return str(given.get("_target_", options)).rpartition(".")[2]
+
+
+def words(values: Mapping[str, Any], names: Iterable[str] = ()) -> str:
+    """Settings as a part of a file name: ``-lr_0.001-seed_1``, nothing where there are none.
+
+    Only signs that no shell, file system or command line of Hydra takes for something else; what
+    has no room is counted.
+
+    Args:
+        values: by dotted name, in the order of their weight; the last part of a name is written.
+        names: all that could be there; the whole name is written where two end alike.
+    """
+    ends = [name.rpartition(".")[2] for name in {*names, *values}]
+    text, left = "", 0
+    for name, value in values.items():
+        end = name.rpartition(".")[2]
+        word = f"-{_safe(end if ends.count(end) == 1 else name)}_{_safe(_short(value))[:_VALUE]}"
+        fits = len(text) + len(word) <= _MOST
+        text, left = text + word * fits, left + (not fits)
+    return text + f"-and_{left}_more" * bool(left)
+
+
+def named(folder: Path, prefix: str, text: str, key: str) -> Path:
+    """The place with this key in ``folder``: the one that is there, whatever its words, or a new.
+
+    Args:
+        folder: of both.
+        prefix: that the name begins with.
+        text: from ``words``, for a new one.
+        key: its first 8 digits end the name.
+    """
+    there = sorted(folder.glob(f"{glob.escape(prefix)}*-{key[:8]}"))
+    return there[0] if there else folder / f"{prefix}{text}-{key[:8]}"
+
+
+# What changes a training, most telling first; model.seed is the seed.
+_TELLING = (
+    r"model\.optimizer\.lr", "seed", r"trainer\..+", r"model\.(?!seed$|optimizer\.lr$).+",
+    r"path\..+", r"net\..+", r"data\.(batch_size|flip)", "sample_from",
+    r"data\.source\.(?!name$|root$|test_root$|source$|download$).+",
+    r"callbacks\.(?!progress|samples|checkpoint|learning_rate).+",
+)  # fmt: skip
+
+
+# What only a training reads; weights from a file have learnt as their own note says.
+LEARNT = re.compile(
+    r"(trainer|callbacks|model\.optimizer)\..+|model\.(warmup_steps|class_dropout|time_sampling)"
+    r"|data\.(batch_size|flip|epochs|ema_decay)|sample_from"
+)
+
+
+def takes_weights(cfg: DictConfig) -> bool:
+    """Whether a run takes the weights of a file and trains nothing of its own."""
+    return not cfg.fit and cfg.ckpt_path != "last"
+
+
+def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
+    """Place of a training, named by what it is told apart by and found by its key.
+
+    Args:
+        cfg: whole configuration.
+        data: name of the images.
+        family: of the path.
+        key: of the training.
+    """
+    damage = str(OmegaConf.select(cfg, "data.source.corruption._target_") or "").rpartition(".")[2]
+    found = differences(cfg, data=str(cfg.data.get("name")), model=family, corruption=damage)
+    learnt = {f"trainer.{name}" for name in weighty(cfg.trainer, validated=True)}
+    found = {k: v for k, v in found.items() if k in learnt or not k.startswith("trainer.")}
+    if takes_weights(cfg):
+        found = {k: v for k, v in found.items() if not LEARNT.fullmatch(k)}
+    told = {"corruption": damage} if damage else {}
+    told |= {} if cfg.get("init_from") is None else {"init_from": "weights"}
+    told |= {n: v for place in _TELLING for n, v in found.items() if re.fullmatch(place, n)}
+    return named(Path(cfg.output_dir), f"{data}-{family}", words(told), key)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return "_".join(map(_short, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII).strip("_") or "_"

@@ -1,0 +1,93 @@
+"""The settings that a table, an HPARAMS row or a logger shows beside a run's numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.runs.address import overridden
+from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.defaults import LEARNT, is_aside, preset, takes_weights
+from bayesdiff.solvers import Solver
+from bayesdiff.storage.checkpoints import note_of
+from bayesdiff.uncertainty import Estimator
+
+# Groups that the standing columns name already.
+_NAMED = ("data", "model", "net", "path", "solver", "laplace", "uncertainty", "metrics")
+
+
+def settings(
+    this: Run, posterior: HeadPosterior, solver: Solver, estimator: Estimator
+) -> dict[str, Any]:
+    """Standing settings first, then everything that was overridden, flat."""
+    cfg = this.cfg
+    standing = {
+        "data": this.data.data.name,
+        "corruption": _damage(cfg),
+        "model": this.model.path.family,
+        "prediction": this.model.prediction,
+        "net": preset("net", cfg.net),
+        "path": preset("path", cfg.path),
+        **_learnt(cfg),
+        "seed": cfg.seed,
+        "features": cfg.metrics.features,
+        "structure": posterior.structure,
+        **({} if posterior.rank is None else {"rank": posterior.rank}),
+        "subset": cfg.laplace.subset,
+        "sigma_noise": posterior.sigma_noise,
+        "prior_precision": posterior.prior_precision,
+        "n_eff": posterior.n_eff,
+        **_group("solver", cfg.solver, solver.name),
+        **_group("uncertainty", cfg.uncertainty, estimator.name),
+    }
+    more = overridden(this, solver, estimator, posterior) | typed(cfg)
+    if takes_weights(cfg):
+        more = {k: v for k, v in more.items() if not LEARNT.fullmatch(k)}
+    return standing | {k: v for k, v in more.items() if k not in standing}
+
+
+def _learnt(cfg: DictConfig) -> dict[str, Any]:
+    """How the weights were trained; None where a file of weights does not say."""
+    config: Any = plain(cfg)
+    if takes_weights(cfg):
+        config = note_of(Path(cfg.ckpt_path)).get("config") or {}
+    names = {
+        "lr": "model.optimizer.lr",
+        "epochs": "trainer.max_epochs",
+        "batch_size": "data.batch_size",
+    }
+    return {name: OmegaConf.select(OmegaConf.create(config), key) for name, key in names.items()}
+
+
+def typed(cfg: DictConfig) -> dict[str, Any]:
+    """What the command line set, also where it is the default: a sweep has it in every cell.
+
+    Nothing in Python, where there is no command line.
+    """
+    if not HydraConfig.initialized():
+        return {}
+    found: dict[str, Any] = {}
+    words = [str(word) for word in HydraConfig.get().overrides.task]
+    for override in OverridesParser.create().parse_overrides(words):
+        key = override.get_key_element().lstrip("+~").partition("@")[0]
+        if is_aside(key) or key in _NAMED or override.is_delete():
+            continue
+        value = OmegaConf.select(cfg, key)
+        if OmegaConf.is_dict(value):
+            continue  # a whole part: its differences are there
+        chosen = key not in cfg and "." not in key  # a group with no place, such as experiment
+        found[key] = override.get_value_string() if chosen else plain(value)
+    return found
+
+
+def _damage(cfg: DictConfig) -> str | None:
+    target = OmegaConf.select(cfg, "data.source.corruption._target_")
+    return target and str(target).rpartition(".")[2]
+
+
+def _group(group: str, options: DictConfig, name: str) -> dict[str, Any]:
+    values = {k: v for k, v in plain(options).items() if k != "_target_"}
+    return {f"{group}.{key}": value for key, value in ({"name": name} | values).items()}

@@ -1,0 +1,57 @@
+"""Options for a ``_target_`` other than the one that a group of configurations was written for."""
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig
+
+from bayesdiff.checks import UserError
+from bayesdiff.runs.fit_key import plain
+from bayesdiff.spelling import near
+
+log = logging.getLogger(__name__)
+
+
+def fitting(options: DictConfig, place: str, written_for: Callable[..., Any]) -> dict[str, Any]:
+    """The options that their target takes.
+
+    ``net._target_=mine.Net`` merges with the options of the U-Net that the group chose: those are
+    left out, with a line, where the new target has no such argument. Anything else that it does
+    not take was typed by the user, and is refused.
+
+    Args:
+        options: with ``_target_``.
+        place: their name in the configuration.
+        written_for: what the options of the group belong to.
+
+    Raises:
+        UserError: for an option of neither target.
+    """
+    values: dict[str, Any] = plain(options)
+    known = arguments(str(values.get("_target_")))
+    if known is None:
+        return values
+    extra = [name for name in values if not name.startswith("_") and name not in known]
+    for name in extra:
+        if name not in inspect.signature(written_for).parameters:
+            raise UserError(
+                f"{place}.{name} is no option of {values['_target_']}{near(name, known)}"
+            )
+    if extra:
+        left = ", ".join(f"{place}.{name}" for name in extra)
+        log.info("%s: not taken by %s and left out", left, values["_target_"])
+    return {name: value for name, value in values.items() if name not in extra}
+
+
+def arguments(target: str) -> set[str] | None:
+    """Names that a target takes; None where it takes any, or cannot be looked at."""
+    try:
+        parameters = inspect.signature(get_object(target)).parameters.values()
+    except Exception:  # instantiate says what is wrong with it
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name for parameter in parameters}

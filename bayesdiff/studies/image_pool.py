@@ -1,0 +1,164 @@
+"""Many images of one seed with all that scores read of them; every part is made once."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bayesdiff.data.module import to_uint8
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.runs.build import Run
+from bayesdiff.runs.stages import Rows, made_rows, make_maps, starts
+from bayesdiff.solvers import Solver
+from bayesdiff.storage.artefacts import key_of
+from bayesdiff.uncertainty import Ensemble, Estimator, Samples
+from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+from bayesdiff.uncertainty.memory import images_at_once
+from bayesdiff.uncertainty.scores.aleatoric import aleatoric
+from bayesdiff.uncertainty.scores.likelihood import log_likelihood, random_probes
+
+log = logging.getLogger(__name__)
+
+# Images of one file: an interrupted pool loses at most these, and a larger pool adds to them.
+BLOCK = 500
+# Tells the likelihood's random signs apart from what else is drawn for the same samples.
+_PROBES = 80_021
+
+
+@dataclass(frozen=True)
+class ImagePool:
+    """Samples 0 ... count - 1 of a seed.
+
+    Attributes:
+        run: with its trained model.
+        solver: of the samples.
+        posterior: of the head.
+        count: images.
+        seed: of their noise.
+        folder: where the parts are kept.
+        made_from: key of the network, the solver and the posterior.
+    """
+
+    run: Run
+    solver: Solver
+    posterior: HeadPosterior
+    count: int
+    seed: int
+    folder: Path
+    made_from: str
+
+    def maps(self, estimator: Estimator) -> Samples:
+        """Images with their maps under an estimator."""
+        return Samples.join([self._block_of_maps(estimator, block) for block in self.blocks])
+
+    @property
+    def blocks(self) -> list[range]:
+        """Numbers of the images that share a file."""
+        return [
+            range(first, min(first + BLOCK, self.count)) for first in range(0, self.count, BLOCK)
+        ]
+
+    def _block_of_maps(self, estimator: Estimator, block: range) -> Samples:
+        ready = replace(estimator, num_images=len(block))
+        key = self._key(block, estimator.name, _settings(ready), *estimator.sources(self.run))
+        path = self._path(estimator.name, block, key)
+        log.info("pool: seed %d, images %d to %d", self.seed, block[0], block[-1])
+        return make_maps(self.run, self.solver, ready, self.posterior, path, key, self.seed, block)
+
+    def members(self, count: int) -> Tensor:
+        """Images of posterior trajectories from the pool's noise, uint8 ``(N, M, C, H, W)``."""
+        ensemble = Ensemble(members=count, noise_members=0)
+
+        def batch(numbers: list[int]) -> Rows:
+            start = starts(self.run, self.solver, self.seed)(numbers)
+            images = ensemble.images(start, self.posterior)[1]
+            return {"members": to_uint8(images.cpu()).transpose(0, 1).contiguous()}
+
+        return self._rows("members", repr(ensemble), self._at_once(ensemble), batch)["members"]
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one trajectory."""
+        steps = starts(self.run, self.solver, self.seed)([0]).steps()
+        return sum(len(step.times) for step in steps)
+
+    def aleatoric(self, draws: int) -> Rows:
+        """The aleatoric scores, each ``(N,)``, and their NFE."""
+
+        def batch(numbers: list[int]) -> Rows:
+            found = aleatoric(starts(self.run, self.solver, self.seed)(numbers), draws)
+            rows = {
+                name.removeprefix("aleatoric_"): score.cpu()
+                for name, score in found.scores.items()
+            }
+            return rows | {"nfe": torch.full((len(numbers),), found.nfe)}
+
+        like = Ensemble(members=max(draws, 2), noise_members=0)
+        return self._rows("aleatoric", f"aleatoric {draws}", self._at_once(like), batch)
+
+    def zigzag(self, draws: int, rounds: int) -> Rows:
+        """The aleatoric scores behind several answers in a row, each ``(N,)``, and their NFE."""
+
+        def batch(numbers: list[int]) -> Rows:
+            start = starts(self.run, self.solver, self.seed)(numbers)
+            found = aleatoric(start, draws, rounds=rounds)
+            rows = {
+                name.replace("aleatoric", "zigzag"): score.cpu()
+                for name, score in found.scores.items()
+            }
+            return rows | {"nfe": torch.full((len(numbers),), found.nfe)}
+
+        like = Ensemble(members=max(draws, 2), noise_members=0)
+        return self._rows("zigzag", f"zigzag {draws} {rounds}", self._at_once(like), batch)
+
+    def likelihood(self, images: Tensor, num_steps: int) -> Rows:
+        """Bits per dimension of the pool's images under the model itself, ``(N,)``, and their NFE.
+
+        Args:
+            images: ``(N, C, H, W)`` in [-1, 1], those of ``maps``.
+            num_steps: of the probability-flow equation, four evaluations and derivatives each.
+        """
+
+        def batch(numbers: list[int]) -> Rows:
+            start = starts(self.run, self.solver, self.seed)(numbers)
+            probes = random_probes(start.noise.fork(_PROBES))
+            found = log_likelihood(start.field(), images[numbers], probes, num_steps)
+            nfe = torch.full((len(numbers),), found.nfe)
+            return {"bits_per_dim": found.bits_per_dim.cpu(), "nfe": nfe}
+
+        # An evaluation with its derivative holds about as much as two.
+        like = Ensemble(members=2, noise_members=0)
+        return self._rows("likelihood", f"likelihood {num_steps}", self._at_once(like), batch)
+
+    def _at_once(self, estimator: Estimator) -> int:
+        shape = self.run.data.data.images.shape[1:]
+        return images_at_once(estimator, self.solver, self.run.model, shape)
+
+    def _rows(self, name: str, what: str, size: int, batch: Callable[[list[int]], Rows]) -> Rows:
+        """Rows of all images, block after block."""
+        parts = [self._block(name, what, size, batch, block) for block in self.blocks]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def _block(
+        self, name: str, what: str, size: int, batch: Callable[[list[int]], Rows], block: range
+    ) -> Rows:
+        """Rows of one block."""
+        key = self._key(block, what)
+        path = self._path(name, block, key)
+        what = f"{name}, seed {self.seed}, from {block.start}"
+        return made_rows(path, key, block, size, batch, what)
+
+    def _key(self, block: range, *parts: object) -> str:
+        return key_of(self.made_from, self.seed, block.start, block.stop, *parts)
+
+    def _path(self, name: str, block: range, key: str) -> Path:
+        return self.folder / f"{name}-seed{self.seed}-from{block.start}-{key[:8]}.npz"
+
+
+def _settings(estimator: Estimator) -> dict[str, object]:
+    """Those that change a map."""
+    named = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
+    return {name: value for name, value in named.items() if name not in WITHOUT_EFFECT}

@@ -1,0 +1,263 @@
+"""What lies between two samples, and does uncertainty rise there?
+
+The starting noises of two samples are joined by an arc, and the trained sampler makes an image of
+every point on it. Noise on the arc between two independent noises is itself standard normal in
+law, so that without anything special between samples the maps are as large there as at the ends.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UserError, at_least, listed, seed_of
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.machine.ranks import barrier, rank
+from bayesdiff.metrics.agreement import Figures, mean, with_intervals
+from bayesdiff.report import board, table
+from bayesdiff.runs.build import Run
+from bayesdiff.runs.stages import Rows, made_rows, starts
+from bayesdiff.solvers import Solver, time_grid
+from bayesdiff.storage.artefacts import write_text
+from bayesdiff.studies.interpolation import figures as pictures
+from bayesdiff.studies.study import Study, configured, pdf, with_effect
+from bayesdiff.uncertainty import Estimator, Samples, Starts
+from bayesdiff.uncertainty.memory import images_at_once
+from bayesdiff.uncertainty.restart import with_state
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolation:
+    """Which samples are joined, and how finely.
+
+    Args:
+        pairs: how many pairs of neighbouring samples of one class, or the pairs themselves by
+            sample number, ``[[0, 10], [3, 13]]``; the two of a pair must be of the same class.
+        points: images along an arc, both ends among them.
+        bootstrap: samples of the intervals over pairs.
+        seed: of these.
+    """
+
+    pairs: int | Sequence[Sequence[int]] = 32
+    points: int = 9
+    bootstrap: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("interpolation.points", self.points, 3)
+        at_least("interpolation.bootstrap", self.bootstrap, 2)
+        seed_of("interpolation.seed", self.seed)
+        if isinstance(self.pairs, bool) or isinstance(self.pairs, int):
+            at_least("interpolation.pairs", self.pairs)
+            return
+        for pair in listed("interpolation.pairs", self.pairs, "[[0,10],[3,13]]"):
+            for number in listed("interpolation.pairs", pair, "[[0,10],[3,13]]"):
+                at_least("interpolation.pairs", number, 0)
+            if len(pair) != 2:
+                raise UserError(f"interpolation.pairs must hold two numbers each, got {pair}")
+
+    @property
+    def places(self) -> list[float]:
+        """Where on the arc, from 0 to 1."""
+        return [k / (self.points - 1) for k in range(self.points)]
+
+    def numbers(self, num_classes: int | None) -> list[tuple[int, int]]:
+        """Sample numbers of the pairs.
+
+        Args:
+            num_classes: that samples have in turn; None for an unconditional model.
+
+        Raises:
+            UserError: for a pair of two classes.
+        """
+        count = num_classes or 1
+        if isinstance(self.pairs, int):
+            blocks = (divmod(k, count) for k in range(self.pairs))
+            return [(2 * b * count + k, (2 * b + 1) * count + k) for b, k in blocks]
+        for one, other in self.pairs:
+            if one % count != other % count:
+                raise UserError(
+                    f"interpolation.pairs=[[{one},{other}]] are of classes {one % count} and "
+                    f"{other % count}, and no image between has both; give two of one class, "
+                    f"such as [{one},{one + count}]"
+                )
+        return [(one, other) for one, other in self.pairs]
+
+
+def check_interpolation(run: Run, solver: Solver, own: Estimator) -> None:
+    """Refuse before any work what has nothing between; nothing where it is not asked for.
+
+    Raises:
+        UserError: for a stochastic solver, whose images its later noise decides as well.
+    """
+    wanted: Interpolation | None = configured(run, "interpolation")
+    if wanted is None:
+        return
+    wanted.numbers(run.model.num_classes)
+    times = time_grid(solver.grid, run.model.path, solver.num_steps)
+    if any(step.noise for step in solver.steps(run.model.path, run.model.prediction, times)):
+        raise UserError(
+            f"interpolation needs a deterministic solver, solver={solver.name} adds noise on the "
+            "way; use solver=ddim, or another without noise"
+        )
+
+
+def interpolate(
+    run: Run, solver: Solver, own: Estimator, posterior: HeadPosterior, made_from: str
+) -> Path | None:
+    """Images and maps between samples, numbers and figures, in a folder; results.json last.
+
+    Args:
+        run: with its trained model.
+        solver: of the samples, deterministic.
+        own: the run's estimator.
+        posterior: of the head.
+        made_from: key of the network, the solver and the posterior.
+
+    Returns:
+        The folder, None where it is not asked for.
+    """
+    wanted: Interpolation | None = configured(run, "interpolation")
+    if wanted is None:
+        return None
+    parts = made_from, with_effect(run.cfg.uncertainty), own.sources(run)
+    study = Study.of(run, "interpolation", solver.name, *parts)
+    if study.is_made:
+        return study.folder
+    start_of = starts(run, solver)
+    ready = replace(own.fit(start_of, posterior, run.folder), times=())
+    pairs = wanted.numbers(run.model.num_classes)
+
+    def batch(rows: list[int]) -> Rows:
+        chosen = [pairs[row] for row in rows]
+        made = [along(start_of, ready, posterior, chosen, place) for place in wanted.places]
+        return {
+            "images": torch.stack([each.images for each in made], 1),
+            "variance": torch.stack([each.variance for each in made], 1),
+        }
+
+    size = images_at_once(ready, solver, run.model, run.data.data.images.shape[1:])
+    path = study.folder / "path.npz"
+    drawn = made_rows(path, study.key, range(len(pairs)), size, batch, "interpolation")
+    if rank() == 0:
+        results = results_of(wanted, pairs, drawn["variance"])
+        results["conditions"] |= {"solver": solver.name, "estimator": own.name}
+        _report(study, results, drawn, pdf(run))
+        study.close(results, {name: results[name] for name in _HEADLINES})
+    barrier()
+    log.info("interpolation: %d pairs in %s", len(pairs), study.folder)
+    return study.folder
+
+
+def along(
+    start_of: Starts,
+    estimator: Estimator,
+    posterior: HeadPosterior,
+    pairs: Sequence[tuple[int, int]],
+    place: float,
+) -> Samples:
+    """Images with their maps at one place between the samples of pairs; the ends are the samples.
+
+    Args:
+        start_of: gives the start of samples by their numbers.
+        estimator: of the maps, made ready.
+        posterior: of the head.
+        pairs: numbers of the samples.
+        place: from 0, the first sample, to 1.
+    """
+    first, second = ([pair[end] for pair in pairs] for end in (0, 1))
+    if place in (0, 1):
+        return estimator(start_of(second if place else first), posterior)
+    start = start_of(first)  # whose noise an estimator draws what it needs beside x_0 from
+    x_0 = slerp(start.draw(), start_of(second).draw(), place)
+    return estimator(with_state(start, x_0), posterior)
+
+
+def slerp(a: Tensor, b: Tensor, place: float) -> Tensor:
+    """A point on the arc between two noises, ``(B, ...)``; directions turn at a constant pace.
+
+    Its norm is that of the ends where they have the same, and otherwise grows evenly from the one
+    to the other. Opposite ends, which have no one arc, are joined by a straight line.
+
+    Args:
+        a: ``(B, ...)``.
+        b: of the same shape.
+        place: from 0, which is a, to 1, which is b.
+    """
+    one, other = a.double().flatten(1), b.double().flatten(1)
+    size, other_size = one.norm(dim=1, keepdim=True), other.norm(dim=1, keepdim=True)
+    one, other = one / size, other / other_size
+    # The angle from half the distance: its cosine would lose small ones to rounding.
+    angle = 2 * torch.atan2((one - other).norm(dim=1), (one + other).norm(dim=1))[:, None]
+    share = angle.sin().abs()
+    flat = share < 1e-9
+    left = torch.where(flat, 1 - place, ((1 - place) * angle).sin() / share.where(~flat, 1))
+    right = torch.where(flat, place, (place * angle).sin() / share.where(~flat, 1))
+    found = ((1 - place) * size + place * other_size) * (left * one + right * other)
+    return found.view_as(a).to(a)
+
+
+def results_of(
+    wanted: Interpolation, pairs: Sequence[tuple[int, int]], variance: Tensor
+) -> dict[str, Any]:
+    """How the maps' sums change along the arcs, with intervals over pairs.
+
+    Args:
+        wanted: for the places and the intervals.
+        pairs: sample numbers.
+        variance: maps ``(N, S, C, H, W)``.
+
+    Returns:
+        ``rise``: mean over pairs of the mean sum at the inner places minus that of both ends,
+        ``rise_relative``: that over the ends' mean sum, 0 where nothing rises; ``highest_inside``:
+        share of pairs whose middle is above both ends, 1/3 if all three are alike in law; each
+        with ``_low`` and ``_high``; ``curve``: mean sum at every place, with its interval.
+    """
+    sums = variance.double().flatten(2).sum(2)
+    ends, inside = (sums[:, 0] + sums[:, -1]) / 2, sums[:, 1:-1].mean(1)
+    middle = sums[:, sums.shape[1] // 2]
+    above = (middle > torch.maximum(sums[:, 0], sums[:, -1])).double()
+    figures: Figures = {
+        "rise": (mean, (inside - ends,)),
+        "rise_relative": (_relative, (inside, ends)),
+        "highest_inside": (mean, (above,)),
+    }
+    chance: dict[str, Any] = {"seed": wanted.seed, "draws": wanted.bootstrap, "level": 0.95}
+    curve = []
+    for place, own in zip(wanted.places, sums.unbind(1), strict=True):
+        row = with_intervals({"sum": (mean, (own,))}, **chance)
+        curve.append({"place": place, **row})
+    return {
+        "conditions": {"pairs": [list(pair) for pair in pairs], "points": wanted.points},
+        **with_intervals(figures, **chance),
+        "curve": curve,
+        "sums": sums.tolist(),
+    }
+
+
+def _relative(inside: Tensor, ends: Tensor) -> Tensor:
+    return inside.mean(-1) / ends.mean(-1) - 1
+
+
+_HEADLINES = ("rise", "rise_relative", "highest_inside")
+
+
+def _report(study: Study, results: dict[str, Any], drawn: Rows, as_pdf: bool) -> None:
+    """Table, figures and loggers."""
+    folder, names = study.folder, _HEADLINES
+    rows = [
+        {"figure": name, "value": results[name], "low": results[f"{name}_low"],
+         "high": results[f"{name}_high"]}
+        for name in names
+    ]  # fmt: skip
+    write_text(folder / "table.md", table.markdown(rows))
+    scalars = {f"interpolation/{name}": results[name] for name in names}
+    made = pictures.every(results, drawn["images"], drawn["variance"])
+    told = study.loggers, results["conditions"]
+    board.write_study(folder / "tensorboard", scalars, {}, made, *told, pdf=as_pdf)

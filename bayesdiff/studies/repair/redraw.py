@@ -1,0 +1,259 @@
+"""Alternatives of images: what is drawn anew, and one batch of it by every way from every time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UserError, at_least, listed, seed_of, share
+from bayesdiff.data.module import to_uint8
+from bayesdiff.studies.repair.alternatives import WAYS, Origin, fresh_noise, resample
+from bayesdiff.uncertainty.regions import Region, boxes_of, mask_of, region_of
+from bayesdiff.uncertainty.restart import fresh_start
+from bayesdiff.uncertainty.samples import Samples, Trajectory
+from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES, MAP_SCORES
+from bayesdiff.uncertainty.scores.of_members import CONFIDENCE_SCORES
+
+# Scores that look at the image alone.
+SCORES = (
+    *(f"image.{name}" for name in IMAGE_SCORES),
+    *(f"classifier.{name}" for name in CONFIDENCE_SCORES),
+)
+# Scores of maps; every candidate then has a map of its own.
+OF_MAPS = tuple(f"map.{name}" for name in MAP_SCORES)
+# Among which candidates the best is chosen, and the first of their columns.
+AMONG = {"draws": 1, "all": 0}
+# Plain rejection sampling: other samples of the same class, from their own noise.
+FRESH = "fresh"
+# Image and map of a batch from its start on.
+Mapper = Callable[[Trajectory], Samples]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """Which images are drawn anew, from where, how, and how often.
+
+    Args:
+        num_images: images 0, 1, ... of the run.
+        images: numbers of the run's images, in place of the first ``num_images``; None for those,
+            or for the images that ``region`` names.
+        draws: alternatives of each image, by every way.
+        from_time: times in (0, 1); images are left at the solver's first time not before each.
+        ways: names of ``resample.WAYS``, and ``fresh`` for other whole samples of the same class,
+            of which nothing is held.
+        region: what is drawn anew: None for the whole image, ``map`` for the most uncertain
+            pixels of the image's own map, a box ``[top, left, height, width]`` for all images, or
+            a mapping of image numbers to boxes, itself or as the path of a YAML or JSON file.
+        share: of the pixels that ``map`` takes.
+        score: chooses the best in table and figures; ``results.json`` has all ``SCORES``. One of
+            ``OF_MAPS`` gives every candidate a map by the run's estimator, and ``results.json``
+            all of these too: of whole trajectories for ``fresh``, of the rest of the trajectory
+            from the state it was left at for the other ways, for the image itself as well.
+        bootstrap: samples of the intervals over images.
+        seed: of the noise and the weights that are drawn.
+    """
+
+    num_images: int = 500
+    images: Sequence[int] | None = None
+    draws: int = 8
+    from_time: Sequence[float] = (0.3, 0.5, 0.7)
+    ways: Sequence[str] = tuple(WAYS)
+    region: Region = None
+    share: float = 0.2
+    score: str = "classifier.off_label"
+    bootstrap: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("repair.num_images", self.num_images)
+        at_least("repair.draws", self.draws)
+        at_least("repair.bootstrap", self.bootstrap, 2)
+        seed_of("repair.seed", self.seed)
+        listed("repair.from_time", self.from_time, "[0.3,0.5]")
+        listed("repair.ways", self.ways, "[independent,isotropic]")
+        for time in self.from_time:
+            if share("repair.from_time", time) == 0:
+                raise UserError(
+                    "repair.from_time=0 is the noise itself; give times above 0, or "
+                    "repair.ways=[fresh] for whole samples"
+                )
+        _known("repair.ways", self.ways, (*WAYS, FRESH))
+        _known("repair.score", [self.score], (*SCORES, *OF_MAPS))
+        if share("repair.share", self.share) == 0:
+            raise UserError("repair.share=0 draws no pixel anew; give a share above 0")
+        object.__setattr__(self, "region", region_of(self.region))
+        self._check_images()
+
+    def _check_images(self) -> None:
+        """Refuse numbers that are none, or that have no box.
+
+        Raises:
+            UserError: one line with the cure.
+        """
+        if self.images is None:
+            return
+        for number in listed("repair.images", self.images, "[3,17,42]"):
+            at_least("repair.images", number, 0)
+            if isinstance(self.region, Mapping) and number not in self.region:
+                raise UserError(
+                    f"repair.region has no box for image {number} of repair.images; give it one"
+                )
+
+    @property
+    def numbers(self) -> list[int] | None:
+        """Chosen images; None for the first ``num_images``."""
+        if self.images is None and isinstance(self.region, Mapping):
+            return sorted(self.region)
+        return None if self.images is None else list(self.images)
+
+    @property
+    def count(self) -> int:
+        """Images that are drawn anew."""
+        return self.num_images if self.numbers is None else len(self.numbers)
+
+    @property
+    def rewinding(self) -> list[str]:
+        """Ways that leave an image in the middle of its trajectory."""
+        return [way for way in self.ways if way != FRESH]
+
+    @property
+    def times(self) -> list[float]:
+        """Where they leave it; none without such a way."""
+        return sorted(self.from_time) if self.rewinding else []
+
+    @property
+    def reads_maps(self) -> bool:
+        """Whether every candidate has a map."""
+        return self.score in OF_MAPS
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse a box that reaches beyond an image of this size.
+
+        Raises:
+            UserError: if it does.
+        """
+        for top, left, tall, wide in boxes_of(self.region):
+            if top + tall > height or left + wide > width:
+                raise UserError(
+                    f"repair.region={[top, left, tall, wide]} reaches beyond the {height} x "
+                    f"{width} pixels of an image; it is [top,left,height,width]"
+                )
+
+
+def _known(name: str, values: Sequence[Any], there: Sequence[str]) -> None:
+    for value in values:
+        if value not in there:
+            raise UserError(f"unknown {name} {value!r}; choose from {', '.join(there)}")
+
+
+def redraw(
+    origin: Origin,
+    weights: Tensor,
+    wanted: Repair,
+    samples: Samples,
+    places: list[int],
+    mapper: Mapper,
+) -> dict[str, Tensor]:
+    """Images of one batch and their alternatives, by every way from every time.
+
+    Args:
+        origin: of the batch.
+        weights: of the posterior trajectories.
+        wanted: what is drawn.
+        samples: of all images, with their variances at the times.
+        places: of the batch's images in ``samples``.
+        mapper: the run's estimator with its posterior.
+
+    Returns:
+        ``images (B, C, H, W)`` uint8 and what ``rewound`` and ``fresh`` give, as far as asked for.
+    """
+    image = origin.image
+    found = {"images": to_uint8(image.cpu())}
+    if wanted.rewinding:
+        found |= rewound(origin, weights, wanted, samples, places, mapper)
+    if FRESH in wanted.ways:
+        found |= fresh(origin.start, wanted, mapper)
+        if wanted.reads_maps:
+            own = of_maps(samples.variance[places], image.cpu())
+            found["fresh_scores"] = torch.cat([own[:, None], found["fresh_scores"]], 1)
+    return found
+
+
+def rewound(
+    origin: Origin,
+    weights: Tensor,
+    wanted: Repair,
+    samples: Samples,
+    places: list[int],
+    mapper: Mapper,
+) -> dict[str, Tensor]:
+    """Alternatives from the middle of the trajectories; for the arguments see ``redraw``.
+
+    Returns:
+        ``draws (B, T, W, n, C, H, W)`` uint8; ``region (B, 1, H, W)`` bool; ``power (B, T)``, the
+        variance summed over the region; ``evaluations (B, T, 2)`` of the network to that time and
+        from it on; where maps are read ``scores (B, T, W, 1 + n, K)`` by the ``OF_MAPS``, of the
+        image's own state first.
+    """
+    assert samples.requested_times is not None and samples.state_variance is not None
+    image, numbers = origin.image, [(wanted.numbers or range(wanted.count))[p] for p in places]
+    variance = samples.variance[places].to(image.device)
+    region = mask_of(wanted.region, wanted.share, variance, numbers)
+    steps = [origin.place(time) for time in samples.requested_times.tolist()]
+    z = fresh_noise(origin.start, wanted.draws, wanted.seed)
+    drawn, power, scores = [], [], []
+    members = origin.trajectories(weights, steps)
+    for number, (step, trajectories) in enumerate(zip(steps, members, strict=True)):
+        variance = samples.state_variance[number, places].to(image.device)
+        middle = origin.middle(step, variance, region, trajectories)
+        states = [resample(way, middle, z) for way in wanted.rewinding]
+        made = [to_uint8(origin.finish(step, x, region).cpu()) for x in states]
+        drawn.append(torch.stack(made).permute(2, 0, 1, 3, 4, 5))
+        power.append(middle.power.flatten().cpu())
+        if wanted.reads_maps:
+            scores.append(_of_states(origin, step, states, mapper))
+    counts = torch.tensor([origin.evaluations(step) for step in steps])
+    found = {
+        "draws": torch.stack(drawn, 1),
+        "region": region.cpu(),
+        "power": torch.stack(power, 1),
+        "evaluations": counts.expand(len(image), -1, -1),
+    }
+    return found | ({"scores": torch.stack(scores, 1)} if scores else {})
+
+
+def _of_states(origin: Origin, step: int, states: Sequence[Tensor], mapper: Mapper) -> Tensor:
+    """Scores ``(B, W, 1 + n, K)`` of the maps from states ``(n, B, C, H, W)`` of W ways on."""
+
+    def read(state: Tensor) -> Tensor:
+        samples = mapper(origin.restart(step, state))
+        return of_maps(samples.variance, samples.images)
+
+    own = read(origin.states[step])
+    return torch.stack([torch.stack([own, *map(read, each)], 1) for each in states], 1)
+
+
+def fresh(start: Trajectory, wanted: Repair, mapper: Mapper) -> dict[str, Tensor]:
+    """Other samples of the same classes.
+
+    Returns:
+        ``fresh (B, n, C, H, W)`` uint8 and, where maps are read, ``fresh_scores (B, n, K)``.
+    """
+    images, scores = [], []
+    for number in range(wanted.draws):
+        begun = fresh_start(start, number, wanted.seed)
+        if wanted.reads_maps:
+            samples = mapper(begun)
+            scores.append(of_maps(samples.variance, samples.images))
+            images.append(to_uint8(samples.images))
+        else:
+            images.append(to_uint8(Origin.of(begun).image.cpu()))
+    found = {"fresh": torch.stack(images, 1)}
+    return found | ({"fresh_scores": torch.stack(scores, 1)} if scores else {})
+
+
+def of_maps(variance: Tensor, images: Tensor) -> Tensor:
+    """All scores of maps, ``(B, K)`` float64; the higher, the more doubtful."""
+    return torch.stack([score(variance, images) for score in MAP_SCORES.values()], 1)

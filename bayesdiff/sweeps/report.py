@@ -1,0 +1,238 @@
+"""The report over a sweep: table, figures, one page for a browser, and the same on the board."""
+
+import logging
+import shlex
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayesdiff.report import table
+from bayesdiff.report.style import CAPTIONS_FILE
+from bayesdiff.storage.artefacts import read_json, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+# The few metrics that fit on a screen; a name that ends in @ is the beginning of one.
+_SHOWN = (
+    "fid@", "is@", "nfe", "summed_variance/mean", "laplace/effective_parameters",
+    "validation/image_rank", "validation/pixel_rank", "validation/log_ratio",
+)  # fmt: skip
+# What made a cell's maps where it is not what was asked for.
+MAPS_BY = "maps by"
+# More keys than this have no picture of their own.
+_MOST_KEYS = 8
+_MOST_ROWS = 200  # of the table in TensorBoard
+
+
+def write(folder: Path, rows: list[Row], command: str = "") -> None:
+    """Everything that is said of a sweep.
+
+    The table on the screen and as ``sweep.csv``; where cells are done ``sweep.png``, pictures in
+    ``figures`` and events in ``report``; ``report.html`` always.
+
+    Args:
+        folder: of the sweep.
+        rows: one for every cell, failed ones too.
+        command: that started it.
+    """
+    from bayesdiff.report import board
+    from bayesdiff.sweeps import page
+
+    keys = swept_keys(rows)
+    flat = [flatten(row, keys) for row in rows]
+    table.write_csv(folder / "sweep.csv", flat)
+    metrics = [name for name in shown_metrics(rows) if any(name in row for row in flat)]
+    others = [MAPS_BY] if any(MAPS_BY in row for row in flat) else []
+    columns = [*keys, *others, *metrics, "status"]
+    table.show(f"sweep: {folder / 'sweep.csv'}", flat, columns)
+    pictures = draw(folder, rows, flat, keys, metrics)
+    conditions = conditions_of(rows)
+    text = page.page(folder, flat, keys, metrics, conditions, pictures, command)
+    write_text(folder / "report.html", text)
+    told = "\n\n".join(f"{name}: {value}" for name, value in conditions.items())
+    shown = table.markdown(flat[:_MOST_ROWS], columns)
+    said = f"`{command}`\n\n{told}\n\n{shown}"
+    board.write_sweep(folder / "report", flat, metrics, said, pictures)
+    log.info("report: %s", folder / "report.html")
+
+
+def command_of(task: Sequence[str], hydra: Sequence[str] = ()) -> str:
+    """The command line behind a sweep's overrides."""
+    own = [override for override in hydra if not override.startswith("hydra.mode=")]
+    return shlex.join(["python", "sweep.py", "-m", *own, *task])
+
+
+def draw(
+    folder: Path, rows: Sequence[Row], flat: Sequence[Row], keys: Sequence[str],
+    metrics: Sequence[str],
+) -> dict[str, Path]:  # fmt: skip
+    """Save every figure of the sweep; names for a reader, and files."""
+    from bayesdiff.report import figures
+    from bayesdiff.sweeps.charts import sweep_figure
+    from bayesdiff.sweeps.series import axis_keys
+
+    for earlier in (folder / "figures").glob("*"):
+        if earlier.suffix in (".png", ".pdf") or earlier.name == CAPTIONS_FILE:
+            earlier.unlink()
+    done = [row for row in flat if row["status"] == "done"]
+    varied = [key for key in axis_keys(keys) if len({str(row[key]) for row in done}) > 1]
+    made_from = ", ".join(f"{name} {text}" for name, text in conditions_of(rows).items())
+    pdf = not any("report.pdf=false" in row["overrides"] for row in rows)
+    made: list[tuple[str, Path, Figure]] = []
+    if varied and metrics:
+        whole = sweep_figure(flat, keys, metrics, None, made_from)
+        figures.save(whole, folder / "sweep.png", pdf=pdf)
+    for place, key in enumerate(varied[:_MOST_KEYS] if metrics else []):
+        figure = sweep_figure(flat, keys, metrics, key, made_from)
+        made.append((f"Metrics over {key}", Path(f"{place}_{_file_name(key)}.png"), figure))
+    if (curves := _over_time(rows, keys)) is not None:
+        made.append(("Uncertainty over time", Path("over_time.png"), curves))
+    tiles = _tiles(rows, keys)
+    if tiles is not None:
+        made.append(("Maps on the same noise", Path("maps.png"), tiles))
+    for score, figure in _sorted(rows, keys, made_from).items():
+        name = Path(f"sorted_{_file_name(score)}.png")
+        made.append((f"Images sorted by {score}", name, figure))
+    return {
+        heading: figures.save(figure, folder / "figures" / name, pdf=pdf)
+        for heading, name, figure in made
+    }
+
+
+def _file_name(key: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in key)[:60]
+
+
+def _cell_name(row: Row, keys: Sequence[str]) -> str:
+    """The swept values of a cell."""
+    from bayesdiff.sweeps.series import short_names, text_of
+
+    values = flatten(row, keys)
+    said = zip(short_names(keys), (text_of(values[key]) for key in keys), strict=True)
+    return ", ".join(f"{key} {value}" for key, value in said)
+
+
+def _sorted(rows: Sequence[Row], keys: Sequence[str], conditions: str) -> "dict[str, Figure]":
+    """For each score that cells sort their images by: these images, a block for each cell."""
+    from bayesdiff.report.sorted_sheet import MOST_BLOCKS, Block, sorted_images
+
+    done = [row for row in rows if row["status"] == "done" and row.get("samples")]
+    blocks: dict[str, list[Block]] = {}
+    for row in done[:MOST_BLOCKS]:
+        known = read_json(Path(row["folder"]) / "image-scores.json") or {}
+        for score, values in known.items():
+            block = Block.read(row["samples"], _cell_name(row, keys), values)
+            blocks.setdefault(score, []).extend([block] if block else [])
+    more = len(done) - MOST_BLOCKS
+    conditions += f"; {more} more cells are not shown" if more > 0 else ""
+    return {
+        score: sorted_images(each, conditions, score) for score, each in blocks.items() if each
+    }
+
+
+def _over_time(rows: Sequence[Row], keys: Sequence[str]) -> "Figure | None":
+    """The summed variance of the first cells over t in one plot, None where no cell has it."""
+    from bayesdiff.sweeps.over_time import MOST_CELLS, CellCurve, over_time_figure
+
+    done = [row for row in rows if row["status"] == "done" and row.get("samples")]
+    shown = [(row["samples"], _cell_name(row, keys)) for row in done[:MOST_CELLS]]
+    found = [curve for each in shown if (curve := CellCurve.read(*each)) is not None]
+    if not found:
+        return None
+    known = conditions_of(done[:MOST_CELLS])
+    kept = [f"{name} {known[name]}" for name in ("data", "estimator", "NFE") if name in known]
+    return over_time_figure(found, len(done) - len(found), ", ".join(kept))
+
+
+def _tiles(rows: Sequence[Row], keys: Sequence[str]) -> "Figure | None":
+    """Maps of the first cells, None where no cell has any."""
+    from bayesdiff.sweeps.maps import MOST_CELLS, CellMaps, map_tiles
+
+    done = [row for row in rows if row["status"] == "done" and row.get("samples")]
+    cells = []
+    for row in done[:MOST_CELLS]:
+        name = _cell_name(row, keys)
+        name = "\n".join(textwrap.wrap(name, 34, max_lines=4, placeholder=" …"))
+        cells.append(CellMaps.read(row["samples"], name))
+    found = [cell for cell in cells if cell is not None]
+    if not found:
+        return None
+    shown = conditions_of(done[:MOST_CELLS])
+    kept = [f"{name} {shown[name]}" for name in ("data", "estimator", "NFE") if name in shown]
+    return map_tiles(found, len(done) - len(found), ", ".join(kept))
+
+
+def conditions_of(rows: Sequence[Row]) -> dict[str, str]:
+    """What the numbers of the cells stand for, over all cells that are done."""
+    done = [row for row in rows if row["status"] == "done"]
+    settings = [row.get("settings", {}) for row in done]
+    metrics = [row.get("metrics", {}) for row in done]
+    scored = [name.removeprefix("fid@") for m in metrics for name in m if name.startswith("fid@")]
+    sizes, features = ([name.partition("/")[side] for name in scored] for side in (0, 2))
+    known = {
+        "data": [s.get("data") for s in settings],
+        "model": [s.get("model") for s in settings],
+        "seed": [s.get("seed") for s in settings],
+        "solver": [s.get("solver.name") for s in settings],
+        "NFE": [m.get("nfe") for m in metrics],
+        "estimator": [_estimator(s) for s in settings],
+        "images with maps": [s.get("uncertainty.num_images") for s in settings],
+        "images scored": sizes,
+        "feature extractor": features,
+    }
+    found = {name: _said(values) for name, values in known.items()}
+    return {name: text for name, text in found.items() if text}
+
+
+def _said(values: Iterable[Any]) -> str:
+    """The distinct ones, a dozen at most."""
+    texts = list(dict.fromkeys(table.cell(value) for value in values if value is not None))
+    more = f" and {len(texts) - 12} more" if len(texts) > 12 else ""
+    return ", ".join(texts[:12]) + more
+
+
+def swept_keys(rows: Sequence[Row]) -> list[str]:
+    """Override keys with more than one value over the cells, in the order they were given."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for override in row["overrides"]:
+            key, _, value = override.partition("=")
+            values.setdefault(key, set()).add(value)
+    return [key for key, seen in values.items() if len(seen) > 1] or list(values)
+
+
+def flatten(row: Mapping[str, Any], keys: Sequence[str]) -> Row:
+    """One table row: the swept values first, then status, metrics and folder."""
+    given = dict(override.partition("=")[::2] for override in row["overrides"])
+    flat: Row = {key: _number(given.get(key, "")) for key in keys}
+    if row.get("settings", {}).get("uncertainty.instead_of"):
+        flat[MAPS_BY] = _estimator(row["settings"])
+    flat |= {"status": row["status"], **row.get("metrics", {}), "seconds": row["seconds"]}
+    return flat | {"folder": row.get("folder", ""), "error": row.get("error", "")}
+
+
+def _estimator(settings: Mapping[str, Any]) -> str | None:
+    """What made the maps, and what was asked for if it is not that."""
+    name, asked = (settings.get(f"uncertainty.{key}") for key in ("name", "instead_of"))
+    return f"{name}, in place of {asked} for few maps" if asked else name
+
+
+def shown_metrics(rows: Sequence[Row]) -> list[str]:
+    """The few metrics that fit on a screen, and studies' headlines; the CSV has all metrics."""
+    names = [name for row in rows for name in row.get("metrics", {})]
+    headlines = [name for row in rows for name in row.get("headlines", [])]
+    first = [n for w in _SHOWN for n in names if n == w or w[-1] == "@" and n.startswith(w)]
+    return list(dict.fromkeys([*first, *headlines]))
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

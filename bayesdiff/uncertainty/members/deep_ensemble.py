@@ -1,0 +1,189 @@
+"""Deep ensembles: other trainings of the same architecture as members."""
+
+import glob
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from omegaconf import OmegaConf
+
+from bayesdiff.checks import UserError
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.models import GenerativeModel
+from bayesdiff.storage.artefacts import weights_key
+from bayesdiff.storage.checkpoints import (
+    load_weights,
+    note_of,
+    require_guidance,
+    require_options,
+    sampled_checkpoint,
+)
+from bayesdiff.uncertainty.estimator import Training
+from bayesdiff.uncertainty.members.base import NetworkMembers, twin
+from bayesdiff.uncertainty.samples import Starts
+
+log = logging.getLogger(__name__)
+
+# What trainings must have in common for their images to be comparable, beside the data.
+_ALIKE = ("data.name", "model.prediction", "path", "net")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepEnsemble(NetworkMembers):
+    """Variance over networks that were trained apart (Lakshminarayanan et al. 2017).
+
+    This run's own network is one of the members; it shows the images, and all members follow its
+    noise. Trained from other seeds, members differ in initialisation and order of the data: the
+    reference for what no posterior around one solution sees.
+
+    Args:
+        members: run folders or checkpoints of the others, or patterns such as
+            ``outputs/digits-flow-*``; the run itself may be among them and counts once.
+    """
+
+    members: Sequence[str] | str = ()
+
+    name: ClassVar[str] = "deep_ensemble"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.members
+        listed = [given] if isinstance(given, str) else given
+        fits = isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed)
+        if not fits:
+            raise UserError(
+                "uncertainty.members must be a list of run folders or checkpoints, such as "
+                f"['outputs/digits-flow-*'], got {given!r}"
+            )
+        object.__setattr__(self, "members", tuple(listed))
+
+    @property
+    def planned(self) -> int:
+        """This network and those that the patterns match at the moment."""
+        return 1 + sum(len(glob.glob(pattern)) for pattern in self.members)
+
+    def check_run(self, run: Training) -> None:
+        """Refuse members that are missing, unfinished, alike, or trained on something else.
+
+        Raises:
+            UserError: one line that names the member and the cure.
+        """
+        config: Any = OmegaConf.to_container(run.cfg, resolve=True)
+        paths = self._checkpoints(run.folder)
+        for path in paths:
+            require_options(path, config, _ALIKE)
+            require_guidance(path, config)
+            data, here = note_of(path).get("data"), run.data.data.fingerprint
+            if data is not None and data != here:
+                raise UserError(
+                    f"checkpoint {path} was trained on other images ({data}, not {here}); "
+                    "members of an ensemble must share their data"
+                )
+            _remark(path, config)
+        self._load(run.model, paths)
+
+    def sources(self, run: Training) -> list[Any]:
+        """The members' weights: a member that was trained again makes other maps."""
+        return [sorted(self._others(run.model, run.folder))]
+
+    def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
+        """With all networks in memory."""
+        own = starts([0]).model
+        others = self._others(own, folder)
+        log.info("deep ensemble: this network and %d others", len(others))
+        return replace(self, networks=(own, *others.values()))
+
+    def _others(self, own: GenerativeModel, folder: Path | None) -> dict[str, GenerativeModel]:
+        """Members beside the run's own trained network, by the keys of their weights.
+
+        Raises:
+            UserError: if there are none.
+        """
+        others = self._load(own, self._checkpoints(folder))
+        if others.pop(weights_key(own), None) is not None:
+            log.info("deep ensemble: one of the members is this run itself")
+        if not others:
+            raise UserError(
+                f"uncertainty.members={list(self.members)} holds no other network than this run's "
+                "own; a variance needs 2, train further seeds"
+            )
+        return others
+
+    def _load(self, own: GenerativeModel, paths: Sequence[Path]) -> dict[str, GenerativeModel]:
+        """Networks of the checkpoints, by the keys of their weights.
+
+        Raises:
+            UserError: if two of them are the same.
+        """
+        found: dict[str, GenerativeModel] = {}
+        read: dict[str, Path] = {}
+        for path in paths:
+            model = twin(own)
+            key = load_weights(model, path)
+            if key in found:
+                raise UserError(
+                    f"{path} and {read[key]} in uncertainty.members hold the same weights; "
+                    "give every network once"
+                )
+            found[key], read[key] = model, path
+        return found
+
+    def _checkpoints(self, folder: Path | None) -> list[Path]:
+        """Checkpoints that the patterns name, without the run of this folder.
+
+        Raises:
+            UserError: if a pattern names nothing, or all of them only this run.
+        """
+        if not self.members:
+            raise UserError(
+                "uncertainty=deep_ensemble needs uncertainty.members, run folders of other seeds "
+                "such as ['outputs/digits-flow-*']; python sweep.py -m seed=0,1,2,3,4 trains them"
+            )
+        found: dict[Path, None] = {}
+        for pattern in self.members:
+            matches = sorted(glob.glob(pattern))
+            if not matches:
+                raise UserError(
+                    f"uncertainty.members names {pattern}, where nothing is; "
+                    "give run folders or checkpoints"
+                )
+            found |= dict.fromkeys(_checkpoint(Path(match), folder) for match in matches)
+        own = None if folder is None else _last(folder)
+        others = [path for path in found if path != own]
+        if not others:
+            raise UserError(
+                f"uncertainty.members={list(self.members)} names this run alone; a variance needs "
+                "2 networks, train further seeds"
+            )
+        return others
+
+
+def _remark(path: Path, config: Any) -> None:
+    """Say where a member is of a longer or shorter training, as a trial run that a pattern met."""
+    there = (note_of(path).get("config") or {}).get("trainer", {}).get("max_epochs")
+    here = config["trainer"].get("max_epochs")
+    if there is not None and there != here:
+        log.warning("deep ensemble: %s had %s epochs, this run has %s", path, there, here)
+
+
+def _last(folder: Path) -> Path:
+    return sampled_checkpoint(folder.resolve())
+
+
+def _checkpoint(path: Path, own: Path | None) -> Path:
+    """The checkpoint at ``path``, a file or the folder of a finished run.
+
+    Raises:
+        UserError: if the folder holds no finished training.
+    """
+    if path.is_file():
+        return path.resolve()
+    mine = own is not None and path.resolve() == own.resolve()
+    if not mine and not ((path / "fit.json").is_file() and _last(path).is_file()):
+        raise UserError(
+            f"{path} in uncertainty.members holds no finished training; finish it with its own "
+            "command, or leave it out"
+        )
+    return _last(path)

@@ -1,0 +1,76 @@
+"""The reference: full trajectories under weights of the head drawn once each."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import at_least
+from bayesdiff.laplace.gram import apply_head
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.solvers import Field
+from bayesdiff.uncertainty.members.base import Members, Outputs
+from bayesdiff.uncertainty.samples import Trajectory
+
+# Other draws than an estimator of the same seed has: agreement must not come from sharing them.
+_SALT = 1_000_003
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble(Members):
+    """Variance over members that keep one weight draw along the whole trajectory.
+
+    All images meet the same draws; see ``Members`` for what else the members share.
+
+    Args:
+        members: weight draws, at least 2.
+        instead_of: the estimator that was asked for, where this one is taken in its place.
+    """
+
+    members: int = 16
+    instead_of: str | None = None
+
+    name: ClassVar[str] = "ensemble"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("uncertainty.members", self.members, 2)
+
+    @property
+    def count(self) -> int:
+        """Weight draws."""
+        return self.members
+
+    @property
+    def described(self) -> str:
+        """With what it stands in for."""
+        asked = f", in place of {self.instead_of} for few maps" if self.instead_of else ""
+        return f"{super().described}{asked}"
+
+    def weights(self, posterior: HeadPosterior) -> Tensor:
+        """The members' heads, ``(M, C_out, P)`` float64."""
+        generator = torch.Generator().manual_seed(self.seed + _SALT)
+        return posterior.draw(self.members, generator)
+
+    def outputs(self, field: Field, start: Trajectory, posterior: HeadPosterior) -> Outputs:
+        """The network under all draws of its head at once."""
+        return MemberField(field, self.weights(posterior).to(start.device))
+
+
+class MemberField:
+    """The network under M heads at once, for states ``(m, B, C, H, W)`` with m = 1 or M.
+
+    All members start from the same noise: their first features are computed once.
+    """
+
+    def __init__(self, field: Field, weights: Tensor) -> None:
+        self.field = field
+        self.weights = weights
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """Outputs ``(M, B, C, H, W)``."""
+        net = self.field.model.net
+        features = self.field.features(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
+        output = apply_head(net.head, features, self.weights)
+        return net.fold(output.flatten(0, 1)).unflatten(0, (len(output), -1))
