@@ -11,10 +11,11 @@ import torch
 
 from bayesdiff.artefacts import key_of
 from bayesdiff.build import Run, plain
+from bayesdiff.callback_options import callbacks_of
 from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.probe import Counts, Probe, count, seconds_of
-from bayesdiff.report.callback import grid_size
+from bayesdiff.report.callback import SampleGrid
 from bayesdiff.solvers import Solver
 from bayesdiff.study import with_effect
 from bayesdiff.trainer_options import steps_and_epochs
@@ -87,12 +88,10 @@ class Estimates:
         every = cfg.trainer.get("check_val_every_n_epoch") or 1
         per_image = self.evaluation(run, batch)
         seconds += epochs / every * checked * per_image
-        grids = (cfg.callbacks or {}).get("samples")
-        if grids:
-            bounds = {k: grids[k] for k in ("rows", "max_images") if k in grids}
-            images = grid_size(run.model.num_classes, **bounds)
-            drawn = min(grids.get("grids", 8), epochs) * grids.get("num_steps", 10) * images
-            seconds += drawn * per_image
+        for grid in callbacks_of(run):
+            if isinstance(grid, SampleGrid):
+                images = grid.size(run.model.num_classes)
+                seconds += min(grid.grids, epochs) * grid.num_steps * images * per_image
         return seconds
 
     def curvature(self, run: Run, *_: Any) -> float:
