@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from bayesdiff import pipeline
 from bayesdiff.artefacts import finite, read_json, write_json, write_text
@@ -120,8 +121,8 @@ def repaired(model: str, setting: str, seed: int, *more: str) -> tuple[dict[str,
     if not SETTINGS[setting].by_score:
         found["picks"] = [row for row in found["picks"] if row["score"] == main]
     found["conditions"] |= {
-        "data": cfg.data.name, "epochs": cfg.trainer.max_epochs, "solver": cfg.solver.name,
-        "steps": cfg.solver.num_steps, "n_eff": cfg.laplace.n_eff,
+        "data": cfg.data.name, "epochs": cfg.trainer.max_epochs, "n_eff": cfg.laplace.n_eff,
+        "solver": instantiate(cfg.solver).name, "steps": cfg.solver.num_steps,
     }  # fmt: skip
     return found, folder
 
