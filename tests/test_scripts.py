@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -250,3 +251,14 @@ def test_results_of_other_overrides_are_not_added_to(tmp_path):
     assert other.kept(path, "models") == {"a": 1}
     with pytest.raises(UserError, match="move the file away"):
         plain.kept(path, "models")
+
+
+@pytest.mark.parametrize("study", ["distortions", "rectify", "skip-interval"])
+def test_the_commands_of_a_study_add_to_its_results(study):
+    place = EXPERIMENTS / study
+    text = (place / "README.md").read_text()
+    given = re.findall(rf"^    python experiments/{study}/run\.py(.*)$", text, re.MULTILINE)
+    assert given
+    for words in map(str.split, given):
+        asked = Asked.of(words, words, "seed", "lpips")
+        assert asked.kept(place / "results.json", "sets" if study == "distortions" else "models")
