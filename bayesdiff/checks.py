@@ -1,12 +1,23 @@
 """One-line refusals: name the value, name the cure, before any work is wasted."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
 class UserError(ValueError):
     """Something the user can mend; entry points show its one line and no traceback."""
+
+
+def one_line(error: BaseException, most: int = 160) -> str:
+    """The reason in one line of at most so many signs, or the type of an empty one."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def few(items: Iterable[Any], most: int = 8) -> str:
+    """The first ones, with commas, and three dots for the rest."""
+    listed = [str(item) for item in items]
+    return ", ".join([*listed[:most], *(["..."] if len(listed) > most else [])])
 
 
 def positive(name: str, value: float, cure: str = "give a number above 0") -> float:

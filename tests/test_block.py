@@ -15,6 +15,7 @@ from torch import nn
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.block import fit as block
 from bayesdiff.laplace.block.fit import (
     block_layers,
     check_block,
@@ -23,7 +24,6 @@ from bayesdiff.laplace.block.fit import (
     layer_matrix,
     stored_factors,
 )
-from bayesdiff.laplace.block import fit as block
 from bayesdiff.laplace.block.posterior import BlockPosterior, LayerPosterior
 from bayesdiff.laplace.block.record import BlockFactors, LayerFactors
 from bayesdiff.laplace.callback import LastLayerLaplace

@@ -3,6 +3,7 @@
 import io
 import logging
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -128,6 +129,37 @@ def test_deep_tiffs_that_pillow_misreads_are_refused():
         read(tiff([16] * 3, 2, 1, values))
 
 
+@pytest.mark.parametrize("white", [256, 1023, 4095, 65535])
+def test_deep_ppm_in_colour_is_rounded_and_noted(white):
+    values = (DEEP[..., :3].astype(np.int64) * white // 65535).astype(np.uint16)
+    head = f"6 5\n{white}\n".encode()
+    plain = b"P3\n" + head + " ".join(map(str, values.flatten())).encode()
+    for content in (b"P6\n" + head + values.astype(">u2").tobytes(), plain):
+        pixels = read(content)
+        assert pixels.deep
+        exact = values.transpose(2, 0, 1).astype(np.float64) * 255 / white
+        assert np.abs(pixels.values - exact).max() <= 0.5
+    assert not read(encoded(COLOUR, "ppm")).deep
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_deep_sgi_is_refused_packed_or_not(channels):
+    head = struct.pack(">HBBHHHH", 474, 0, 2, 3 if channels == 3 else 2, 6, 5, channels)
+    planes = DEEP[..., :channels].transpose(2, 0, 1).astype(">u2").tobytes()
+    with pytest.raises(UserError, match=r"a\.png has 16 bits per channel, of which Pillow reads"):
+        read(head.ljust(512, b"\0") + planes)
+    assert np.array_equal(read(encoded(COLOUR, "sgi")).values, COLOUR.transpose(2, 0, 1))
+
+
+def test_bitmaps_in_colour_are_colour_whatever_their_values():
+    colour = np.stack([GREY] * 3, -1)
+    for kind in ("bmp", "pcx", "png"):
+        pixels = read(encoded(colour, kind))
+        assert pixels.kind == "RGB" and not pixels.either, kind
+    for content in (encoded(GREY, "bmp"), encoded(GREY, "gif"), palette_of(GREY // 64 * 85)):
+        assert read(content).kind == "a palette of greys"
+
+
 TRANSPARENT = np.dstack([COLOUR, np.full((6, 6), 255, np.uint8)])
 TRANSPARENT[2, 3, 3] = 254
 PALETTE = Image.fromarray(COLOUR).quantize(8)
@@ -211,8 +243,48 @@ def test_palettes_of_greys_are_what_the_others_are(tmp_path):
     alone = sources.folder("f", write(tmp_path / "p", a=palette_of(few), b=palette_of(few)))
     assert alone.channels == 1
     mixed = write(tmp_path / "m", a=palette_of(few), b=encoded(few), c=encoded(COLOUR))
-    with pytest.raises(UserError, match=r"(b|c)\.png is (RGB|grey), (b|c)\.png is (RGB|grey)"):
+    with pytest.raises(UserError, match=r": c\.png is RGB, b\.png is grey; convert all"):
         sources.folder("f", mixed)
+
+
+def test_sizes_are_said_of_the_files_that_have_them(tmp_path):
+    few = GREY // 64 * 85
+    wide = np.stack([few[:5]] * 3, -1)
+    folder = write(tmp_path / "s", a=palette_of(few[:4, :4]), b=encoded(wide))
+    with pytest.raises(UserError, match=r": b\.png is 6x5, a\.png is 4x4 \(width x height\)"):
+        sources.folder("f", folder)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("colour_in", ["train", "test"])
+def test_palettes_of_greys_are_decided_for_both_parts_together(colour_in, zipped, tmp_path):
+    few = GREY // 64 * 85
+    grey, colour = palette_of(few), encoded(np.stack([few] * 3, -1))
+    parts = {
+        part: {"a.png": colour if part == colour_in else grey, "b.png": grey}
+        for part in ("train", "test")
+    }
+
+    def read(parts):
+        if not zipped:
+            for part, files in parts.items():
+                (tmp_path / part).mkdir(exist_ok=True)
+                for name, content in files.items():
+                    (tmp_path / part / name).write_bytes(content)
+            return sources.folder("f", tmp_path)
+        for part, files in parts.items():
+            with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as archive:
+                for name, content in files.items():
+                    archive.writestr(name, content)
+        return sources.zip_images("z", tmp_path / "train.zip", tmp_path / "test.zip")
+
+    data = read(parts)
+    assert data.channels == 3
+    for image in (*data.images, *data.test_images):
+        assert np.array_equal(image, np.stack([few] * 3))
+    parts["test" if colour_in == "train" else "train"]["b.png"] = encoded(few)  # grey for certain
+    with pytest.raises(UserError, match="convert all to grey or all to RGB"):
+        read(parts)
 
 
 def test_frames_and_depth_are_said(tmp_path, caplog):
@@ -227,7 +299,8 @@ def test_frames_and_depth_are_said(tmp_path, caplog):
     assert "1 file(s) have several frames, of which the first is read (for example a.gif)" in (
         caplog.text
     )
-    assert "1 file(s) have 16 bits per channel, rounded to 8 (for example b.png)" in caplog.text
+    deep = "1 file(s) have more than 8 bits per channel, rounded to 8 (for example b.png)"
+    assert deep in caplog.text
     caplog.clear()
     dark = write(tmp_path / "dark", a=encoded(DEEP[..., 0] // 16), b=encoded(DEEP[..., 1] // 16))
     with caplog.at_level(logging.WARNING):

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "bayesdiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "checks objective spelling source_code trainer_options disk local_paths cli run_log artefacts "
-    "fit_key targets checkpoints device distributed locks slots progress rows data paths networks "
-    "models sharding laplace solvers uncertainty metrics report defaults build processes "
+    "script fit_key targets checkpoints device distributed locks slots progress rows data paths "
+    "networks models sharding laplace solvers uncertainty metrics report defaults build processes "
     "training_progress run_callbacks callback_options training stages chosen_estimator study "
     "address settings ablation pools doubts report_scores filtering repair_results repair "
     "interpolation head_chain pipeline probe estimate planner dry_run search sweep"

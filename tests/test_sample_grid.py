@@ -1,21 +1,28 @@
 """The grid of samples during training: bounded however many classes there are."""
 
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
+from conftest import CONFIGS
+from omegaconf import OmegaConf
 
+from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData
+from bayesdiff.data.module import ImageDataModule
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT
 from bayesdiff.report import figures
-from bayesdiff.report.sample_grid import SampleGrid, grid_size
+from bayesdiff.report.sample_grid import SampleGrid
+from bayesdiff.sweeps.plan.estimate import Estimates
 
 
-def model(classes: int | None) -> GenerativeModel:
-    net = UNet(1, 4, classes, channels=(8,), blocks=1, attention=False)
+def model(classes: int | None, **options) -> GenerativeModel:
+    net = UNet(1, 4, classes, channels=(8,), blocks=1, attention=False, **options)
     optimizer = partial(torch.optim.AdamW, lr=1e-3)
     return GenerativeModel(net, CondOT(), "velocity", optimizer, num_classes=classes).eval()
 
@@ -34,7 +41,7 @@ def model(classes: int | None) -> GenerativeModel:
     ],
 )
 def test_size_of_a_grid(classes, rows, most, size):
-    assert grid_size(classes, rows, most) == size
+    assert SampleGrid(rows=rows, max_images=most).size(classes) == size
 
 
 def test_of_many_classes_some_at_even_distances():
@@ -50,16 +57,19 @@ def test_of_many_classes_some_at_even_distances():
 
 
 @pytest.mark.parametrize(
-    ("classes", "rows", "said", "shown"),
+    ("classes", "rows", "most", "said", "shown"),
     [
-        (30, 4, "64 of 64 samples, unselected; 16 of 30 classes, epoch 1", 64),
-        (2, 4, "8 of 8 samples, unselected; epoch 1", 8),
-        (60, 1, "60 of 60 samples, unselected; epoch 1", 60),
-        (None, 2, "20 of 20 samples, unselected; epoch 1", 20),
+        (30, 4, 64, "64 of 64 samples, unselected; 16 of 30 classes, step 7", 64),
+        (2, 4, 64, "8 of 8 samples, unselected; step 7", 8),
+        (60, 1, 64, "60 of 60 samples, unselected; step 7", 60),
+        (None, 2, 64, "20 of 20 samples, unselected; step 7", 20),
+        (30, 5, 150, "150 of 150 samples, unselected; step 7", 150),
+        (None, 15, 150, "150 of 150 samples, unselected; step 7", 150),
+        (3, 90, 70, "70 of 70 samples, unselected; 1 of 3 classes, step 7", 70),
     ],
 )
 def test_a_grid_shows_what_was_drawn_and_says_it(
-    classes, rows, said, shown, tmp_path, monkeypatch
+    classes, rows, most, said, shown, tmp_path, monkeypatch
 ):
     made = []
     draw = figures.sample_grid
@@ -70,15 +80,120 @@ def test_a_grid_shows_what_was_drawn_and_says_it(
     names = tuple(str(i) for i in range(classes or 0))
     data = ImageData.build("n", images, labels, images, labels, names)
     trainer = SimpleNamespace(
-        current_epoch=0,
-        max_epochs=1,
+        state=SimpleNamespace(fn="fit"),
+        global_step=7,
+        estimated_stepping_batches=7,
         sanity_checking=False,
         datamodule=SimpleNamespace(data=data),
         default_root_dir=str(tmp_path),
         loggers=[],
     )
-    SampleGrid(num_steps=1, rows=rows).on_validation_epoch_start(trainer, model(classes))
+    SampleGrid(num_steps=1, rows=rows, max_images=most).on_validation_epoch_start(
+        trainer, model(classes)
+    )
     (figure,) = made
     words = " ".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
     assert said in words
     assert len(figure.axes[0].images) == shown
+
+
+def small_data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 1, 4, 4), dtype=torch.uint8, generator=generator)
+    return ImageDataModule(ImageData.build("n", images, None, images, None), batch_size=4)
+
+
+def trainer_of(tmp_path, *callbacks, **options):
+    return L.Trainer(
+        accelerator="cpu", callbacks=list(callbacks), logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, default_root_dir=tmp_path,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Steps at which grids were drawn."""
+    steps = []
+    draw = lambda self, trainer, model: steps.append(trainer.global_step)  # noqa: E731
+    monkeypatch.setattr(SampleGrid, "_draw", draw)
+    return steps
+
+
+# An epoch has two batches.
+WHEN = [
+    ({"max_epochs": 6}, 3, [4, 8, 12]),
+    ({"max_epochs": 2}, 8, [2, 4]),
+    ({"max_steps": 5, "max_epochs": -1}, 2, [4, 5]),
+    ({"max_steps": 5, "max_epochs": 100}, 2, [4, 5]),
+    ({"max_steps": 12, "max_epochs": -1}, 2, [6, 12]),
+    ({"max_epochs": 3, "check_val_every_n_epoch": 2}, 8, [4, 6]),
+    ({"max_epochs": 2, "val_check_interval": 1}, 2, [2, 4]),
+    ({"max_epochs": 4, "accumulate_grad_batches": 2}, 2, [2, 4]),
+    ({"max_epochs": 2, "limit_val_batches": 0}, 2, [4]),
+]
+
+
+@pytest.mark.parametrize(("options", "grids", "steps"), WHEN)
+def test_grids_are_even_and_one_follows_the_last_step(options, grids, steps, drawn, tmp_path):
+    trainer = trainer_of(tmp_path, SampleGrid(grids), **options)
+    trainer.fit(model(None), datamodule=small_data())
+    assert drawn == steps
+    drawn.clear()
+    trainer.validate(trainer.lightning_module, datamodule=small_data())
+    assert drawn == []
+
+
+class StopAtEpoch(L.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+def test_a_resumed_training_draws_what_is_left(drawn, tmp_path):
+    first = trainer_of(tmp_path, SampleGrid(2), StopAtEpoch(), max_epochs=4, min_epochs=1)
+    first.fit(model(None), datamodule=small_data())
+    assert drawn == [4]
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    again = trainer_of(tmp_path, SampleGrid(2), max_epochs=4)
+    again.fit(model(None), datamodule=small_data(), ckpt_path=tmp_path / "a.ckpt")
+    assert drawn == [4, 8]
+
+
+def test_after_the_last_step_there_is_no_dropout_either():
+    net = model(None, dropout=0.5)
+    grid = SampleGrid(num_steps=2, max_images=8)
+    evaluated, _ = grid.sample(net, (1, 4, 4))
+    trained, _ = grid.sample(net.train(), (1, 4, 4))
+    assert torch.equal(trained, evaluated) and net.training
+
+
+def test_a_path_of_another_family_is_refused_before_it_trains(tmp_path):
+    own = model(None)
+    own.path = type("Own", (CondOT,), {"family": "bridge"})()
+    with pytest.raises(UserError, match="'bridge', only for flow and diffusion; leave it out"):
+        trainer_of(tmp_path, SampleGrid(), max_steps=1).fit(own, datamodule=small_data())
+
+
+def test_the_configuration_lists_the_options_with_their_defaults():
+    given = OmegaConf.load(CONFIGS / "callbacks" / "default.yaml").samples
+    assert given.pop("_target_") == "bayesdiff.report.sample_grid.SampleGrid"
+    parameters = inspect.signature(SampleGrid).parameters
+    assert dict(given) == {name: one.default for name, one in parameters.items()}
+
+
+@pytest.mark.parametrize("options", [{"num_steps": 7, "max_images": 5}, {"rows": 1, "grids": 1}])
+def test_an_estimate_counts_the_grids_of_the_callback_itself(options, compose, monkeypatch):
+    from bayesdiff.runs.build import build
+
+    monkeypatch.setattr(Estimates, "probe", lambda *_: SimpleNamespace(training_step=0.0))
+    monkeypatch.setattr(Estimates, "evaluation", lambda *_: 1.0)
+    told = ",".join(f"{name}:{value}" for name, value in options.items())
+    target = "_target_:bayesdiff.report.sample_grid.SampleGrid"
+    asked = f"callbacks.samples={{{target},{told}}}"
+    with_grids, without = (
+        Estimates().training(build(compose("trainer.max_epochs=3", *more)))
+        for more in ([asked], [])
+    )
+    grid = SampleGrid(**options)
+    expected = min(grid.grids, 3) * grid.num_steps * grid.size(10)
+    assert with_grids - without == pytest.approx(expected)

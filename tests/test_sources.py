@@ -403,6 +403,42 @@ def test_config_holds_the_arguments_of_its_function(path):
         assert hasattr(datasets, config["dataset"])
 
 
+@pytest.mark.parametrize("ending", ["", ".png"])
+def test_a_link_that_leads_nowhere_ends_in_no_traceback(ending, tmp_path):
+    for number in range(3):
+        write_png(tmp_path / "a" / f"{number}.png", pixels(number))
+        write_png(tmp_path / "b" / f"{number}.png", pixels(number))
+    for place in (tmp_path, tmp_path / "a"):
+        (place / f"itself{ending}").symlink_to(place / f"itself{ending}")
+    if not ending:  # a file that is no image
+        assert sources.folder("f", tmp_path).classes == ("a", "b")
+        return
+    (tmp_path / "itself.png").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*a/itself\.png \(.*; replace or remove it"):
+        sources.folder("f", tmp_path)
+
+
+def test_a_link_below_what_may_not_be_entered_is_no_folder(tmp_path, monkeypatch):
+    write_png(tmp_path / "0.png", pixels(0))
+    write_png(tmp_path / "1.png", pixels(1))
+    (tmp_path / "locked").symlink_to(tmp_path / "elsewhere")
+
+    def refused(entry):
+        raise PermissionError(13, "Permission denied")
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.is_symlink = entry.name, entry.is_symlink
+            locked = entry.name == "locked"
+            self.is_dir = (lambda: refused(entry)) if locked else entry.is_dir
+            self.is_file = (lambda: refused(entry)) if locked else entry.is_file
+
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: [Entry(entry) for entry in scan(path)])
+    data = sources.folder("f", tmp_path)
+    assert len(data.images) + len(data.test_images) == 2
+
+
 def test_importing_the_sources_is_cheap():
     code = (
         "import sys, bayesdiff.data.sources;"

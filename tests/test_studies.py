@@ -203,9 +203,10 @@ def test_rejection_has_a_number_for_every_score(script, tmp_path):
     draws = [row(0.5, time=0.0, way="fresh")]
     one = {"conditions": conditions, "original": {"quality": 0.5}, "draws": draws}
     (tmp_path / "study").mkdir()
-    run.write({run.REJECTION: {"rejection": one | {"picks": picks}}})
+    run.write({run.REJECTION: {"rejection": one | {"picks": picks}}}, ["a=1"])
     results = json.loads((tmp_path / "study" / "results.json").read_text())
     main = "rejection.map_better_than_original"
+    assert results["overrides"] == ["a=1"]
     assert [results[main + end] for end in ends] == pytest.approx([0.6, 0.61, 0.62])
     assert results[f"{main}.by_chance"] == 0.5
     assert results[f"{run.REJECTION}.rejection.classifier.off_label.draws.better"] == 0.8

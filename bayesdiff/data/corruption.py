@@ -17,7 +17,7 @@ import torch
 from hydra.utils import get_method
 from torch import Tensor
 
-from bayesdiff.checks import UserError, at_least, seed_of, share
+from bayesdiff.checks import UserError, at_least, one_line, seed_of, share
 from bayesdiff.data.images import ImageData
 
 Corruption = Callable[[ImageData], ImageData]
@@ -76,10 +76,9 @@ def corrupted(source: str, corruption: Corruption, **options: Any) -> ImageData:
         read = get_method(source)
         inspect.signature(read).bind(**options)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"data.source.source={source} cannot read this data ({reason}); give what "
-            "data.source._target_ is without the corruption, for example "
+            f"data.source.source={source} cannot read this data ({one_line(error, 100)}); give "
+            "what data.source._target_ is without the corruption, for example "
             "bayesdiff.data.sources.torchvision_images for data=mnist"
         ) from error
     return corruption(read(**options))

@@ -7,14 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, one_line
 from bayesdiff.data.framing import Framing
 from bayesdiff.data.listing import shown
-from bayesdiff.data.pixels import DECODE_ERRORS, Pixels, one_line, read_pixels
+from bayesdiff.data.pixels import DECODE_ERRORS, Pixels, read_pixels
 from bayesdiff.machine.progress import track
 
 log = logging.getLogger(__name__)
@@ -27,16 +26,36 @@ class _Colour(Exception):
     """Names an RGB image among palettes of greys, which are RGB then."""
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """The images of one part of a data set.
+
+    Attributes:
+        images: uint8 (N, C, H, W).
+        either: all of them are palettes of greys: one channel or three equal ones are both exact.
+    """
+
+    images: Tensor
+    either: bool = False
+
+    def like(self, other: "Decoded") -> Tensor:
+        """The images; palettes of greys have three channels where the other part has them."""
+        if self.either and self.images.shape[1] < other.images.shape[1]:
+            return self.images.expand(-1, other.images.shape[1], -1, -1).contiguous()
+        return self.images
+
+
 @dataclass
 class _Notes:
-    """Files of which the log says something."""
+    """Files of which the log says something, and how many are palettes of greys."""
 
     frames: list[str] = field(default_factory=list)
     deep: list[str] = field(default_factory=list)
     turned: list[str] = field(default_factory=list)
+    either: list[str] = field(default_factory=list)
 
     def add(self, name: str, pixels: Pixels) -> None:
-        for kind in ("frames", "deep", "turned"):
+        for kind in ("frames", "deep", "turned", "either"):
             if getattr(pixels, kind):
                 getattr(self, kind).append(name)
 
@@ -44,10 +63,10 @@ class _Notes:
         if self.frames:
             _say(where, self.frames, "several frames, of which the first is read")
         if self.deep:
-            _say(where, self.deep, "16 bits per channel, rounded to 8")
+            _say(where, self.deep, "more than 8 bits per channel, rounded to 8")
             if len(self.deep) == len(images) and int(images.max()) <= _DARK:
                 log.warning(
-                    "%s: no image is brighter than %d of 255; their 16 bits seem to hold fewer: "
+                    "%s: no image is brighter than %d of 255; their bits seem to hold fewer: "
                     "scale them first",
                     where,
                     int(images.max()),
@@ -63,8 +82,8 @@ def _say(where: Path, names: list[str], what: str, level: int = logging.WARNING)
 
 def decode(
     names: list[str], read: Callable[[str], bytes], where: Path, framing: Framing | None = None
-) -> Tensor:
-    """Decode all images, with threads, into one uint8 tensor (N, C, H, W).
+) -> Decoded:
+    """Decode all images, with threads.
 
     Args:
         names: the images, at least one.
@@ -85,24 +104,22 @@ def decode(
             ) from error
         return read_pixels(content, shown(where / name), framing or Framing())
 
-    first = pixels(names[0])
     try:
-        return _decode_like(names[0], first, names, pixels, where)
+        return _decode_like(names[0], names, pixels, where)
     except _Colour as colour:
-        # Its size is checked against the first image's.
-        like = Pixels(np.repeat(first.values, 3, axis=0))
-        return _decode_like(str(colour), like, names, pixels, where)
+        return _decode_like(str(colour), names, pixels, where)
 
 
 def _decode_like(
-    like: str, first: Pixels, names: list[str], pixels: Callable[[str], Pixels], where: Path
-) -> Tensor:
-    """All images, if they are like the first, or another of the name ``like``.
+    like: str, names: list[str], pixels: Callable[[str], Pixels], where: Path
+) -> Decoded:
+    """All images, if they are like the one of the name ``like``.
 
     Raises:
         UserError: naming one that is not.
-        _Colour: if the first is a palette of greys, and another is RGB.
+        _Colour: if that is a palette of greys, and another is RGB.
     """  # noqa: DOC502 - raised in the threads
+    first = pixels(like)
     images = torch.empty((len(names), *first.values.shape), dtype=torch.uint8)
     log.info(
         "reading %d images from %s, %.0f MB in memory", len(names), where, images.nbytes / 1e6
@@ -128,7 +145,7 @@ def _decode_like(
     finally:
         pool.shutdown(cancel_futures=True)
     notes.say(where, images)
-    return images
+    return Decoded(images, either=len(notes.either) == len(names))
 
 
 def _check_alike(where: Path, names: tuple[str, str], both: tuple[Pixels, Pixels]) -> None:

@@ -42,8 +42,8 @@ class Faces:
         """Images and labels of one split."""
         names = self.splits[split]
         labels = None if self.labels is None else torch.tensor([self.labels[n] for n in names])
-        images = decode(names, lambda n: (self.folder / n).read_bytes(), self.folder, framing)
-        return Part(images, labels, self.classes)
+        decoded = decode(names, lambda n: (self.folder / n).read_bytes(), self.folder, framing)
+        return Part(decoded, labels, self.classes)
 
 
 def find_faces(root: Path, attribute: str | None) -> Faces:

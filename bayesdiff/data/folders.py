@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import UserError
-from bayesdiff.data.decode import decode
+from bayesdiff.checks import UserError, few
+from bayesdiff.data.decode import Decoded, decode
 from bayesdiff.data.framing import Framing
 from bayesdiff.data.listing import (
     holds_images,
@@ -28,9 +28,9 @@ _LAYOUT = "class folders look like data.root/cat/1.png and data.root/dog/2.png"
 
 @dataclass(frozen=True)
 class Part:
-    """Images (N, C, H, W), their labels (N,) if any, and the names of the classes."""
+    """Images, their labels (N,) if any, and the names of the classes."""
 
-    images: Tensor
+    decoded: Decoded
     labels: Tensor | None
     classes: tuple[str, ...]
 
@@ -100,8 +100,8 @@ class FolderPart:
 
     def decode(self, framing: Framing) -> Part:
         """Read all images."""
-        images = decode(self.names, lambda n: (self.base / n).read_bytes(), self.base, framing)
-        return Part(images, self.labels, self.classes)
+        decoded = decode(self.names, lambda n: (self.base / n).read_bytes(), self.base, framing)
+        return Part(decoded, self.labels, self.classes)
 
 
 def folder_part(base: Path, known: tuple[str, ...] = ()) -> FolderPart:
@@ -177,11 +177,10 @@ def _check_classes(base: Path, inside: list[str]) -> None:
 
 def _say_classes(base: Path, classes: tuple[str, ...]) -> None:
     """The classes, and folders that became none."""
-    few = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-    log.info("%s: %d class(es), one for each subfolder: %s", base, len(classes), few)
+    log.info("%s: %d class(es), one for each subfolder: %s", base, len(classes), few(classes))
     empty = [name for name in subfolders(base) if name not in classes]
     if empty:
-        few = ", ".join(empty[:8]) + (", ..." if len(empty) > 8 else "")
         log.warning(
-            "%s: %d folder(s) without images are no classes: %s", base, len(empty), shown(few)
+            "%s: %d folder(s) without images are no classes: %s",
+            *(base, len(empty), shown(few(empty))),
         )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import UserError, at_least, positive
+from bayesdiff.checks import UserError, at_least, few, positive
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,11 @@ class ImageData:
         if labels is not None:
             _check_classes(f"data set {name}", labels, classes)
         if images.shape[1:] != test_images.shape[1:]:
+            colours = images.shape[1] != test_images.shape[1]
+            cure = "convert all to grey or all to RGB" if colours else "bring them to one size"
             raise UserError(
                 f"data set {name}: training images are {_size(images)} but test images are "
-                f"{_size(test_images)}; bring them to one size"
+                f"{_size(test_images)}; {cure}"
             )
         parts = (images, labels, test_images, test_labels)
         data = cls(name, *parts, classes=classes, fingerprint=_fingerprint(parts, classes))
@@ -147,10 +149,9 @@ def _check_classes(where: str, labels: Tensor, classes: tuple[str, ...]) -> None
     counts = torch.bincount(labels, minlength=len(classes))
     empty = [classes[i] for i in (counts == 0).nonzero().flatten().tolist()]
     if empty:
-        few = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         raise UserError(
-            f"{where}: no training image of {len(empty)} of {len(classes)} classes ({few}); "
-            "leave these classes out, or add images of them"
+            f"{where}: no training image of {len(empty)} of {len(classes)} classes "
+            f"({few(empty, 5)}); leave these classes out, or add images of them"
         )
     if len(set(classes)) < len(classes):
         twice = next(c for i, c in enumerate(classes) if c in classes[:i])

@@ -4,10 +4,10 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, few
 from bayesdiff.data.pixels import readable_endings
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def image_names(base: Path) -> list[str]:
 
 def subfolders(base: Path) -> list[str]:
     """Sorted names of the visible folders in ``base``."""
-    return sorted(e.name for e in _listed(base) if e.is_dir() and not is_hidden(e.name))
+    return sorted(e.name for e in _listed(base) if _is(e.is_dir) and not is_hidden(e.name))
 
 
 def holds_images(base: Path) -> bool:
@@ -73,13 +73,10 @@ def say_left_out(where: str, names: Iterable[str]) -> None:
     """One line on the visible files that are no images: how many, and of which endings."""
     endings = Counter(PurePosixPath(n).suffix.lower() or "no ending" for n in names)
     if endings:
-        most = [f"{count} {shown(ending)}" for ending, count in endings.most_common(6)]
+        most = [f"{count} {shown(ending)}" for ending, count in endings.most_common()]
         log.warning(
-            "%s: left out %d file(s) that are no images Pillow reads (%s%s)",
-            where,
-            endings.total(),
-            ", ".join(most),
-            ", ..." if len(endings) > 6 else "",
+            "%s: left out %d file(s) that are no images Pillow reads (%s)",
+            *(where, endings.total(), few(most, 6)),
         )
 
 
@@ -98,10 +95,18 @@ def _walk(folder: Path, inside: str, above: tuple[tuple[int, int], ...]) -> Iter
         if is_hidden(entry.name):
             continue
         # Class folders are often links into a larger collection.
-        if entry.is_dir():
+        if _is(entry.is_dir):
             yield from _walk(folder / entry.name, f"{inside}{entry.name}/", (*above, here))
-        elif entry.is_file() or entry.is_symlink():
+        elif _is(entry.is_file) or entry.is_symlink():
             yield inside + entry.name
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """What an entry is; a link that cannot be followed, as one to itself, is neither."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _listed(folder: Path) -> list[os.DirEntry[str]]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, one_line
 from bayesdiff.data.framing import Framing, channels_first
 
 # What Pillow and zipfile raise for damaged input.
@@ -70,7 +70,7 @@ class Pixels:
     Attributes:
         values: uint8 (C, H, W), one channel for grey and three for colour.
         either: the file is a palette of greys: one channel or three equal ones are both exact.
-        deep: it had 16 bits per channel, which are rounded to 8.
+        deep: it had more than 8 bits per channel, which are rounded to 8.
         frames: it has further frames, which are not read.
         turned: its EXIF orientation was not upright, and has been applied.
     """
@@ -113,12 +113,13 @@ def read_pixels(content: bytes, name: str, framing: Framing) -> Pixels:
 
 def _read(content: bytes, name: str, framing: Framing) -> Pixels:
     with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
-        rawmode = _rawmode(image)  # known only until the picture is loaded
+        stored = _stored(image)  # known only until the picture is loaded
         image.load()
         frames = bool(getattr(image, "is_animated", False)) and image.format not in ("MPO", "PSD")
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        palette = image.mode in ("P", "PA") or image.format in _PALETTES
-        deep = _deep(image, rawmode, content, name)
+        grey = image.mode in ("1", "L") and image.format in _PALETTES
+        palette = grey or image.mode in ("P", "PA")
+        deep = _deep(image, stored, content, name)
         flat = _flat(image, name) if deep is None else Image.fromarray(deep)
     upright = flat if turn is None else flat.transpose(turn)
     values = channels_first(np.array(framing.apply(upright, name)))
@@ -128,20 +129,28 @@ def _read(content: bytes, name: str, framing: Framing) -> Pixels:
     return Pixels(values, either, deep is not None, frames, turn is not None)
 
 
-def _rawmode(image: Image.Image) -> str:
-    """How the file stores a pixel, in Pillow's words; empty where it does not say."""
+def _stored(image: Image.Image) -> tuple[str, int]:
+    """How the file stores a pixel, in Pillow's words, empty where it does not say; a PPM's white.
+
+    A PPM may call any number up to 65,535 white; of other formats it is 0.
+    """
     tiles = getattr(image, "tile", None)
     args: Any = tiles[0][3] if tiles else ""
-    first = args[0] if isinstance(args, tuple) and args else args
-    return first if isinstance(first, str) else ""
+    args = args if isinstance(args, tuple) else (args,)
+    rawmode = args[0] if args and isinstance(args[0], str) else ""
+    white = args[-1] if image.format == "PPM" and isinstance(args[-1], int) else 0
+    return rawmode, white
 
 
-def _deep(image: Image.Image, rawmode: str, content: bytes, name: str) -> np.ndarray | None:
-    """Rounded pixels of a file with 16 bits per channel, None of one with 8 or fewer.
+def _deep(
+    image: Image.Image, stored: tuple[str, int], content: bytes, name: str
+) -> np.ndarray | None:
+    """Rounded pixels of a file with more than 8 bits per channel, None of one with 8 or fewer.
 
     Raises:
         UserError: for one that Pillow would cut to 8 bits.
     """
+    rawmode, white = stored
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         if "transparency" in image.info:
             raise UserError(f"{name} has mode {image.mode} and transparency; {_CURE}")
@@ -149,12 +158,15 @@ def _deep(image: Image.Image, rawmode: str, content: bytes, name: str) -> np.nda
             raise UserError(f"{name} has 16 bits of which 0 is white; {_CURE}, or save it as PNG")
         most = 4095 if rawmode == "I;12" else 65535
         return _rounded(np.array(image).astype(np.int64), most)
-    if not (_CUT.search(rawmode) or _deep_jpeg_2000(image, content)):
+    if white > 255 and image.mode == "RGB":
+        return np.array(image)  # rounded by Pillow
+    bits = 16 if _CUT.search(rawmode) else _bits(image.format, content)
+    if bits <= 8:
         return None
     if image.format == "PNG":
         return _deep_png(image, content, name)
     raise UserError(
-        f"{name} has 16 bits per channel, of which Pillow reads 8; {_CURE}, or save it as PNG"
+        f"{name} has {bits} bits per channel, of which Pillow reads 8; {_CURE}, or save it as PNG"
     )
 
 
@@ -183,7 +195,7 @@ def _deep_png(image: Image.Image, content: bytes, name: str) -> np.ndarray:
     except (RuntimeError, AttributeError) as error:
         raise UserError(
             f"{name} has 16 bits per channel, which this torchvision cannot read "
-            f"({one_line(error)[:60]}); {_CURE}"
+            f"({one_line(error, 60)}); {_CURE}"
         ) from error
     if len(values) in (2, 4):
         if values[-1].min() < 65535:
@@ -195,12 +207,18 @@ def _deep_png(image: Image.Image, content: bytes, name: str) -> np.ndarray:
     return pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
 
 
-def _deep_jpeg_2000(image: Image.Image, content: bytes) -> bool:
-    """Whether a JPEG 2000 file has more than 8 bits per channel; Pillow cuts those of RGB."""
-    if image.format != "JPEG2000":
-        return False
-    size = content.find(b"\xff\x4f\xff\x51")  # start of the codestream, and of its size segment
-    return size >= 0 and (content[size + 42] & 127) + 1 > 8
+def _bits(kind: str | None, content: bytes) -> int:
+    """Bits per channel of the formats that Pillow cuts without a word; 8 of all others."""
+    if kind == "JPEG2000":
+        size = content.find(b"\xff\x4f\xff\x51")  # the codestream, and its size segment
+        return (content[size + 42] & 127) + 1 if size >= 0 else 8
+    if kind == "SGI":
+        return 8 * content[3]
+    if kind == "AVIF":
+        # Of every plane: marker, profile and level, a bit for the tier and two for the depth.
+        planes = re.findall(rb"av1C\x81.(.)", content, re.DOTALL)
+        return max((8, 8, 10, 12)[plane[0] >> 5 & 3] for plane in [b"\0", *planes])
+    return 8
 
 
 def _flat(image: Image.Image, name: str) -> Image.Image:
@@ -223,8 +241,3 @@ def _flat(image: Image.Image, name: str) -> Image.Image:
                 f"{_CURE}"
             )
     return image.convert("L" if grey else "RGB")
-
-
-def one_line(error: BaseException) -> str:
-    """The reason in one line of at most 160 characters, or the type of an empty one."""
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, one_line
+from bayesdiff.data.decode import Decoded
 from bayesdiff.data.faces import find_faces
 from bayesdiff.data.folders import Part, folder_part, splits
 from bayesdiff.data.framing import Framing
 from bayesdiff.data.images import ImageData, check_both_labelled, hold_out
-from bayesdiff.data.pixels import one_line
 from bayesdiff.data.zips import zip_part
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,8 @@ def _torchvision_part(
     # The MNIST family is (N, H, W); CIFAR-10 is (N, H, W, C).
     images = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     labels = torch.as_tensor(data.targets).long()
-    return Part(framing.of_tensor(images.contiguous(), dataset), labels, tuple(data.classes))
+    decoded = Decoded(framing.of_tensor(images.contiguous(), dataset))
+    return Part(decoded, labels, tuple(data.classes))
 
 
 def folder(
@@ -161,8 +162,7 @@ def folder(
         test = folder_part(tree.test, listed.classes)
         check_both_labelled(name, listed.labels is not None, test.labels is not None)
         return _build(name, listed.decode(framing), test.decode(framing))
-    train = listed.decode(framing)
-    return hold_out(name, train.images, train.labels, train.classes, test_fraction, seed)
+    return _held_out(name, listed.decode(framing), test_fraction, seed)
 
 
 def zip_images(
@@ -198,8 +198,8 @@ def zip_images(
     train = zip_part(_path(root, "data.root"), "data.root")
     if test_root is None:
         labels, classes = train.classes()
-        images = train.decode(framing)
-        return hold_out(name, images, labels, classes, test_fraction, seed)
+        part = Part(train.decode(framing), labels, classes)
+        return _held_out(name, part, test_fraction, seed)
     test = zip_part(_path(test_root, "data.source.test_root"), "data.source.test_root")
     check_both_labelled(name, train.numbers is not None, test.numbers is not None)
     test_labels, _ = test.classes(train)
@@ -242,13 +242,18 @@ def celeba(
     train = faces.part("train", framing)
     if faces.has("test"):
         return _build(name, train, faces.part("test", framing))
-    return hold_out(name, train.images, train.labels, train.classes, test_fraction, seed)
+    return _held_out(name, train, test_fraction, seed)
 
 
 def _build(name: str, train: Part, test: Part) -> ImageData:
-    return ImageData.build(
-        name, train.images, train.labels, test.images, test.labels, train.classes
-    )
+    """Two parts as one data set; whether palettes of greys are grey is decided for both."""
+    images, tests = train.decoded.like(test.decoded), test.decoded.like(train.decoded)
+    return ImageData.build(name, images, train.labels, tests, test.labels, train.classes)
+
+
+def _held_out(name: str, part: Part, test_fraction: float, seed: int) -> ImageData:
+    images = part.decoded.images
+    return hold_out(name, images, part.labels, part.classes, test_fraction, seed)
 
 
 def _path(value: str | Path | None, key: str) -> Path:

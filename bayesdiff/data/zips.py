@@ -4,7 +4,6 @@ import json
 import logging
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import UserError
-from bayesdiff.data.decode import decode
+from bayesdiff.checks import UserError, few, one_line
+from bayesdiff.data.decode import Decoded, decode
 from bayesdiff.data.framing import Framing
 from bayesdiff.data.listing import (
     is_hidden,
@@ -22,7 +21,7 @@ from bayesdiff.data.listing import (
     shown,
     split_of,
 )
-from bayesdiff.data.pixels import DECODE_ERRORS, one_line
+from bayesdiff.data.pixels import DECODE_ERRORS
 
 log = logging.getLogger(__name__)
 _META = "dataset.json"
@@ -67,7 +66,7 @@ class ZipPart:
             if number not in index:
                 raise UserError(
                     f"{self.path}: {shown(name)} has label {number}, which no training image has; "
-                    f"the training labels are {_few(numbers)}"
+                    f"the training labels are {few(numbers)}"
                 )
             if self.titles and known.titles and self.title(number) != known.title(number):
                 raise UserError(
@@ -78,19 +77,15 @@ class ZipPart:
         if unused and training is None:
             log.warning(
                 '%s: %d of the %d "classes" of %s have no image, and are none: %s',
-                *(self.path, len(unused), len(self.titles), _META, _few(unused)),
+                *(self.path, len(unused), len(self.titles), _META, few(unused)),
             )
         labels = torch.tensor([index[number] for number in self.numbers])
         return labels, tuple(known.title(number) for number in numbers)
 
-    def decode(self, framing: Framing) -> Tensor:
-        """All images, uint8 (N, C, H, W)."""
+    def decode(self, framing: Framing) -> Decoded:
+        """Read all images."""
         with _open(self.path) as archive:
             return decode(self.names, archive.read, self.path, framing)
-
-
-def _few(items: Sequence[int | str]) -> str:
-    return ", ".join(str(n) for n in items[:8]) + (", ..." if len(items) > 8 else "")
 
 
 def zip_part(path: Path, key: str) -> ZipPart:

@@ -1,5 +1,6 @@
 """Pictures while a model trains."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from bayesdiff.checks import at_least
+from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.machine.ranks import rank
 from bayesdiff.models import GenerativeModel
@@ -18,11 +20,15 @@ from bayesdiff.report.layout import MOST_CLASSES
 from bayesdiff.report.loggers import log_picture
 from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise, integrate, time_grid
 
+# By what a path calls its family: the solver of the grids.
+_SOLVERS = {"flow": Euler, "diffusion": DDIM}
+
 
 class SampleGrid(Callback):
-    """Grids of images, class by class, evenly over the training and after the last epoch.
+    """Grids of images, class by class, evenly over the training and after its last step.
 
-    Always the same starting noise, few steps, and the averaged weights where there are some.
+    Grids are drawn at validations, and after a last step that none follows. Always the same
+    starting noise, few steps, and the averaged weights where there are some.
 
     Args:
         grids: how many over the whole training, so that short epochs are not slowed by pictures.
@@ -38,33 +44,68 @@ class SampleGrid(Callback):
         self.num_steps = at_least("callbacks.samples.num_steps", num_steps)
         self.rows = at_least("callbacks.samples.rows", rows)
         self.max_images = at_least("callbacks.samples.max_images", max_images)
+        self.passed = 0  # of as many equal parts of the training as there are grids
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the training was at the last grid, so that a resumed one draws the same."""
+        return {"passed": self.passed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after that grid."""
+        self.passed = state_dict["passed"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begin with no grid drawn, before Lightning loads a checkpoint."""
+        self.passed = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse before training what would fail in it.
 
         Raises:
-            UserError: for a module that cannot be sampled from, or data without classes.
-        """  # noqa: DOC502 - raised one level down
+            UserError: for a module or a path that cannot be sampled from, or data without classes.
+        """
         require_module(pl_module, "SampleGrid")
         require_data(trainer, "SampleGrid", "classes")
+        module: Any = pl_module
+        family = getattr(module.path, "family", None)
+        if family not in _SOLVERS:
+            raise UserError(
+                f"SampleGrid has no solver for a path of family {family!r}, only for "
+                f"{' and '.join(_SOLVERS)}; leave it out, as in callbacks.samples=null"
+            )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the grid here, where Lightning has swapped the averaged weights in."""
-        epoch, last = trainer.current_epoch + 1, max(trainer.max_epochs or 1, 1)
-        due = epoch == last or epoch * self.grids // last > (epoch - 1) * self.grids // last
-        if trainer.sanity_checking or not due:
+        """Draw here, where Lightning has swapped the averaged weights in."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._draw_if_due(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last grid where no validation has come after the last step."""
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            self._draw_if_due(trainer, pl_module)
+
+    def _draw_if_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw, if another part of the training has passed since the last grid."""
+        passed = int(trainer.global_step * self.grids // trainer.estimated_stepping_batches)
+        if passed <= self.passed:
             return
+        self.passed = passed
         whole: Any = getattr(pl_module, "whole", lambda: pl_module)
         model = whole()
-        if rank():
-            return
+        if not rank():
+            self._draw(trainer, model)
+
+    def _draw(self, trainer: L.Trainer, model: GenerativeModel) -> None:
         data = trainer.datamodule.data  # type: ignore[attr-defined]
         images, labels = self.sample(model, data.images.shape[1:])
-        made = f"epoch {epoch}, {self.num_steps} steps"
+        made = f"step {trainer.global_step}, {self.num_steps} solver steps"
         drawn = self.classes(model.num_classes)
         if model.num_classes and len(drawn) < model.num_classes:
             made = f"{len(drawn)} of {model.num_classes} classes, {made}"
-        columns = self.rows if labels is not None and len(drawn) <= MOST_CLASSES else 10
+        if labels is not None and 1 < len(drawn) <= MOST_CLASSES:
+            columns = self.rows
+        else:  # a square holds all of them
+            columns = max(10, math.ceil(len(images) ** 0.5))
         figure = figures.sample_grid(images, labels, data.classes, columns, made)
         path = Path(trainer.default_root_dir) / "figures" / "training.png"
         figures.save(figure, path, pdf=False)  # replaced as the training goes on
@@ -74,35 +115,37 @@ class SampleGrid(Callback):
             else:
                 log_picture(logger, "samples", path, trainer.global_step)
 
+    def size(self, num_classes: int | None) -> int:
+        """Images of one grid: ``rows`` of every class, or of as many as the bound allows.
+
+        Without classes they are as many as of ten.
+        """
+        if self.rows >= self.max_images:
+            return self.max_images
+        return self.rows * min(num_classes or 10, self.max_images // self.rows)
+
     def classes(self, num_classes: int | None) -> list[int]:
         """The classes of which a grid shows images: all, or some at even distances."""
         known = num_classes or 10
-        count = grid_size(num_classes, self.rows, self.max_images) // self.rows
-        return [i * known // max(count, 1) for i in range(max(count, 1))]
+        count = max(self.size(num_classes) // self.rows, 1)
+        return [i * known // count for i in range(count)]
 
     @torch.inference_mode()
     def sample(
         self, model: GenerativeModel, shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """Images ``(B, C, H, W)`` in rows of the classes drawn, and their labels.
-
-        Without classes they are as many as of ten.
-        """
-        count = grid_size(model.num_classes, self.rows, self.max_images)
+        """Images ``(B, C, H, W)`` in rows of the classes drawn, and their labels."""
+        count = self.size(model.num_classes)
         drawn = torch.tensor(self.classes(model.num_classes), device=model.device)
         labels = drawn[torch.arange(count, device=model.device) % len(drawn)]
-        solver = {"flow": Euler, "diffusion": DDIM}[model.path.family](self.num_steps)
+        solver = _SOLVERS[model.path.family](self.num_steps)
         times = time_grid(solver.grid, model.path, self.num_steps)
         steps = solver.steps(model.path, model.prediction, times)
         given = labels if model.num_classes else None
         noise = SampleNoise(0, range(count), shape)
         field = Field(model, given, count)
+        training = model.training
+        model.eval()  # it trains where no validation is
         images = integrate(field, steps, noise().to(model.device), noise)
+        model.train(training)
         return images.cpu(), None if given is None else given.cpu()
-
-
-def grid_size(num_classes: int | None, rows: int = 4, max_images: int = 64) -> int:
-    """Images of one grid: ``rows`` of every class, or of as many classes as the bound allows."""
-    if rows >= max_images:
-        return max_images
-    return rows * min(num_classes or 10, max_images // rows)

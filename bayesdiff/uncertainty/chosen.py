@@ -7,7 +7,7 @@ image with the same map wherever it is asked for.
 from collections.abc import Sequence
 from typing import Any
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, few
 from bayesdiff.uncertainty.estimator import Estimator, Training
 
 _MOST = 2**32  # seeds of the noise repeat from there on
@@ -103,9 +103,8 @@ def _class(label: Any, classes: Sequence[str], count: int) -> int:
             f"of class number {other}; give names in quotes, such as '\"{label}\"'"
         )
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
-        names = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
         raise UserError(
             f"unknown uncertainty.labels {label!r}; choose from 0 to {count - 1}"
-            + (f", or by name: {names}" if names else "")
+            + (f", or by name: {few(classes, 20)}" if classes else "")
         )
     return label

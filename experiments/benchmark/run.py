@@ -17,6 +17,8 @@ import last_layer  # noqa: E402
 import torch  # noqa: E402
 import whole  # noqa: E402
 
+HERE = Path(__file__).parent
+
 
 def main() -> None:
     """Measure, print the ratios, write the table."""
@@ -41,7 +43,7 @@ def main() -> None:
         },
         "table": rows + last["table"],
     }
-    path = Path(__file__).with_name("results.json")
+    path = HERE / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
     print("\n".join(f"{name:32s} {value:8.2f}" for name, value in ratios.items()))
     print(f"written to {path}")

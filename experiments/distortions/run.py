@@ -2,7 +2,8 @@
 
     python experiments/distortions/run.py [DATA ...] [lpips=FILE] [KEY=VALUE ...]
 
-Every measurement is kept under outputs/distortions, so an interrupted study goes on where it was.
+Every measurement is kept under outputs/distortions, so an interrupted study goes on where it was;
+data sets of an earlier call with the same overrides stay in results.json.
 LPIPS to the image before needs AlexNet's ImageNet weights, the file that torchvision keeps as
 alexnet-owt-7be5be79.pth: in torch's download cache, or given; nothing is downloaded.
 """
@@ -20,6 +21,7 @@ from distort import STRENGTHS, distorted
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
+from bayesdiff.cli import one_line_errors
 from bayesdiff.data.images import ImageData
 from bayesdiff.metrics.agreement import spearman
 from bayesdiff.metrics.cmmd import cmmd_of_subsets
@@ -31,7 +33,15 @@ from bayesdiff.report.layout import chart, picture, put, sheet
 from bayesdiff.report.style import look, style
 from bayesdiff.runs.build import build
 from bayesdiff.runs.stages import judge
-from bayesdiff.storage.artefacts import finite, key_of, read_json, write_json, write_text
+from bayesdiff.script import Asked
+from bayesdiff.storage.artefacts import (
+    finite,
+    key_of,
+    read_json,
+    weights_key,
+    write_json,
+    write_text,
+)
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -62,7 +72,11 @@ class Bench:
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             cfg = compose("train", [*DATA[name], "metrics=classifier", *more])
         run = build(cfg)
-        self.name, self.lpips = name, lpips
+        self.name, self.lpips, self.cfg = name, lpips, cfg
+        # All that an LPIPS depends on beside the images.
+        self.perceives: list[Any] | None = None
+        if lpips is not None:
+            self.perceives = [NETWORK, LPIPS_SIZE, LPIPS_IMAGES, weights_key(lpips)]
         self.data: ImageData = run.data.data
         self.extractor, self.reference = judge(run)
         self.real = torch.from_numpy(self.reference.subset)
@@ -97,7 +111,7 @@ class Bench:
         """Measured once."""
         key = key_of(
             *(self.data.fingerprint, weights_hash(self.extractor), VERSION, SEEDS, MOST),
-            *(STRENGTHS.get(kind), level, NETWORK if self.lpips else None),
+            *(STRENGTHS.get(kind), level, self.perceives),
         )
         path = STORE / f"{self.name}-{kind}-{level}.json"
         stored = read_json(path) or {}
@@ -118,12 +132,15 @@ class Bench:
     @property
     def conditions(self) -> dict[str, Any]:
         """What the numbers depend on."""
+        metrics = self.cfg.metrics
         return {
+            "data": self.data.name,
             "images": self.parts.shape[1],
             "seeds": SEEDS,
             "reference_images": self.reference.size,
             "cmmd_reference_images": len(self.real),
-            "features": "classifier",
+            "features": metrics.features,
+            "classifier_seed": metrics.seed,
             "classifier_test_accuracy": self.extractor.classifier.test_accuracy,
             "lpips": self.lpips is not None,
             "strengths": STRENGTHS,
@@ -312,35 +329,32 @@ def show(bench: Bench) -> Any:
     return figure
 
 
-def write(sets: dict[str, dict[str, Any]]) -> None:
+def write(sets: dict[str, dict[str, Any]], overrides: list[str]) -> None:
     """results.json, tables and figures of all data sets so far."""
     flats = {name: summary(one["seeds"]) for name, one in sets.items()}
     flat = dict(flats[MAIN] if MAIN in flats else next(iter(flats.values())))
     for name, own in flats.items():
         flat |= {f"{name}.{key}": value for key, value in own.items()}
         figures.save(draw(own, sets[name]["conditions"]), HERE / f"{name}.png")
-    write_json(HERE / "results.json", finite({**flat, "sets": sets}))
+    write_json(HERE / "results.json", finite({**flat, "overrides": overrides, "sets": sets}))
     parts = [f"## {name}\n\n{table.markdown(rows_of(own))}" for name, own in flats.items()]
     write_text(HERE / "table.md", "\n".join(parts))
 
 
 def main(arguments: list[str]) -> None:
     """Measure the data sets asked for; those of an earlier call stay."""
-    weights = [Path(word[6:]) for word in arguments if word.startswith("lpips=")]
-    overrides = [word for word in arguments if "=" in word and not word.startswith("lpips=")]
-    names = [word for word in arguments if "=" not in word]
-    unknown = [name for name in names if name not in DATA]
-    if unknown:
-        sys.exit(f"unknown {unknown[0]}; choose from {', '.join(DATA)}")
-    lpips = perceptual_network(weights[0] if weights else None)
-    sets = (read_json(HERE / "results.json") or {}).get("sets", {})
-    for name in names or DEFAULT:
-        bench = Bench(name, lpips, *overrides)
+    asked = Asked.of(arguments, DATA, "lpips")
+    sets = asked.kept(HERE / "results.json", "sets")
+    (weights,) = asked.options["lpips"][-1:] or [None]
+    lpips = perceptual_network(None if weights is None else Path(weights))
+    for name in asked.names or DEFAULT:
+        bench = Bench(name, lpips, *asked.overrides)
         measured = bench.all()
-        sets[name] = {"conditions": {"data": name, **bench.conditions}, "seeds": measured}
-        write({name: sets[name] for name in DATA if name in sets})
+        sets[name] = {"conditions": bench.conditions, "seeds": measured}
+        write({name: sets[name] for name in DATA if name in sets}, asked.recorded)
         figures.save(show(bench), HERE / f"{name}-distorted.png")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])

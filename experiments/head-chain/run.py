@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from bayesdiff import pipeline
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.report import table
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.training import fit
 from bayesdiff.storage.artefacts import read_json, write_json
@@ -54,18 +55,19 @@ def distances(run: Run, posterior: HeadPosterior) -> dict[str, float | None]:
     return found
 
 
-def main() -> None:
+def main(overrides: list[str]) -> None:
     """Write results.json and the figure."""
-    cfg = configuration(*sys.argv[1:])
+    cfg = configuration(*overrides)
     (folder,) = pipeline.run(cfg).studies
     found = read_json(folder / "results.json") or {}
-    found.pop("key")
+    # Of the run folder, not of the numbers.
+    found = {name: value for name, value in found.items() if name not in ("key", "headlines")}
     found |= distances(*load(cfg))
     write_json(HERE / "results.json", found)
     shutil.copy(folder / "figures" / "posterior_and_chains.png", HERE / "head-chain.png")
     for name, value in found.items():
-        print(f"{name:42s} {value:.4g}")
+        print(f"{name:42s} {table.cell(value)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

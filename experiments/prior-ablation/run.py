@@ -7,6 +7,7 @@ goes on where it was; models of an earlier call stay in results.json.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,12 @@ def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Run the models asked for and write results.json, table.md and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("given", nargs="*", metavar="MODEL or KEY=VALUE")
     parser.add_argument("--to", type=Path, default=HERE)
-    given = parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args(arguments)
     overrides = [word for word in given.given if "=" in word]
     models = [word for word in given.given if "=" not in word]
     unknown = [name for name in models if name not in MODELS]
@@ -114,4 +115,4 @@ def write(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

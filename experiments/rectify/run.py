@@ -4,22 +4,26 @@
 
 Without a model: the digits; without a setting: all; without a seed: the model's own. Draws are
 kept in the run folders, so an interrupted study goes on where it was; models and settings of an
-earlier call stay in results.json.
+earlier call with the same overrides stay in results.json.
 """
 
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from bayesdiff import pipeline
+from bayesdiff.cli import one_line_errors
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import COLOURS, style
+from bayesdiff.script import Asked
 from bayesdiff.storage.artefacts import finite, read_json, write_json, write_text
 from bayesdiff.studies.repair.figures import line
 
@@ -42,16 +46,6 @@ DEFAULT = ["digits_flow", "digits_flow_short"]
 SEEDS = {"digits_flow": (0, 1, 2), "digits_flow_short": (0, 1, 2)}  # of training and noise
 IMAGES = {"digits": 1497, "mnist": 20000, "fashion": 20000}  # that the posterior has seen
 TEMPERATURE = 100
-SETTINGS = {
-    "whole": ["experiment=diversity"],
-    "map": ["experiment=rectify"],
-    "whole_hot": ["experiment=diversity", "laplace.n_eff={hot}"],
-    # Plain rejection sampling: of some other samples of the class the one with the least map.
-    "rejection": [
-        *("experiment=diversity", "repair.ways=[fresh]", "repair.score=map.sum"),
-        "repair.draws=4",
-    ],
-}
 # What "better than the original" is read from.
 REJECTION = "digits_flow_short"
 VALUES = (
@@ -71,10 +65,51 @@ OF_PICKS = (
 OF_SCORES = ("score", "better", "gain", "over_chance", "success", "harm", "precision_gain")
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is drawn anew, and how its choices are shown.
+
+    Attributes:
+        overrides: of the configuration; ``{hot}`` is n_eff at TEMPERATURE.
+        columns: of the table of choices.
+        among: what they choose from: ``all`` are the alternatives and the image.
+        by_score: whether every score chooses, not the main one alone; a choice among samples.
+    """
+
+    overrides: tuple[str, ...]
+    columns: tuple[str, ...]
+    among: str = "all"
+    by_score: bool = False
+
+    @property
+    def chosen_by(self) -> str:
+        """Of the table of choices, what chooses from what."""
+        if self.by_score:
+            return "each score, of alternatives alone"
+        return "the score, of alternatives and image"
+
+
+SETTINGS = {
+    "whole": Setting(("experiment=diversity",), OF_PICKS),
+    "map": Setting(("experiment=rectify",), OF_PICKS),
+    "whole_hot": Setting(("experiment=diversity", "laplace.n_eff={hot}"), OF_PICKS),
+    # Plain rejection sampling: of some other samples of the class the one with the least map.
+    "rejection": Setting(
+        (
+            *("experiment=diversity", "repair.ways=[fresh]", "repair.score=map.sum"),
+            "repair.draws=4",
+        ),
+        OF_SCORES,
+        among="draws",
+        by_score=True,
+    ),
+}
+
+
 def repaired(model: str, setting: str, seed: int, *more: str) -> tuple[dict[str, Any], Path]:
     """The numbers of one run and its folder; whatever does not exist is made."""
     hot = IMAGES[model.split("_")[0]] / TEMPERATURE
-    chosen = [word.format(hot=hot) for word in SETTINGS[setting]]
+    chosen = [word.format(hot=hot) for word in SETTINGS[setting].overrides]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose(
             "train", [*chosen, *MODELS[model], f"seed={seed}", f"repair.seed={seed}", *more]
@@ -83,8 +118,12 @@ def repaired(model: str, setting: str, seed: int, *more: str) -> tuple[dict[str,
     found = read_json(folder / "results.json")
     assert found is not None
     main = found["conditions"]["score"]
-    if setting != "rejection":
+    if not SETTINGS[setting].by_score:
         found["picks"] = [row for row in found["picks"] if row["score"] == main]
+    found["conditions"] |= {
+        "data": cfg.data.name, "epochs": cfg.trainer.max_epochs, "n_eff": cfg.laplace.n_eff,
+        "solver": instantiate(cfg.solver).name, "steps": cfg.solver.num_steps,
+    }  # fmt: skip
     return found, folder
 
 
@@ -119,7 +158,7 @@ def flat(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for model, settings in models.items():
         for setting, found in settings.items():
             best = [row for row in found["picks"] if row["among"] == "all"]
-            if setting == "rejection":
+            if SETTINGS[setting].by_score:
                 best, keys = [], keys | rejection(model, found)
             for prefix, rows in (("", found["draws"]), ("best_", best)):
                 for row in rows:
@@ -181,28 +220,23 @@ def draw(model: str, found: dict[str, Any]) -> Any:
     return figure
 
 
-def write(models: dict[str, dict[str, Any]]) -> None:
+def write(models: dict[str, dict[str, Any]], overrides: list[str]) -> None:
     """results.json, the tables, and the figure of rejection."""
-    write_json(HERE / "results.json", finite({**flat(models), "models": models}))
+    results = {**flat(models), "overrides": overrides, "models": models}
+    write_json(HERE / "results.json", finite(results))
     parts = []
     for model, settings in models.items():
         for setting, found in settings.items():
             original = {k: v for k, v in found["original"].items() if k in VALUES}
-            rejecting = setting == "rejection"
-            if rejecting:
+            shown = SETTINGS[setting]
+            if shown.by_score:
                 figures.save(draw(model, found), HERE / "figures" / f"{model}_rejection.png")
-            among, names = ("draws", OF_SCORES) if rejecting else ("all", OF_PICKS)
-            best = [row for row in found["picks"] if row["among"] == among]
-            which = (
-                "each score, of alternatives alone"
-                if rejecting
-                else "the score, of alternatives and image"
-            )
+            best = [row for row in found["picks"] if row["among"] == shown.among]
             parts += [
                 f"## {model}, {setting}\n\nThe images themselves:\n\n{table.markdown([original])}",
                 "The alternatives, which is best-of-n by chance:\n\n"
                 + lines(found["draws"], OF_DRAWS),
-                f"The best by {which}:\n\n" + lines(best, names),
+                f"The best by {shown.chosen_by}:\n\n" + lines(best, shown.columns),
             ]
     write_text(HERE / "table.md", "\n".join(parts))
 
@@ -215,19 +249,17 @@ def lines(rows: list[dict[str, Any]], names: Sequence[str]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the models and settings asked for."""
-    seeds = [int(word[5:]) for word in arguments if word.startswith("seed=")]
-    overrides = [word for word in arguments if "=" in word and not word.startswith("seed=")]
-    names = [word for word in arguments if "=" not in word]
-    unknown = [name for name in names if name not in (*MODELS, *SETTINGS)]
-    if unknown:
-        sys.exit(f"unknown {unknown[0]}; choose from {', '.join((*MODELS, *SETTINGS))}")
-    models = (read_json(HERE / "results.json") or {}).get("models", {})
-    for name in [name for name in names if name in MODELS] or DEFAULT:
-        for setting in [name for name in names if name in SETTINGS] or list(SETTINGS):
+    asked = Asked.of(arguments, (*MODELS, *SETTINGS), "seed")
+    models = asked.kept(HERE / "results.json", "models")
+    seeds = [int(seed) for seed in asked.options["seed"]]
+    for name in [name for name in asked.names if name in MODELS] or DEFAULT:
+        for setting in [name for name in asked.names if name in SETTINGS] or list(SETTINGS):
             own = seeds or SEEDS.get(name, (0,))
-            models.setdefault(name, {})[setting] = collected(name, setting, own, *overrides)
-            write({name: models[name] for name in MODELS if name in models})
+            made = collected(name, setting, own, *asked.overrides)
+            models.setdefault(name, {})[setting] = made
+            write({name: models[name] for name in MODELS if name in models}, asked.recorded)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])

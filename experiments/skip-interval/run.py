@@ -3,7 +3,7 @@
     python experiments/skip-interval/run.py [MODEL ...] [seed=N ...] [KEY=VALUE ...]
 
 Trainings and maps are kept in the run folders, so an interrupted study goes on where it was;
-models and seeds of an earlier call stay in results.json.
+models and seeds of an earlier call with the same overrides stay in results.json.
 """
 
 import sys
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from torch import Tensor
 
 from bayesdiff import pipeline
+from bayesdiff.cli import one_line_errors
 from bayesdiff.metrics.agreement import ranks, spearman
 from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.metrics.selection import top_recall
@@ -23,7 +25,8 @@ from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.training import fit
-from bayesdiff.storage.artefacts import finite, read_json, write_json, write_text
+from bayesdiff.script import Asked
+from bayesdiff.storage.artefacts import finite, write_json, write_text
 from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published
 
@@ -56,13 +59,18 @@ MEASURES = ("rank", "top_tenth_overlap", "bottom_tenth_overlap", "crossed", "siz
 TABLE = ("rank", "top_tenth_overlap", "bottom_tenth_overlap", "crossed")
 
 
-def summed_maps(model: str, seed: int, *more: str) -> dict[str, dict[str, Tensor]]:
+def configuration(model: str, seed: int, *more: str) -> DictConfig:
+    """Of one training, as train.py would compose it."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("train", [*MODELS[model], *COMMON, f"seed={seed}", *more])
+
+
+def summed_maps(cfg: DictConfig) -> dict[str, dict[str, Tensor]]:
     """Summed variance ``(IMAGES,)`` of every estimator at every skip interval, and by other draws.
 
     Whatever does not exist is made.
     """
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", [*MODELS[model], *COMMON, f"seed={seed}", *more])
+    seed = cfg.seed
     run, solver, own, laplace = pipeline.prepare(cfg)
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
@@ -154,12 +162,12 @@ def rows_of(model: str, flat: dict[str, float]) -> list[dict[str, Any]]:
 
 
 @style()
-def draw(flats: dict[str, dict[str, float]], seeds: int) -> Any:
+def draw(flats: dict[str, dict[str, float]], seeds: int, conditions: dict[str, Any]) -> Any:
     """Rank and overlaps over the skip interval; dashed: unskipped maps by other draws."""
     caption = (
-        f"Digits, {STEPS} steps, {IMAGES} images ranked by the sum of their map, {seeds} "
-        "trainings; mean and 95 % interval over them. Solid: against the unskipped ranking of the "
-        "same draws. "
+        f"{conditions['data'].capitalize()}, {conditions['steps']} steps, {conditions['images']} "
+        f"images ranked by the sum of their map, {seeds} trainings; mean and 95 % interval over "
+        "them. Solid: against the unskipped ranking of the same draws. "
         "Dashed: two unskipped rankings of different draws, so what chance alone does. Dotted: an "
         "overlap by chance."
     )
@@ -187,41 +195,46 @@ def draw(flats: dict[str, dict[str, float]], seeds: int) -> Any:
     return figure
 
 
-def write(models: dict[str, dict[str, dict[str, float]]]) -> None:
-    """results.json, the table and the figure."""
+def write(
+    models: dict[str, dict[str, dict[str, float]]],
+    conditions: dict[str, Any],
+    overrides: list[str],
+) -> None:
+    """results.json, the table and the figure, of the numbers of every seed of every model."""
     flats = {model: over_seeds(seeds) for model, seeds in models.items()}
     flat = {f"{model}.{key}": value for model, own in flats.items() for key, value in own.items()}
     main = {k.removeprefix(f"{MAIN}."): v for k, v in flat.items() if k.startswith(f"{MAIN}.")}
-    conditions = {
+    conditions = conditions | {
         "keys_without_a_model": MAIN,
-        "data": "digits",
-        "images": IMAGES,
-        "steps": STEPS,
         "seeds": {model: list(seeds) for model, seeds in models.items()},
         "estimators": {name: repr(make(1, 0)) for name, make in ESTIMATORS.items()},
     }
-    results = {**main, **flat, "conditions": conditions, "models": models}
+    results = {**main, **flat, "overrides": overrides, "conditions": conditions, "models": models}
     write_json(HERE / "results.json", finite(results))
     rows = [row for model, own in flats.items() for row in rows_of(model, own)]
     write_text(HERE / "table.md", table.markdown(rows))
     seeds = min(len(each) for each in models.values())
-    figures.save(draw(flats, seeds), HERE / "skip-interval.png")
+    figures.save(draw(flats, seeds, conditions), HERE / "skip-interval.png")
 
 
 def main(arguments: list[str]) -> None:
     """Measure the models asked for."""
-    seeds = [int(word[5:]) for word in arguments if word.startswith("seed=")] or SEEDS
-    overrides = [word for word in arguments if "=" in word and not word.startswith("seed=")]
-    names = [word for word in arguments if "=" not in word]
-    unknown = [name for name in names if name not in MODELS]
-    if unknown:
-        sys.exit(f"unknown {unknown[0]}; choose from {', '.join(MODELS)}")
-    models = (read_json(HERE / "results.json") or {}).get("models", {})
-    for seed in seeds:
-        for name in names or MODELS:
-            models.setdefault(name, {})[str(seed)] = of_seed(summed_maps(name, seed, *overrides))
-            write({name: models[name] for name in MODELS if name in models})
+    asked = Asked.of(arguments, MODELS, "seed")
+    models = asked.kept(HERE / "results.json", "models")
+    for seed in map(int, asked.options["seed"] or SEEDS):
+        for name in asked.names or MODELS:
+            cfg = configuration(name, seed, *asked.overrides)
+            models.setdefault(name, {})[str(seed)] = of_seed(summed_maps(cfg))
+            conditions = {
+                "data": cfg.data.name,
+                "epochs": cfg.trainer.max_epochs,
+                "images": IMAGES,
+                "steps": cfg.solver.num_steps,
+            }
+            made = {name: models[name] for name in MODELS if name in models}
+            write(made, conditions, asked.recorded)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -14,7 +14,7 @@ from bayesdiff.laplace.head import apply_head
 from bayesdiff.laplace.posterior import HeadPosterior
 
 STRUCTURES = ("full", "kron", "diag", "empirical_fisher")
-_EVERY = 16  # draws that predictions are compared on
+_EVERY = 16  # steps of the chains that predictions are compared on, of all chains
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,13 @@ def measure(test: ChainTest, head: nn.Module) -> dict[str, Any]:
         head: of the network.
 
     Returns:
-        ``chain.*`` how good the chains are; ``ks_*`` Kolmogorov-Smirnov of every weight;
-        ``mahalanobis.*`` and ``full.*covariance_error`` all weights together; for each structure
-        ``sd_ratio`` and ``predictive_sd_ratio``, its sd over the chains', with the ends of the
-        middle 90 %; ``full.sd_error_max``, the worst weight's |sd / sd of the chains - 1|.
+        ``chain.*``, how many chains and draws there are, what they took and how well they mix;
+        ``weights``, ``sigma_noise``, ``prior_precision`` and ``distance_from_optimum`` of the
+        pass; what ``marginals`` and ``joint`` return. For each structure ``sd_ratio`` of the
+        weights and ``predictive_sd_ratio`` of the head's outputs on ``test.features``, its sd
+        over that of the chains (of every 16th step of all chains for outputs), as median and ends
+        of the middle 90 %. ``full.sd_error_rms`` and ``full.sd_error_max``, over the weights, of
+        sd / sd of the chains - 1, and ``full.sd_error_of_the_chain``, the rms that chance gives.
     """
     draws, flat = test.draws.flatten(2), test.flat
     ess = effective_draws(draws)
@@ -92,7 +95,7 @@ def measure(test: ChainTest, head: nn.Module) -> dict[str, Any]:
     }
     found |= marginals(test.posterior, flat, ess) | joint(test.posterior, draws, ess)
     own = flat.std(0)
-    predicted = apply_head(head, test.features, test.draws.flatten(0, 1)[::_EVERY]).var(0)
+    predicted = apply_head(head, test.features, test.draws[::_EVERY].flatten(0, 1)).var(0)
     for name, posterior in test.structures().items():
         predictive = (posterior.predictive_variance(test.features[0]) / predicted).sqrt()
         found |= spread_of(f"{name}.sd_ratio", sds(posterior) / own)

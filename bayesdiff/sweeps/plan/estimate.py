@@ -11,8 +11,9 @@ import torch
 
 from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.laplace.head import HeadGeometry
-from bayesdiff.report.sample_grid import grid_size
+from bayesdiff.report.sample_grid import SampleGrid
 from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.callback_options import callbacks_of
 from bayesdiff.runs.trainer_options import steps_and_epochs
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
@@ -87,12 +88,10 @@ class Estimates:
         every = cfg.trainer.get("check_val_every_n_epoch") or 1
         per_image = self.evaluation(run, batch)
         seconds += epochs / every * checked * per_image
-        grids = (cfg.callbacks or {}).get("samples")
-        if grids:
-            bounds = {k: grids[k] for k in ("rows", "max_images") if k in grids}
-            images = grid_size(run.model.num_classes, **bounds)
-            drawn = min(grids.get("grids", 8), epochs) * grids.get("num_steps", 10) * images
-            seconds += drawn * per_image
+        for grid in callbacks_of(run):
+            if isinstance(grid, SampleGrid):
+                images = grid.size(run.model.num_classes)
+                seconds += min(grid.grids, epochs) * grid.num_steps * images * per_image
         return seconds
 
     def curvature(self, run: Run, *_: Any) -> float:
