@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_posterior import example
 
 from bayesdiff import pipeline
+from bayesdiff.ablation import Ablation
 from bayesdiff.checks import UserError
 from bayesdiff.cli import explain
 from bayesdiff.laplace.grid import (
@@ -31,7 +32,6 @@ from bayesdiff.report.layout import chart
 from bayesdiff.solvers import Euler, Heun
 from bayesdiff.uncertainty import Linearised
 from bayesdiff.uncertainty import ablation as grids
-from bayesdiff.uncertainty.ablation import Ablation
 from bayesdiff.uncertainty.bands import Bands, allocate, split
 from bayesdiff.uncertainty.tangent import PRODUCTS
 

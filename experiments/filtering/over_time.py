@@ -17,18 +17,15 @@ from bayesdiff import pipeline
 from bayesdiff.address import Address
 from bayesdiff.artefacts import finite, read_json, write_json
 from bayesdiff.data.module import to_uint8
-from bayesdiff.filtering import Filtering
 from bayesdiff.metrics.features import extract
 from bayesdiff.metrics.gains import gains
 from bayesdiff.metrics.pool import pool
 from bayesdiff.metrics.profile import profile
 from bayesdiff.metrics.seeds import over_seeds
-from bayesdiff.pools import ImagePool
 from bayesdiff.report import figures
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
 from bayesdiff.stages import judge
-from bayesdiff.study import configured
 from bayesdiff.training import fit
 from bayesdiff.uncertainty.image_scores import IMAGE_SCORES
 
@@ -47,17 +44,15 @@ def of_model(model: str, *more: str) -> list[dict[str, Any]]:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", ["experiment=filtering", *POOL, *MODELS[model], *more])
     run, solver, own, laplace = pipeline.prepare(cfg)
-    wanted: Filtering = configured(run, "filtering")
+    wanted = run.studies["filtering"]
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
     posterior = laplace.fit(run.model, run.data.data)
-    made_from = Address.of(run, solver, own, posterior, weights).made_from
+    setup = Address.of(run, solver, own, posterior, weights).setup
     extractor, reference = judge(run)
     tables = []
     for seed in wanted.seeds:
-        made = ImagePool(
-            run, solver, posterior, wanted.num_images, seed, run.folder / "pools", made_from
-        )
+        made = setup.pool(wanted.num_images, seed)
         samples = made.maps(own).in_model_range()
         labels = samples.labels
         assert labels is not None  # filtering asks for classes

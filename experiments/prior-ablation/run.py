@@ -16,10 +16,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bayesdiff import pipeline
-from bayesdiff.ablation import ablate
-from bayesdiff.artefacts import key_of, read_json, write_json, write_text
+from bayesdiff.artefacts import read_json, write_json, write_text
 from bayesdiff.report import ablation, figures, table
-from bayesdiff.training import fit
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -47,13 +45,7 @@ def configure(model: str, *more: str) -> DictConfig:
 
 def grid(cfg: DictConfig) -> dict[str, Any]:
     """The numbers of one model's grid; training and curvature are made if they do not exist."""
-    run, solver, _, laplace = pipeline.prepare(cfg)
-    weights = fit(run, laplace)
-    run.model.to(run.device).eval()
-    posterior = laplace.fit(run.model, run.data.data)
-    made_from = key_of(weights, cfg.seed, solver, pipeline.settings_of(posterior))
-    folder = ablate(run, solver, posterior, made_from)
-    assert folder is not None
+    (folder,) = pipeline.run(cfg).studies
     found = read_json(folder / "results.json")
     assert found is not None
     return found
