@@ -14,17 +14,18 @@ from bayesdiff.checks import at_least, seed_of
 from bayesdiff.laplace.block.fit import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.evidence_grid import EvidenceCurve, evidence_curve
-from bayesdiff.laplace.posterior import HeadPosterior, check_settings
+from bayesdiff.laplace.posterior import check_settings
 from bayesdiff.machine.progress import stage
 from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.metrics.validation import Validation, reference_at_once
 from bayesdiff.report import table
+from bayesdiff.report.layout import estimator_of
 from bayesdiff.report.loggers import Loggers
 from bayesdiff.runs import run_log
 from bayesdiff.runs.address import Address, scores_key, scores_path, settings_of
 from bayesdiff.runs.build import Run, build, check_groups, is_main_process, plain
 from bayesdiff.runs.callback_options import check_callbacks
-from bayesdiff.runs.chosen_estimator import in_words, settle_estimator
+from bayesdiff.runs.chosen_estimator import settle_estimator
 from bayesdiff.runs.fit_key import network_code
 from bayesdiff.runs.local_paths import settle
 from bayesdiff.runs.processes import check_devices, launch
@@ -42,13 +43,8 @@ from bayesdiff.solvers.step import check_solver
 from bayesdiff.storage.artefacts import finite, read_json, weights_key, write_json, write_text
 from bayesdiff.storage.atomic import named_disk
 from bayesdiff.storage.locks import alone, together
-from bayesdiff.studies.filtering.filtering import check_filtering, filter_images
-from bayesdiff.studies.head_chain.head_chain import chain_head, check_head_chain
-from bayesdiff.studies.interpolation.interpolation import check_interpolation, interpolate
-from bayesdiff.studies.prior_ablation.ablation import ablate, check_ablation
-from bayesdiff.studies.repair.repair import check_repair, repair_images
 from bayesdiff.studies.report_scores import check_report, options_of, report_scores
-from bayesdiff.studies.study import STUDIES, headlines_of
+from bayesdiff.studies.study import Setup, headlines_of, make_study, studies_of
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
 from bayesdiff.uncertainty.members.block_ensemble import check_block_ensemble, with_block
@@ -104,32 +100,32 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
     with stage("curvature"):
         posterior = laplace.fit(this.model, this.data.data)
     estimator = with_block(estimator, laplace.block)
-    at = Address.of(this, solver, estimator, posterior, weights)
+    made_by = this, solver, estimator, posterior
+    at = Address.of(*made_by, weights)
     images, folder = None, at.folder
     loggers = Loggers(cfg.get("logger"), folder, this.folder.name, "cell")
     if cfg.metrics.num_images:
         with together(at.images_path):
             images = make_images(this, solver, cfg.metrics.num_images, at.images_path, at.images)
     with together(at.samples_path):
-        path, numbers = at.samples_path, sample_numbers(estimator, this)
-        samples = make_maps(this, solver, estimator, posterior, path, at.maps, numbers=numbers)
+        numbers = sample_numbers(estimator, this)
+        samples = make_maps(*made_by, at.samples_path, at.maps, numbers=numbers)
     checked = None
     if at.checked:
-        path = at.checked_path
-        with together(path):
-            checked = make_validation(
-                this, solver, estimator, posterior, samples, path, at.checked
-            )
+        with together(at.checked_path):
+            checked = make_validation(*made_by, samples, at.checked_path, at.checked)
     scores: dict[str, float] = {}
     if images is not None:
         path = scores_path(this, at.images)
         with together(path), stage("scores"):
             scores = make_scores(this, images, path, scores_key(this, at.images))
-    studies = studies_of(this, solver, estimator, posterior, at.made_from)
-    told = settings(this, posterior, solver, estimator)
-    result = Result(folder, at.samples_path, {}, told, studies, weights_in_words(this))
-    result = replace(result, headlines=headlines_of(studies))
-    shown = report_scores(this, solver, posterior, samples, at.made_from)
+    setup = replace(at.setup, settings=settings(this, posterior, solver, estimator))
+    studies = make_studies(setup)
+    result = Result(
+        folder, at.samples_path, {}, setup.settings, studies, weights_in_words(this),
+        headlines_of(studies),
+    )  # fmt: skip
+    shown = report_scores(setup, samples)
     if rank() == 0:
         with alone(folder / "metrics.json"), stage("report"):
             metrics = scores | statistics_of(samples, this.classes)
@@ -144,21 +140,12 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
     return replace(result, curves=tuple(loggers.places(cfg.output_dir)))
 
 
-def studies_of(
-    this: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, made_from: str
-) -> tuple[Path, ...]:
+def make_studies(at: Setup) -> tuple[Path, ...]:
     """Folders of the studies that are asked for, each made once."""
-    if all(this.cfg.get(name) is None for name in STUDIES):
+    if not at.run.studies:
         return ()
-    with together(this.folder / "studies"), stage("studies"):
-        studies = (
-            ablate(this, solver, posterior, made_from),
-            filter_images(this, solver, estimator, posterior, made_from),
-            repair_images(this, solver, estimator, posterior, made_from),
-            interpolate(this, solver, estimator, posterior, made_from),
-            chain_head(this),
-        )
-    return tuple(folder for folder in studies if folder)
+    with together(at.run.folder / "studies"), stage("studies"):
+        return tuple(make_study(at, name, study) for name, study in at.run.studies.items())
 
 
 def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
@@ -171,18 +158,18 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     seed_of("laplace.seed", cfg.laplace.seed)
     solver: Solver = instantiate(cfg.solver)
     estimator: Estimator = instantiate(cfg.uncertainty)
-    if cfg.laplace.subset == "last_block":
-        studies = [name for name in STUDIES if cfg.get(name) is not None]
-        check_block_ensemble(estimator, *studies[:1])
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
     this = build(cfg)
+    this = replace(this, studies=studies_of(cfg))
     check_callbacks(this)
     laplace = LastLayerLaplace(**plain(cfg.laplace))
     laplace.path = this.folder / laplace.file_name
     laplace.context = (cfg.model.prediction, plain(cfg.path), network_code(cfg))
     laplace.check(this.model, len(this.data.data.images))
-    estimator = settle_estimator(this, solver, estimator)
+    this, estimator = settle_estimator(this, solver, estimator)
+    if cfg.laplace.subset == "last_block":
+        check_block_ensemble(estimator, *list(this.studies)[:1])
     model = this.model
     check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
     times = time_grid(solver.grid, model.path, solver.num_steps)
@@ -196,11 +183,8 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
         reference_at_once(estimator, solver, model, shape)
     check_metrics(cfg.metrics, this)
     check_report(this)
-    check_ablation(this, solver)
-    check_filtering(this, solver, estimator)
-    check_repair(this, solver, estimator)
-    check_interpolation(this, solver, estimator)
-    check_head_chain(this)
+    for study in this.studies.values():
+        study.check(this, solver, estimator)
     laplace.check_files()
     if not cfg.get("dry_run"):
         launch(cfg, devices)
@@ -237,9 +221,7 @@ def report(
 
     path, asked = result.folder / "metrics.json", plain(this.cfg.get("report"))
     there = read_json(path) or {}
-    # A study may read a file of the user's own, which no key of the cell follows.
-    fresh = result.headlines.items() <= there.get("metrics", {}).items()
-    if (there.get("key"), there.get("report")) != (cell_key, asked) or not fresh:
+    if (there.get("key"), there.get("report")) != (cell_key, asked):
         with named_disk(result.folder):
             board.write(
                 result.folder / "tensorboard",
@@ -287,7 +269,7 @@ def show(result: Result) -> None:
     """The closing table, short, and where to look next."""
     if rank():
         return
-    made = {"weights": result.weights, "maps by": in_words(result.settings)}
+    made = {"weights": result.weights, "maps by": estimator_of(result.settings)}
     rows: list[table.Row] = [{"metric": k, "value": v} for k, v in made.items()]
     rows += table.summary(result.metrics, result.headlines)
     rows.append({"metric": "pictures", "value": str(result.folder / "figures")})

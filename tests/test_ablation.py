@@ -30,8 +30,8 @@ from bayesdiff.report.layout import chart
 from bayesdiff.solvers import Euler, Heun
 from bayesdiff.studies.prior_ablation import figures
 from bayesdiff.studies.prior_ablation import maps as grids
+from bayesdiff.studies.prior_ablation.ablation import Ablation
 from bayesdiff.studies.prior_ablation.bands import Bands, allocate, split
-from bayesdiff.studies.prior_ablation.maps import Ablation
 from bayesdiff.uncertainty import Linearised
 from bayesdiff.uncertainty.sensitivities.products import PRODUCTS
 

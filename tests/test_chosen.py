@@ -200,20 +200,11 @@ def test_statistics_over_time_are_those_of_the_maps_at_every_step():
     assert joined.over_time["spatial"].shape == (4, 6)
 
 
-def test_files_of_older_versions_are_read(copied: Trained, compose: Compose, monkeypatch):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
-    arrays = arrays_of(copied.samples)
-    new = {"numbers", "spatial"}
-    assert new < set(arrays)
-    np.savez(copied.samples, **{name: value for name, value in arrays.items() if name not in new})
-    monkeypatch.setattr(stages, "images_at_once", lambda *_: pytest.fail("made again"))
-    result = pipeline.run(compose())
-    assert result.metrics == copied.metrics
-
-
 def test_a_number_that_is_also_the_name_of_another_class_is_not_guessed():
     names = ("1", "10", "2")
     with pytest.raises(UserError, match="1 is the number of class '10', and the name of class"):
         _class(1, names, 3)
     assert [_class(label, names, 3) for label in ("1", "10", 0)] == [0, 1, 0]
     assert [_class(label, ("0", "1"), 2) for label in (1, "1")] == [1, 1]
+    # 5 is the number of none of two classes.
+    assert [_class(label, ("5", "7"), 2) for label in (5, 7, "7", 1)] == [0, 1, 1, 1]

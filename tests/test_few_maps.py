@@ -55,9 +55,8 @@ def test_the_cheaper_one_is_taken_on_either_side_of_break_even():
     even = training(asked, start) / each
     assert 150 < even < 400
     few, reason = for_few_maps(asked, start, int(even))
-    assert few == Ensemble(members=16, times=[0.5], seed=3, units="unit", instead_of="refined")
+    assert few == Ensemble(members=16, times=[0.5], seed=3, units="unit")
     assert "uncertainty=refined keeps" in reason
-    assert few.described == "ensemble, 16 members, skip 1, in place of refined for few maps"
     assert for_few_maps(asked, start, int(even) + 1) == (asked, "")
 
 
@@ -85,7 +84,7 @@ def test_a_run_with_few_maps_says_what_made_them_everywhere(
     (reason,) = {r.getMessage() for r in caplog.records if "in place of refined" in r.getMessage()}
     assert "since 4 maps take" in reason
     record = json.loads((result.folder / "metrics.json").read_text())
-    assert record["estimator"] == "ensemble, 16 members, skip 1, in place of refined for few maps"
+    assert record["estimator"] == "ensemble, 16 members, skip 1"
     assert record["settings"]["uncertainty.name"] == "ensemble"
     assert record["settings"]["uncertainty.instead_of"] == "refined"
     assert result.samples.name.startswith("samples-euler-ensemble-")
@@ -93,7 +92,7 @@ def test_a_run_with_few_maps_says_what_made_them_everywhere(
     shown: list = []
     pipeline.show(result)
     (by,) = [row["value"] for row in shown if row["metric"] == "maps by"]
-    assert "uncertainty=refined keeps that" in by
+    assert by == "ensemble, in place of refined for few maps"
     assert list(result.folder.parent.glob("refiner*")) == []
 
 

@@ -21,9 +21,10 @@ from bayesdiff.runs import stages
 from bayesdiff.storage.artefacts import key_of
 from bayesdiff.studies import image_pool as pools
 from bayesdiff.studies import scoring as doubts
+from bayesdiff.studies import study
 from bayesdiff.studies.filtering import figures, filtering
 from bayesdiff.studies.filtering.filtering import Filtering, Judged
-from bayesdiff.studies.scoring import Seen, doubts_of
+from bayesdiff.studies.scoring import ScoreOptions, Seen, doubts_of
 from bayesdiff.uncertainty import Ensemble, Samples
 from bayesdiff.uncertainty.scores.likelihood import log_likelihood, random_probes
 from bayesdiff.uncertainty.scores.of_maps_and_images import (
@@ -110,7 +111,7 @@ def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, m
     assert "auroc_within" in (folder / "table-profile.md").read_text()
     assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (folder / "results.json").read_text()))
     before = (folder / "results.json").stat().st_mtime_ns
-    monkeypatch.setattr(filtering, "ImagePool", None)
+    monkeypatch.setattr(study, "ImagePool", None)
     assert pipeline.run(compose(*SMALL)).studies == (folder,)
     assert (folder / "results.json").stat().st_mtime_ns == before
     # Members that were trained again.
@@ -155,7 +156,7 @@ def test_the_joint_score_adds_ranks_among_images_of_the_same_label():
 
 def test_further_scores_come_from_options(copied: Trained, compose: Compose, monkeypatch):
     monkeypatch.setattr(board, "_pictures", lambda *_: ())
-    monkeypatch.setattr(filtering, "_report", lambda *_: None)
+    monkeypatch.setattr(board, "write_study", lambda *_, **options: None)
     scored = []
     real = filtering.doubts_of
     monkeypatch.setattr(
@@ -204,7 +205,7 @@ def test_parts_of_pools_keep_their_names():
     """A pool that was made before is found again: its key is a matter of these words alone."""
     pool = pools.ImagePool(None, None, None, 9, 3, Path("pools"), "x")
     (block,) = pool.blocks
-    words = repr(Ensemble(members=2, noise_members=0))
+    words = "members 2"
     assert pool._key(block, words) == key_of("x", 3, 0, 9, words)
     whats: dict = {}
 
@@ -474,3 +475,11 @@ def test_kept_images_are_the_least_doubtful_ones(monkeypatch):
     levels = [float(np.mean(pixels)) for _, pixels in sorted(shown, key=lambda each: each[0])]
     left, right = levels[:5], levels[5:]
     assert min(left) > max(right) and left[0] == pytest.approx(1) and right[0] == pytest.approx(0)
+
+
+def test_members_of_guided_samples_take_both_evaluations(compose: Compose, monkeypatch):
+    run, solver, *_ = pipeline.prepare(compose("solver.guidance=2"))
+    pool = pools.ImagePool(run, solver, None, 9, 3, Path("pools"), "x")
+    monkeypatch.setattr(pools.ImagePool, "members", lambda *_: None)
+    _, spent = doubts.seen_of(pool, ScoreOptions(members=5, aleatoric_draws=0), None)
+    assert spent == {"members": 5 * 2 * 3}

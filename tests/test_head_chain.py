@@ -16,6 +16,7 @@ from bayesdiff.report import board
 from bayesdiff.studies.head_chain import head_chain
 from bayesdiff.studies.head_chain.comparison import ChainTest, measure, sds
 from bayesdiff.studies.head_chain.head_chain import HeadChain
+from bayesdiff.studies.study import Place, Setup, study_key
 
 SMALL = (
     "experiment=head_chain",
@@ -73,8 +74,8 @@ def test_the_loss_is_the_negative_log_posterior_of_the_pass(compose: Compose):
 
         patch.setattr(head_chain, "loss_of", watched)
         with pytest.raises(KeyboardInterrupt):
-            study = head_chain.Study("head_chain", run.folder, "x", False)
-            head_chain.make(run, head_chain.configured(run, "head_chain"), study)
+            place = Place("head_chain", run.folder, "x")
+            run.studies["head_chain"]._test(run, place)
     posterior, loss = seen[0]
     best = posterior.optimum
     generator = torch.Generator().manual_seed(0)
@@ -96,14 +97,21 @@ def test_the_command_runs_the_chains_once_for_a_diffusion_model(compose: Compose
         assert arrays["draws"][0, 0].size == results["weights"]
     made = {path.name for path in (folder / "figures").iterdir()}
     assert made == {"posterior_and_chains.png", "captions.json"}
-    monkeypatch.setattr(head_chain, "make", None)
+    monkeypatch.setattr(HeadChain, "make", None)
     assert pipeline.run(asked).studies == (folder,)
+    # No other solver and no other pass is another chain.
+    more = ("solver=ddpm", "laplace.num_images=32", "seed=0")
+    assert pipeline.run(compose(*SMALL, "model=diffusion", *more)).studies == (folder,)
 
 
 BAD_RUNS = [
     (("head_chain.num_images=100000",), ["head_chain.num_images=100000", "training images"]),
     (("laplace.sigma_noise=mle_per_time",), ["laplace.sigma_noise=mle_per_time", "mle"]),
     (("head_chain.draws=10000000",), ["head_chain.draws=10000000", "GiB", "lower"]),
+    (
+        ("head_chain.chains=2000", "head_chain.num_images=1000"),
+        ["head_chain.num_images=1000 of head_chain.chains=2000", "GiB", "lower"],
+    ),
     (("trainer=ddp", "trainer.devices=2"), ["trainer.devices=2", "trainer.devices=1"]),
 ]
 
@@ -124,3 +132,15 @@ def test_bad_options_are_refused_in_one_line(options):
     with pytest.raises(UserError, match=f"head_chain.{next(iter(options))}") as caught:
         HeadChain(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_network_predicts_along_which_path_is_in_the_key(compose: Compose):
+    found = set()
+    for overrides in ((), ("model.prediction=data",), ("path=vp_scaled_linear",)):
+        run, solver, estimator, _ = pipeline.prepare(
+            compose(*SMALL, "model=diffusion", *overrides)
+        )
+        run.model.load_state_dict({k: 0 * v for k, v in run.model.state_dict().items()})
+        at = Setup(run, solver, estimator, None, "x")
+        found.add(study_key(at, "head_chain", run.studies["head_chain"]))
+    assert len(found) == 3

@@ -8,19 +8,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import Compose, Trained
+from hand import real_start, small_unet
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import to_uint8
 from bayesdiff.metrics.subsets import Pool
 from bayesdiff.report import board
+from bayesdiff.studies import study
 from bayesdiff.studies.repair import figures as pictures
 from bayesdiff.studies.repair import judged as figures_of
-from bayesdiff.studies.repair import repair
 from bayesdiff.studies.repair import results as repair_results
-from bayesdiff.studies.repair.alternatives import WAYS
+from bayesdiff.studies.repair.alternatives import WAYS, Origin, weight_draws
 from bayesdiff.studies.repair.judged import Redraws, draws_row, images_row, over, pick_row
-from bayesdiff.studies.repair.redraw import OF_MAPS, SCORES, Repair
+from bayesdiff.studies.repair.redraw import OF_MAPS, SCORES, redraw
+from bayesdiff.studies.repair.repair import Repair
+from bayesdiff.uncertainty import Ensemble
 
 SMALL = (
     "experiment=diversity",
@@ -174,7 +177,7 @@ def test_the_command_draws_and_judges_once(copied: Trained, compose: Compose, mo
     watched = lambda run, seed=None: asked.append(seed) or real(run, seed)  # noqa: E731
     monkeypatch.setattr(repair_results, "judge", watched)
     result = pipeline.run(compose(*SMALL))
-    assert set(asked) == {None, 1}  # the run's own classifier judges, another chooses
+    assert asked == [None, 1]  # the run's own classifier judges, another chooses: each made once
     folder, results = results_of(result)
     assert folder.parent == copied.folder
     cells = {(row["time"], row["way"]) for row in results["draws"]}
@@ -204,7 +207,7 @@ def test_the_command_draws_and_judges_once(copied: Trained, compose: Compose, mo
     assert "renoise_matched" in tables and "nan" not in tables
     assert f"{results['original']['wrong']} of 6 judged wrong" in tables
     before = (folder / "results.json").stat().st_mtime_ns
-    monkeypatch.setattr(repair, "ImagePool", None)
+    monkeypatch.setattr(study, "ImagePool", None)
     assert pipeline.run(compose(*SMALL)).studies == (folder,)
     assert (folder / "results.json").stat().st_mtime_ns == before
     with pytest.raises(TypeError):
@@ -260,7 +263,8 @@ def test_the_best_by_its_map_is_chosen_from_fresh_samples_and_rewound_ones(
         (0, "fresh"),
         (0.25, "isotropic"),
     }
-    assert {row["nfe"] for row in results["draws"] if row["way"] == "fresh"} == {4}
+    # A candidate and its map: four steps, and three of each of two members, which share the first.
+    assert {row["nfe"] for row in results["draws"] if row["way"] == "fresh"} == {4 + 1 + 2 * 3}
     with np.load(folder / "draws.npz", allow_pickle=False) as arrays:
         kept = {name: arrays[name] for name in arrays.files}
     # The image's own map counts for fresh samples, what comes after 0.25 for the others.
@@ -287,6 +291,29 @@ def test_the_best_by_its_map_is_chosen_from_fresh_samples_and_rewound_ones(
     assert {row["score"] for row in results["picks"]} == {*SCORES, *OF_MAPS}
     assert "map.sum" in (folder / "table.md").read_text()
     assert (folder / "figures" / "fresh.png").is_file()
+
+
+@pytest.mark.parametrize("solver", ["euler", "euler-guided"])
+@pytest.mark.parametrize("way", ["isotropic", "fresh"])
+@pytest.mark.parametrize("score", ["classifier.off_label", "map.sum"])
+def test_an_alternative_takes_what_the_network_is_asked_for_it(solver, way, score):
+    net, posterior = small_unet()
+    asked, real = [], net.features
+    net.features = lambda x, *more: asked.append(len(x)) or real(x, *more)
+    estimator, totals = Ensemble(members=3), []
+    for draws in (1, 2):
+        # Left after the first step, so that no member has steps of its own before it.
+        wanted = Repair(num_images=2, ways=[way], from_time=[0.2], draws=draws, score=score)
+        timed = dataclasses.replace(estimator, times=wanted.times)
+        samples = timed(real_start(net, solver), posterior)
+        origin = Origin.of(real_start(net, solver))
+        weights = weight_draws(posterior, draws, 0)
+        asked.clear()
+        mapper = lambda start: estimator(start, posterior)  # noqa: E731
+        drawn = redraw(origin, weights, wanted, samples, [0, 1], mapper)
+        totals.append(sum(asked))
+    [[cell]] = repair_results.cells_of(wanted, samples, drawn)
+    assert 2 * cell.nfe == totals[1] - totals[0]
 
 
 def test_each_chosen_image_has_its_own_box(

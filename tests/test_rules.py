@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bayesdiff.checks import UserError
+from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.subsets import Pool
 from bayesdiff.studies.filtering.choice import OTHERS
-from bayesdiff.studies.filtering.rules import factor_of, kept_by_rule, rule_gains
+from bayesdiff.studies.filtering.rules import RULE_NAMES, factor_of, kept_by_rule, rule_gains
 
 
 def pool_of(count=60, dims=3, groups=None):
@@ -107,3 +108,21 @@ def test_rules_are_read():
 
 def test_the_choice_is_never_the_samplers_noise():
     assert "sampler_noise" in OTHERS
+
+
+def test_a_rule_that_discards_nothing_has_no_z_and_gains_nothing():
+    """Every random choice is all images: what is left of their spread is rounding."""
+    images = pool_of()
+    (row,) = rule_gains({"one": scores()}, images, ["mean+100sd"], seed=3)
+    assert row["kept"] == 60 and row["fid"] == pytest.approx(float(images.figures(
+        torch.arange(60)[None])["fid"]))  # fmt: skip
+    assert row["fid_gain"] == row["precision_gain"] == 0
+    assert row["z"] is None and row["precision_z"] is None
+    # Over seeds it does not count, nor does a rule that keeps too few.
+    (few,) = rule_gains({"one": scores()}, images, ["mean+1sd"], seed=3)
+    for one in (row, row | dict.fromkeys(("fid", "fid_gain", "z"))):
+        (over,) = over_seeds([[few], [one]], RULE_NAMES[:2], ["fid", "z"])
+        assert over["z"] == few["z"]
+    spike = torch.cat([torch.full((59,), torch.inf, dtype=torch.float64), torch.zeros(1).double()])
+    (alone,) = rule_gains({"one": spike}, images, ["mean+1sd"], seed=3)
+    assert alone["kept"] == 1 and alone["fid"] is None and alone["z"] is None

@@ -164,6 +164,12 @@ def conditions_of(settings: Mapping[str, Any]) -> str:
     return ", ".join(part.replace(" ", "\u00a0") for part in parts)
 
 
+def estimator_of(settings: Mapping[str, Any]) -> str | None:
+    """What made the maps of a run, and what was asked for if it is not that."""
+    name, asked = (settings.get(f"uncertainty.{key}") for key in ("name", "instead_of"))
+    return f"{name}, in place of {asked} for few maps" if asked else name
+
+
 def conditions(samples: "Samples", settings: Mapping[str, Any] | None = None) -> str:
     """What made the samples and their maps.
 

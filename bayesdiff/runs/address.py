@@ -11,7 +11,7 @@ from bayesdiff.runs.fit_key import network_code
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
 from bayesdiff.storage.source_code import code_of
-from bayesdiff.studies.study import STUDIES, scored, with_effect
+from bayesdiff.studies.study import UNSCORED, Setup, scored, study_key, with_effect
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.chosen import sample_numbers
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
@@ -34,7 +34,7 @@ class Address:
         maps: key of the maps.
         checked: key of the comparison, None where none is asked for.
         cell: key of all numbers of the cell.
-        made_from: what studies are made from.
+        setup: what studies work with, still without the settings that they show.
     """
 
     folder: Path
@@ -45,22 +45,29 @@ class Address:
     maps: str
     checked: str | None
     cell: str
-    made_from: str
+    setup: Setup
+
+    @property
+    def made_from(self) -> str:
+        """Key of the network, the solver and the posterior."""
+        return self.setup.made_from
 
     @classmethod
     def of(
         cls, run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, weights: str
     ) -> "Address":
         """Of the cell with these trained weights and this posterior."""
-        cfg, name = run.cfg, f"{solver.name}-{estimator.name}"
+        name = f"{solver.name}-{estimator.name}"
         sampled = sampled_from(run, weights)
         images = images_key(run, weights)
         told, sources = maps_settings(run, estimator), estimator.sources(run)
         maps = key_of(*sampled, settings_of(posterior), told, *sources)
         asked = key_of(maps, estimator.validate_images, estimator.validate_members)
         checked = asked if estimator.validate else None
-        asked_for = {n: plain(cfg[n]) for n in STUDIES if cfg.get(n) is not None}
-        cell = key_of(maps, images, scored(run), checked, *([asked_for] if asked_for else []))
+        made_from = key_of(*sampled, settings_of(posterior))
+        setup = Setup(run, solver, estimator, posterior, made_from)
+        studies = [study_key(setup, name, study) for name, study in run.studies.items()]
+        cell = key_of(maps, images, scored(run), checked, *studies)
         return cls(
             folder=named(run.folder, name, cell_words(run, solver, estimator, posterior), cell),
             images_path=images_path(run, solver, images),
@@ -70,7 +77,7 @@ class Address:
             maps=maps,
             checked=checked,
             cell=cell,
-            made_from=key_of(*sampled, settings_of(posterior)),
+            setup=setup,
         )
 
 
@@ -102,15 +109,16 @@ def cell_words(run: Run, solver: Solver, estimator: Estimator, posterior: HeadPo
     """What the cell is told apart by, with what was fitted in numbers."""
     cfg = run.cfg
     found = overridden(run, solver, estimator, posterior)
-    told = {"studies": s} if (s := [n for n in STUDIES if cfg.get(n) is not None]) else {}
+    told: dict[str, Any] = {"studies": list(run.studies)} if run.studies else {}
     told |= _of_posterior(posterior)
     left = [f"laplace.{name}" for name in (*_FITTED, "structure", "rank")]
     left += [f"uncertainty.{name}" for name in WITHOUT_EFFECT]
+    left += [f"metrics.{name}" for name in UNSCORED]
     told |= {
         name: value
         for place in ("laplace.", "solver.", "uncertainty.", "metrics.")
         for name, value in found.items()
-        if name.startswith(place) and name not in (*left, "metrics.export")
+        if name.startswith(place) and name not in left
     }
     told = dict(sorted(told.items(), key=lambda item: item[0].endswith("num_images")))
     known = [f"{n}.{k}" for n in ("laplace", "solver", "uncertainty", "metrics") for k in cfg[n]]

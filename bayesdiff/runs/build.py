@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class Run:
         key: content key of everything the trained weights depend on.
         folder: the run folder.
         parent: what the training starts from (``init_from``): path, key of its run and weights.
+        studies: that are asked for, each a ``Study``, by name.
+        instead_of: the estimator that was asked for, where another one makes its few maps.
     """
 
     cfg: DictConfig
@@ -53,6 +56,8 @@ class Run:
     key: str
     folder: Path
     parent: dict[str, Any] | None = None
+    studies: Mapping[str, Any] = field(default_factory=dict)
+    instead_of: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:

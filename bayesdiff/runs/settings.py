@@ -42,6 +42,7 @@ def settings(
         "n_eff": posterior.n_eff,
         **_group("solver", cfg.solver, solver.name),
         **_group("uncertainty", cfg.uncertainty, estimator.name),
+        **({"uncertainty.instead_of": this.instead_of} if this.instead_of else {}),
     }
     more = overridden(this, solver, estimator, posterior) | typed(cfg)
     if takes_weights(cfg):

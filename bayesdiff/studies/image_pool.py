@@ -1,9 +1,11 @@
 """Many images of one seed with all that scores read of them; every part is made once."""
 
+import inspect
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ from bayesdiff.runs.build import Run
 from bayesdiff.runs.stages import Rows, made_rows, make_maps, starts
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
-from bayesdiff.uncertainty import Ensemble, Estimator, Samples
+from bayesdiff.storage.source_code import code_of
+from bayesdiff.uncertainty import Ensemble, Estimator, Samples, Trajectory
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.scores.aleatoric import aleatoric
@@ -61,35 +64,33 @@ class ImagePool:
             range(first, min(first + BLOCK, self.count)) for first in range(0, self.count, BLOCK)
         ]
 
+    def start(self, numbers: Sequence[int]) -> Trajectory:
+        """The samples with these numbers, at their noise."""
+        return starts(self.run, self.solver, self.seed)(numbers)
+
     def _block_of_maps(self, estimator: Estimator, block: range) -> Samples:
-        ready = replace(estimator, num_images=len(block))
-        key = self._key(block, estimator.name, _settings(ready), *estimator.sources(self.run))
+        made_by = _settings(estimator), _code(estimator), estimator.sources(self.run)
+        key = self._key(block, estimator.name, *made_by)
         path = self._path(estimator.name, block, key)
         log.info("pool: seed %d, images %d to %d", self.seed, block[0], block[-1])
-        return make_maps(self.run, self.solver, ready, self.posterior, path, key, self.seed, block)
+        given = self.run, self.solver, estimator, self.posterior, path, key
+        return make_maps(*given, self.seed, block)
 
     def members(self, count: int) -> Tensor:
         """Images of posterior trajectories from the pool's noise, uint8 ``(N, M, C, H, W)``."""
         ensemble = Ensemble(members=count, noise_members=0)
 
         def batch(numbers: list[int]) -> Rows:
-            start = starts(self.run, self.solver, self.seed)(numbers)
-            images = ensemble.images(start, self.posterior)[1]
+            images = ensemble.images(self.start(numbers), self.posterior)[1]
             return {"members": to_uint8(images.cpu()).transpose(0, 1).contiguous()}
 
-        return self._rows("members", repr(ensemble), self._at_once(ensemble), batch)["members"]
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations of one trajectory."""
-        steps = starts(self.run, self.solver, self.seed)([0]).steps()
-        return sum(len(step.times) for step in steps)
+        return self._rows("members", f"members {count}", self._at_once(ensemble), batch)["members"]
 
     def aleatoric(self, draws: int) -> Rows:
         """The aleatoric scores, each ``(N,)``, and their NFE."""
 
         def batch(numbers: list[int]) -> Rows:
-            found = aleatoric(starts(self.run, self.solver, self.seed)(numbers), draws)
+            found = aleatoric(self.start(numbers), draws)
             rows = {
                 name.removeprefix("aleatoric_"): score.cpu()
                 for name, score in found.scores.items()
@@ -103,7 +104,7 @@ class ImagePool:
         """The aleatoric scores behind several answers in a row, each ``(N,)``, and their NFE."""
 
         def batch(numbers: list[int]) -> Rows:
-            start = starts(self.run, self.solver, self.seed)(numbers)
+            start = self.start(numbers)
             found = aleatoric(start, draws, rounds=rounds)
             rows = {
                 name.replace("aleatoric", "zigzag"): score.cpu()
@@ -123,7 +124,7 @@ class ImagePool:
         """
 
         def batch(numbers: list[int]) -> Rows:
-            start = starts(self.run, self.solver, self.seed)(numbers)
+            start = self.start(numbers)
             probes = random_probes(start.noise.fork(_PROBES))
             found = log_likelihood(start.field(), images[numbers], probes, num_steps)
             nfe = torch.full((len(numbers),), found.nfe)
@@ -159,6 +160,16 @@ class ImagePool:
 
 
 def _settings(estimator: Estimator) -> dict[str, object]:
-    """Those that change a map."""
-    named = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
-    return {name: value for name, value in named.items() if name not in WITHOUT_EFFECT}
+    """Those that change a map; which samples get one is the pool's own business."""
+    values = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
+    return {k: v for k, v in values.items() if k not in (*WITHOUT_EFFECT, "num_images")}
+
+
+def _code(estimator: Estimator) -> dict[str, str]:
+    """The user's own files behind an estimator and what it holds."""
+    parts: list[Any] = [
+        estimator,
+        *(getattr(estimator, field.name) for field in fields(estimator)),
+    ]
+    kinds = {part if inspect.isroutine(part) else type(part) for part in parts}
+    return code_of([{"_target_": f"{kind.__module__}.{kind.__qualname__}"} for kind in kinds])

@@ -6,14 +6,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.ranks import rank
 from bayesdiff.report.options import SUM, ReportOptions
 from bayesdiff.runs.build import Run, plain
-from bayesdiff.solvers import Solver
-from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.scoring import ScoreOptions, doubts_of, seen_of
-from bayesdiff.studies.study import check_judge
+from bayesdiff.studies.study import Setup, check_judge
 from bayesdiff.uncertainty import Samples
 from bayesdiff.uncertainty.scores.likelihood import check_likelihood
 from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES, MAP_SCORES
@@ -73,9 +70,7 @@ def check_report(run: Run) -> None:
             check_likelihood(run.model, shown.likelihood_steps)
 
 
-def report_scores(
-    run: Run, solver: Solver, posterior: HeadPosterior, samples: Samples, made_from: str
-) -> dict[str, Tensor]:
+def report_scores(at: Setup, samples: Samples) -> dict[str, Tensor]:
     """The scores ``(B,)`` that the report asks for; a higher number is more doubtful.
 
     Every process takes part; the first one gets them.
@@ -83,13 +78,11 @@ def report_scores(
     Members, and the likelihood, are computed once and kept with the pools of the studies.
 
     Args:
-        run: with its trained model.
-        solver: of the samples.
-        posterior: of the head.
+        at: the run with its posterior.
         samples: the run's own.
-        made_from: key of the network, the solver and the posterior.
     """
-    shown, given = options_of(run), samples.in_model_range()
+    run, given = at.run, samples.in_model_range()
+    shown = options_of(run)
     names = [name for name in shown.scores if name != SUM or name in shown.sorted_by]
     if not names:
         return {}
@@ -105,14 +98,13 @@ def report_scores(
             likelihood="likelihood" in kinds,
             likelihood_steps=shown.likelihood_steps,
         )
-        count, seed = len(given.images), run.cfg.seed
-        pool = ImagePool(run, solver, posterior, count, seed, run.folder / "pools", made_from)
+        pool = at.pool(len(given.images), run.cfg.seed)
         seen, _ = seen_of(pool, asked, given.images)
         if rank():
             return {}
         known = kinds - {*_PLAIN, "likelihood"}
         found = {
             **found,
-            **(doubts_of(run, {"map": samples}, seen, seed) if known else seen.known),
+            **(doubts_of(run, {"map": samples}, seen, run.cfg.seed) if known else seen.known),
         }
     return {name: found[name] for name in names}

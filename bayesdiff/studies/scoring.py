@@ -145,7 +145,7 @@ def seen_of(made: ImagePool, wanted: ScoreOptions, images: Tensor) -> tuple[Seen
         parts["likelihood"] = made.likelihood(images, wanted.likelihood_steps)
     spent = {name: int(rows["nfe"][0]) for name, rows in parts.items() if "nfe" in rows}
     if wanted.members:
-        spent["members"] = wanted.members * made.nfe
+        spent["members"] = wanted.members * made.start([0]).nfe
     known = {
         f"{name}.{key}": value
         for name, rows in parts.items()

@@ -1,44 +1,247 @@
-"""What all studies share: asked for in the configuration, made once, results.json last."""
+"""What all studies share: asked for in the configuration, made once, results.json last.
 
+Hydra's ``_target_`` is the registry: a new study is a subclass of ``Study`` and a YAML that names
+it, and nothing else knows its name.
+"""
+
+import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import check_classifiable
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.ranks import barrier
+from bayesdiff.report import board
 from bayesdiff.report.layout import conditions_of
 from bayesdiff.report.loggers import Loggers
 from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.defaults import CONFIGS, is_aside, named
+from bayesdiff.runs.stages import starts
 from bayesdiff.solvers import Solver
-from bayesdiff.storage.artefacts import finite, key_of, read_json, write_json
-from bayesdiff.uncertainty import Estimator
+from bayesdiff.storage.artefacts import finite, key_of, read_json, write_json, write_text
+from bayesdiff.storage.source_code import code_of
+from bayesdiff.studies.image_pool import ImagePool
+from bayesdiff.uncertainty import Estimator, Starts
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
-# Names of their options in the configuration, in the order they are made in.
-STUDIES = ("ablation", "filtering", "repair", "interpolation", "head_chain")
+# Options of ``metrics`` that change no score.
+UNSCORED = ("batch_size", "export")
+# How a study's work is cut up, and which of the run's own samples get a map.
+_CUT = ("batch_size", "max_memory")
+_OF_THE_RUN = ("num_images", "times", "units")
 
 
-def configured(run: Run, name: str) -> Any:
-    """The study of this name as the configuration has it, None where it is not asked for.
+@dataclass(frozen=True)
+class Setup:
+    """What a study works with.
+
+    Attributes:
+        run: with its trained model.
+        solver: of the samples.
+        estimator: the run's own.
+        posterior: of the head.
+        made_from: key of the network, the solver and the posterior.
+        settings: of the run, flat, as tables and loggers have them.
+    """
+
+    run: Run
+    solver: Solver
+    estimator: Estimator
+    posterior: HeadPosterior
+    made_from: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def starts(self) -> Starts:
+        """Starts of the run's own samples."""
+        return starts(self.run, self.solver)
+
+    def pool(self, count: int, seed: int) -> ImagePool:
+        """Samples 0 ... count - 1 of a seed, which all studies share."""
+        folder = self.run.folder / "pools"
+        return ImagePool(
+            self.run, self.solver, self.posterior, count, seed, folder, self.made_from
+        )
+
+    @property
+    def of_maps(self) -> list[Any]:
+        """What any sample's map by the run's own estimator comes from, beside ``made_from``."""
+        options = with_effect(self.run.cfg.uncertainty, *_OF_THE_RUN)
+        return [options, code_of(options), *self.estimator.sources(self.run)]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a study leaves in its folder.
+
+    Attributes:
+        results: everything, for results.json.
+        figures: tags and figures, made when asked for.
+        tables: Markdown by the names of their files.
+        scalars: for TensorBoard and other loggers; the study's name is put before theirs.
+        headlines: the few numbers that go into the cell's metrics, with their conditions in their
+            names: ``gain@0.8`` becomes ``filtering/gain@0.8``.
+        curves: points (prior_precision, value) by name, None for a missing value.
+    """
+
+    results: Mapping[str, Any]
+    figures: Iterable[tuple[str, "Figure"]] = ()
+    tables: Mapping[str, str] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    headlines: Mapping[str, float | None] = field(default_factory=dict)
+    curves: Mapping[str, Iterable[tuple[float, float | None]]] = field(default_factory=dict)
+
+
+class Study(ABC):
+    """A study with its options, as its ``_target_`` makes it."""
+
+    @property
+    def map_count(self) -> int:
+        """Maps that the run's own estimator makes for it."""
+        return 0
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """Options that a file gave, for the configuration to hold in its place."""
+        return {}
+
+    def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:  # noqa: B027
+        """Refuse, before any work, what could not be made; the options themselves are fine."""
+
+    def made_from(self, at: Setup) -> list[Any]:
+        """All that it is made from beside its options, for its key."""
+        return [at.made_from]
+
+    @abstractmethod
+    def make(self, at: Setup, place: "Place") -> Report | None:
+        """Do the work; every process calls it.
+
+        Args:
+            at: what it works with.
+            place: its folder and its key, for files that an interrupted study goes on from.
+
+        Returns:
+            What to write, None but on the first process.
+        """
+
+
+@dataclass(frozen=True)
+class Place:
+    """One study's folder.
+
+    Attributes:
+        name: of its options in the configuration.
+        folder: named by the key.
+        key: of all that it comes from.
+    """
+
+    name: str
+    folder: Path
+    key: str
+
+    @classmethod
+    def of(cls, at: Setup, name: str, study: Study) -> "Place":
+        """The study of this name, for its options and all that it is made from."""
+        key = study_key(at, name, study)
+        return cls(name, named(at.run.folder, name, f"-{at.solver.name}", key), key)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether its results are there."""
+        return (read_json(self.folder / "results.json") or {}).get("key") == self.key
+
+    def write(self, report: Report, at: Setup) -> None:
+        """Write everything; results.json comes last: its presence says that all else is there."""
+        for file, text in report.tables.items():
+            write_text(self.folder / file, text)
+        cfg, mine = at.run.cfg, f"{self.name}/"
+        board.write_study(
+            self.folder / "tensorboard",
+            {mine + name: value for name, value in report.scalars.items()},
+            {mine + name: points for name, points in report.curves.items()},
+            report.figures,
+            Loggers(cfg.get("logger"), self.folder, self.folder.parent.name, self.name),
+            {**at.settings, self.name: plain(cfg[self.name])},
+            pdf=bool(OmegaConf.select(cfg, "report.pdf", default=True)),
+        )
+        headlines = {mine + name: value for name, value in report.headlines.items()}
+        record = {"key": self.key, "headlines": headlines, **report.results}
+        write_json(self.folder / "results.json", finite(record))
+
+
+def studies_of(cfg: DictConfig) -> dict[str, Study]:
+    """The studies that are asked for, by name; the configuration then holds what files gave.
 
     Raises:
-        UserError: if it is no study.
+        UserError: for anything else in the place of one.
     """
-    given = run.cfg.get(name)
-    if given is None:
-        return None
-    if not isinstance(given, DictConfig) or "_target_" not in given:
-        raise UserError(f"{name}={given} is no study; ask for one by experiment=...")
-    return instantiate(given, _convert_="all")
+    found: dict[str, Study] = {}
+    for name, options in cfg.items():
+        if _makes_a_study(options):
+            study = found[str(name)] = instantiate(options, _convert_="all")
+            with read_write(cfg), open_dict(cfg):
+                options.update(study.settled)
+        elif options is not None and name in _open_places():
+            raise UserError(f"{name}={options} is no study; ask for one by experiment=...")
+    return found
+
+
+def _makes_a_study(options: Any) -> bool:
+    target = options.get("_target_") if isinstance(options, DictConfig) else None
+    if not isinstance(target, str):
+        return False
+    try:
+        kind = get_object(target)
+    except Exception:  # instantiate says what is wrong with it
+        return True
+    return inspect.isclass(kind) and issubclass(kind, Study)
+
+
+def _open_places() -> set[str]:
+    """Names that the shipped configuration leaves to studies."""
+    path = CONFIGS / "train.yaml"
+    shipped: Any = OmegaConf.load(path) if path.is_file() else {}
+    return {str(k) for k, v in shipped.items() if v is None and not is_aside(str(k))}
+
+
+def make_study(at: Setup, name: str, study: Study) -> Path:
+    """The study's folder; what is missing in it is made."""
+    place = Place.of(at, name, study)
+    made = place.is_made
+    barrier()  # nobody writes before everybody has looked
+    if not made:
+        report = study.make(at, place)
+        if report is not None:
+            place.write(report, at)
+        barrier()
+    log.info("%s: %s %s", name, "made before, in" if made else "in", place.folder)
+    return place.folder
+
+
+def study_key(at: Setup, name: str, study: Study) -> str:
+    """Key of all that a study comes from."""
+    options = _uncut(plain(at.run.cfg[name]))
+    return key_of(*study.made_from(at), options, code_of(options))
+
+
+def _uncut(options: Any) -> Any:
+    """Options without those that say how the work is cut up, in any nesting."""
+    if isinstance(options, Mapping):
+        return {k: _uncut(v) for k, v in options.items() if k not in _CUT}
+    return [_uncut(each) for each in options] if isinstance(options, list) else options
 
 
 def check_judge(run: Run, name: str) -> None:
@@ -57,86 +260,30 @@ def check_judge(run: Run, name: str) -> None:
         )
 
 
-def with_effect(options: Any) -> dict[str, Any]:
-    """Options of a configuration group, without those that change no result."""
-    return {k: v for k, v in plain(options).items() if k not in WITHOUT_EFFECT}
+def with_effect(options: Any, *without: str) -> dict[str, Any]:
+    """Options of an estimator, without these and those that change no map."""
+    return {k: v for k, v in plain(options).items() if k not in (*WITHOUT_EFFECT, *without)}
 
 
 def scored(run: Run) -> dict[str, Any]:
-    """Options of ``metrics`` that change a score."""
-    return {k: v for k, v in plain(run.cfg.metrics).items() if k != "export"}
+    """Options of ``metrics`` that change a score of given images, their number not among them."""
+    return {k: v for k, v in plain(run.cfg.metrics).items() if k not in (*UNSCORED, "num_images")}
 
 
-def conditions(
-    run: Run, solver: Solver, posterior: HeadPosterior, estimator: Estimator | None = None
-) -> str:
-    """What a study's figures are made from, a sentence for their captions."""
-    found = {
-        "data": run.data.data.name,
-        "model": run.model.path.family,
-        "prediction": run.model.prediction,
-        "solver.name": solver.name,
-        "solver.num_steps": solver.num_steps,
-        "structure": posterior.structure,
-        "sigma_noise": posterior.sigma_noise,
-        "prior_precision": posterior.prior_precision,
-    }
-    more = "" if estimator is None else f", estimator\u00a0{estimator.name}"
-    return f"Conditions: {conditions_of(found)}{more}."
+def conditions(settings: Mapping[str, Any]) -> str:
+    """What figures are made from, a sentence for their captions, by the run's settings.
 
-
-def pdf(run: Run) -> bool:
-    """Whether a figure is there as PDF as well."""
-    return bool(OmegaConf.select(run.cfg, "report.pdf", default=True))
-
-
-@dataclass(frozen=True)
-class Study:
-    """One study's folder.
-
-    Attributes:
-        name: of its options in the configuration.
-        folder: named by the key.
-        key: of all that it comes from.
-        is_made: whether its results are there.
-        options: of the loggers.
+    Args:
+        settings: those that count; without ``uncertainty.name`` no estimator is named.
     """
+    name = settings.get("uncertainty.name")
+    more = "" if name is None else f", estimator\u00a0{name}"
+    return f"Conditions: {conditions_of(settings)}{more}."
 
-    name: str
-    folder: Path
-    key: str
-    is_made: bool
-    options: Any = None
 
-    @classmethod
-    def of(cls, run: Run, name: str, solver: str, *made_from: Any) -> "Study":
-        """The study for these options and all that it is made from."""
-        key = key_of(*made_from, with_effect(run.cfg[name]))
-        folder = run.folder / f"{name}-{solver}-{key[:8]}"
-        is_made = (read_json(folder / "results.json") or {}).get("key") == key
-        barrier()  # nobody writes before everybody has looked
-        if is_made:
-            log.info("%s: made before, in %s", name, folder)
-        return cls(name, folder, key, is_made, run.cfg.get("logger"))
-
-    @property
-    def loggers(self) -> Loggers:
-        """The run's, for this study."""
-        return Loggers(self.options, self.folder, self.folder.parent.name, self.name)
-
-    def close(
-        self, results: dict[str, Any], headlines: Mapping[str, float | None] | None = None
-    ) -> None:
-        """Write results.json, whose presence says that all else is there.
-
-        Args:
-            results: everything.
-            headlines: the few numbers that go into the cell's metrics, with their conditions in
-                their names: ``gain@0.8`` becomes ``filtering/gain@0.8``.
-        """
-        numbers = {f"{self.name}/{name}": value for name, value in (headlines or {}).items()}
-        record = {"key": self.key, "headlines": numbers, **results}
-        write_json(self.folder / "results.json", finite(record))
+def without(settings: Mapping[str, Any], *prefixes: str) -> dict[str, Any]:
+    """Settings whose names begin with none of these."""
+    return {name: value for name, value in settings.items() if not name.startswith(prefixes)}
 
 
 def headlines_of(folders: Iterable[Path]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayesdiff.report import table
+from bayesdiff.report.layout import estimator_of
 from bayesdiff.report.style import CAPTIONS_FILE
 from bayesdiff.storage.artefacts import read_json, write_text
 
@@ -181,7 +182,7 @@ def conditions_of(rows: Sequence[Row]) -> dict[str, str]:
         "seed": [s.get("seed") for s in settings],
         "solver": [s.get("solver.name") for s in settings],
         "NFE": [m.get("nfe") for m in metrics],
-        "estimator": [_estimator(s) for s in settings],
+        "estimator": [estimator_of(s) for s in settings],
         "images with maps": [s.get("uncertainty.num_images") for s in settings],
         "images scored": sizes,
         "feature extractor": features,
@@ -212,15 +213,9 @@ def flatten(row: Mapping[str, Any], keys: Sequence[str]) -> Row:
     given = dict(override.partition("=")[::2] for override in row["overrides"])
     flat: Row = {key: _number(given.get(key, "")) for key in keys}
     if row.get("settings", {}).get("uncertainty.instead_of"):
-        flat[MAPS_BY] = _estimator(row["settings"])
+        flat[MAPS_BY] = estimator_of(row["settings"])
     flat |= {"status": row["status"], **row.get("metrics", {}), "seconds": row["seconds"]}
     return flat | {"folder": row.get("folder", ""), "error": row.get("error", "")}
-
-
-def _estimator(settings: Mapping[str, Any]) -> str | None:
-    """What made the maps, and what was asked for if it is not that."""
-    name, asked = (settings.get(f"uncertainty.{key}") for key in ("name", "instead_of"))
-    return f"{name}, in place of {asked} for few maps" if asked else name
 
 
 def shown_metrics(rows: Sequence[Row]) -> list[str]:

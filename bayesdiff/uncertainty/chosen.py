@@ -94,17 +94,18 @@ def _class(label: Any, classes: Sequence[str], count: int) -> int:
     Raises:
         UserError: for another one.
     """
-    if isinstance(label, str) and label in classes:
-        return classes.index(label)
-    other = classes.index(str(label)) if str(label) in classes else label
-    if isinstance(label, int) and other != label and label < len(classes):
+    number = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < count
+    named = None if isinstance(label, bool) or str(label) not in classes else str(label)
+    if named is not None and not number:  # text, or a number that no class has
+        return classes.index(named)
+    if named is not None and (other := classes.index(named)) != label:
         raise UserError(
             f"uncertainty.labels {label} is the number of class {classes[label]!r}, and the name "
             f"of class number {other}; give names in quotes, such as '\"{label}\"'"
         )
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
+    if not number:
         raise UserError(
             f"unknown uncertainty.labels {label!r}; choose from 0 to {count - 1}"
             + (f", or by name: {few(classes, 20)}" if classes else "")
         )
-    return label
+    return int(label)

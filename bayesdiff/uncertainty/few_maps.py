@@ -38,7 +38,7 @@ def for_few_maps(estimator: Estimator, start: Trajectory, maps: int) -> tuple[Es
     shared = {field.name: getattr(estimator, field.name) for field in fields(Estimator)}
     if estimator != Refined(few_maps="ensemble", **shared):
         return estimator, ""
-    ensemble = Ensemble(members=MEMBERS, instead_of=estimator.name, **shared)
+    ensemble = Ensemble(members=MEMBERS, **shared)
     cost = maps * ensemble.evaluations(start)
     refined = training(estimator, start) + maps * estimator.evaluations(start)
     if refined <= cost:

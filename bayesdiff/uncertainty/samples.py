@@ -44,8 +44,7 @@ class Samples:
         state_variance: their variance, of the same shape.
         units: ``model`` for images in [-1, 1], ``unit`` for [0, 1].
         numbers: ``(B,)``, of the samples; None for 0, 1, ...
-        spatial: ``(S, B)`` variance, over channels and pixels, of the map at each of ``times``;
-            None in files of version 0.1.0.
+        spatial: ``(S, B)`` variance over channels and pixels of the map at ``times``, or None.
     """
 
     images: Tensor
@@ -95,7 +94,6 @@ class Samples:
         values = {f.name: getattr(first, f.name) for f in fields(cls)}
         for name, dim in batched.items():
             own = [getattr(part, name) for part in parts]
-            # A part of an older version may lack what it did not know.
             values[name] = None if any(each is None for each in own) else torch.cat(own, dim)
         return cls(**values)
 
@@ -158,8 +156,12 @@ class Trajectory:
     @property
     def nfe(self) -> int:
         """Network evaluations of an image without its uncertainty."""
+        return self.evaluations(self.steps())
+
+    def evaluations(self, steps: Sequence[Step]) -> int:
+        """Network evaluations per image of these steps."""
         guided = self.solver.guidance != 1 and self.labels is not None
-        return (2 if guided else 1) * sum(len(step.times) for step in self.steps())
+        return (2 if guided else 1) * sum(len(step.times) for step in steps)
 
     def draw(self) -> Tensor:
         """The next noise of the batch, ``(B, C, H, W)``."""

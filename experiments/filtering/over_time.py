@@ -25,11 +25,8 @@ from bayesdiff.runs.address import Address
 from bayesdiff.runs.stages import judge
 from bayesdiff.runs.training import fit
 from bayesdiff.storage.artefacts import finite, read_json, write_json
-from bayesdiff.studies.filtering.filtering import Filtering
 from bayesdiff.studies.filtering.gains import gains
 from bayesdiff.studies.filtering.profile import profile
-from bayesdiff.studies.image_pool import ImagePool
-from bayesdiff.studies.study import configured
 from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES
 
 if TYPE_CHECKING:
@@ -47,17 +44,15 @@ def of_model(model: str, *more: str) -> list[dict[str, Any]]:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", ["experiment=filtering", *POOL, *MODELS[model], *more])
     run, solver, own, laplace = pipeline.prepare(cfg)
-    wanted: Filtering = configured(run, "filtering")
+    wanted = run.studies["filtering"]
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
     posterior = laplace.fit(run.model, run.data.data)
-    made_from = Address.of(run, solver, own, posterior, weights).made_from
+    setup = Address.of(run, solver, own, posterior, weights).setup
     extractor, reference = judge(run)
     tables = []
     for seed in wanted.seeds:
-        made = ImagePool(
-            run, solver, posterior, wanted.num_images, seed, run.folder / "pools", made_from
-        )
+        made = setup.pool(wanted.num_images, seed)
         samples = made.maps(own).in_model_range()
         labels = samples.labels
         assert labels is not None  # filtering asks for classes

@@ -17,10 +17,8 @@ from omegaconf import DictConfig
 
 from bayesdiff import pipeline
 from bayesdiff.report import figures, table
-from bayesdiff.runs.training import fit
-from bayesdiff.storage.artefacts import key_of, read_json, write_json, write_text
+from bayesdiff.storage.artefacts import read_json, write_json, write_text
 from bayesdiff.studies.prior_ablation import figures as ablation
-from bayesdiff.studies.prior_ablation.ablation import ablate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -48,13 +46,7 @@ def configure(model: str, *more: str) -> DictConfig:
 
 def grid(cfg: DictConfig) -> dict[str, Any]:
     """The numbers of one model's grid; training and curvature are made if they do not exist."""
-    run, solver, _, laplace = pipeline.prepare(cfg)
-    weights = fit(run, laplace)
-    run.model.to(run.device).eval()
-    posterior = laplace.fit(run.model, run.data.data)
-    made_from = key_of(weights, cfg.seed, solver, pipeline.settings_of(posterior))
-    folder = ablate(run, solver, posterior, made_from)
-    assert folder is not None
+    (folder,) = pipeline.run(cfg).studies
     found = read_json(folder / "results.json")
     assert found is not None
     return found

@@ -6,47 +6,32 @@ features.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, listed, seed_of, share
 from bayesdiff.data.module import to_uint8
-from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.machine.ranks import barrier, rank
+from bayesdiff.machine.ranks import rank
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.selection import kept_count
 from bayesdiff.metrics.subsets import pool
-from bayesdiff.report import board, table
+from bayesdiff.report import table
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.stages import judge
 from bayesdiff.solvers import Solver
-from bayesdiff.storage.artefacts import write_text
 from bayesdiff.studies.filtering import figures as pictures
 from bayesdiff.studies.filtering.choice import choice
 from bayesdiff.studies.filtering.gains import NAMES, SCORES, VALUES, Row, gains
 from bayesdiff.studies.filtering.profile import PROFILE, profile
 from bayesdiff.studies.filtering.rules import RULE_NAMES, factor_of, rule_gains
-from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.scoring import ScoreOptions, check_scores, doubts_of, seen_of
-from bayesdiff.studies.study import (
-    Study,
-    check_judge,
-    conditions,
-    configured,
-    pdf,
-    scored,
-    with_effect,
-)
+from bayesdiff.studies.study import Place, Report, Setup, Study, check_judge, conditions, scored
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.memory import images_at_once
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Judged(NamedTuple):
@@ -67,7 +52,7 @@ _KEPT = ("keep", "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filtering(ScoreOptions):
+class Filtering(ScoreOptions, Study):
     """What is generated, scored and kept; the options of the scores come on top.
 
     Args:
@@ -118,33 +103,74 @@ class Filtering(ScoreOptions):
         at_least("filtering.draws", self.draws, 2)
         seed_of("filtering.seed", self.seed)
 
+    @property
+    def map_count(self) -> int:
+        """Those of all pools."""
+        return self.num_images * len(self.seeds)
 
-def check_filtering(run: Run, solver: Solver, own: Estimator) -> None:
-    """Refuse before any work what could not be scored; nothing where no filtering is asked for.
+    def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
+        """Refuse what could not be scored.
 
-    Raises:
-        UserError: for data without labels, or a map that the solver cannot serve.
-    """
-    wanted: Filtering | None = configured(run, "filtering")
-    if wanted is None:
-        return
-    check_judge(run, "filtering")
-    _check_keep(wanted, run)
-    if own.name in wanted.maps:
-        raise UserError(
-            f"filtering.maps.{own.name} has the name of the run's own estimator; "
-            f"add it under another name, or remove it: ~filtering.maps.{own.name}"
-        )
-    for name, estimator in wanted.maps.items():
-        if not isinstance(estimator, Estimator):
+        Raises:
+            UserError: for data without labels, or a map that the solver cannot serve.
+        """
+        check_judge(run, "filtering")
+        _check_keep(self, run)
+        if estimator.name in self.maps:
             raise UserError(
-                f"filtering.maps.{name} is no estimator, got {estimator!r}; give its _target_, "
-                "such as bayesdiff.uncertainty.MCDropout"
+                f"filtering.maps.{estimator.name} has the name of the run's own estimator; "
+                f"add it under another name, or remove it: ~filtering.maps.{estimator.name}"
             )
-        estimator.check(solver)
-        estimator.check_run(run)
-        images_at_once(estimator, solver, run.model, run.data.data.images.shape[1:])
-    check_scores(wanted, run)
+        for name, other in self.maps.items():
+            if not isinstance(other, Estimator):
+                raise UserError(
+                    f"filtering.maps.{name} is no estimator, got {other!r}; give its _target_, "
+                    "such as bayesdiff.uncertainty.MCDropout"
+                )
+            other.check(solver)
+            other.check_run(run)
+            images_at_once(other, solver, run.model, run.data.data.images.shape[1:])
+        check_scores(self, run)
+
+    def made_from(self, at: Setup) -> list[Any]:
+        """Every estimator's maps, and what judges them."""
+        others = [other.sources(at.run) for other in self.maps.values()]
+        return [at.made_from, at.of_maps, others, scored(at.run)]
+
+    def make(self, at: Setup, place: Place) -> Report | None:
+        """Every score's gain."""
+        own = at.estimator.name
+        results, shown = self._over_seeds(at)
+        if shown is None:  # on another process than the first
+            return None
+        rows = sorted(
+            (row for row in results["over_seeds"] if row["keep"] == self.main_keep),
+            key=lambda row: (row["mode"], -row["z"]),
+        )
+        return Report(
+            results,
+            pictures.every(results, *shown, own, conditions(at.settings)),
+            _tables(results, rows),
+            {f"{row['mode']}/{row['score']}/z": row["z"] for row in rows},
+            pictures.headlines(results, own),
+        )
+
+    def _over_seeds(self, at: Setup) -> tuple[dict[str, Any], Shown | None]:
+        """Numbers of all seeds, empty but on the first process, and what the first pool shows."""
+        tables: list[Judged] = []
+        shown: Shown | None = None
+        for seed in self.seeds:
+            made = at.pool(self.num_images, seed)
+            by_name = {at.estimator.name: at.estimator, **self.maps}
+            maps = {name: made.maps(each).in_model_range() for name, each in by_name.items()}
+            own = maps[at.estimator.name]
+            seen, spent = seen_of(made, self, own.images)
+            nfe = {name: each.nfe for name, each in maps.items()} | spent
+            if rank() == 0:
+                scores = doubts_of(at.run, maps, seen, self.seed)
+                tables.append(_judged(at.run, self, maps, scores))
+                shown = shown or (own, scores)
+        return (_results(self, tables, nfe) if tables else {}), shown
 
 
 def _check_keep(wanted: Filtering, run: Run) -> None:
@@ -162,64 +188,6 @@ def _check_keep(wanted: Filtering, run: Run) -> None:
                 f"filtering.keep={value} of {what} discards or keeps none; raise "
                 f"filtering.num_images={wanted.num_images}, or leave that share out"
             )
-
-
-def filter_images(
-    run: Run, solver: Solver, own: Estimator, posterior: HeadPosterior, made_from: str
-) -> Path | None:
-    """Tables and figures of every score's gain, in a folder of their own; results.json last.
-
-    Args:
-        run: with its trained model.
-        solver: of the samples.
-        own: the run's estimator.
-        posterior: of the head.
-        made_from: key of the network, the solver and the posterior.
-
-    Returns:
-        The folder, None where no filtering is asked for.
-    """
-    wanted: Filtering | None = configured(run, "filtering")
-    if wanted is None:
-        return None
-    sources = [each.sources(run) for each in (own, *wanted.maps.values())]
-    of_maps, of_scores = with_effect(run.cfg.uncertainty), scored(run)
-    study = Study.of(run, "filtering", solver.name, made_from, of_maps, sources, of_scores)
-    if study.is_made:
-        return study.folder
-    results, shown = _over_seeds(run, solver, own, posterior, wanted, made_from)
-    if shown is not None:  # on the first process
-        made = pictures.every(results, *shown, own.name, conditions(run, solver, posterior, own))
-        _report(study, wanted, results, made, pdf(run))
-        study.close(results, pictures.headlines(results, own.name))
-    barrier()
-    log.info("filtering: %d seeds in %s", len(wanted.seeds), study.folder)
-    return study.folder
-
-
-def _over_seeds(
-    run: Run,
-    solver: Solver,
-    own: Estimator,
-    posterior: HeadPosterior,
-    wanted: Filtering,
-    made_from: str,
-) -> tuple[dict[str, Any], Shown | None]:
-    """Numbers of all seeds, empty but on the first process, and what the first pool shows."""
-    tables: list[Judged] = []
-    shown: Shown | None = None
-    for seed in wanted.seeds:
-        made = ImagePool(
-            run, solver, posterior, wanted.num_images, seed, run.folder / "pools", made_from
-        )
-        maps = {own.name: made.maps(own)} | {k: made.maps(v) for k, v in wanted.maps.items()}
-        seen, spent = seen_of(made, wanted, maps[own.name].in_model_range().images)
-        nfe = {name: each.nfe for name, each in maps.items()} | spent
-        if rank() == 0:
-            scores = doubts_of(run, maps, seen, wanted.seed)
-            tables.append(_judged(run, wanted, maps, scores))
-            shown = shown or (maps[own.name], scores)
-    return (_results(wanted, tables, nfe) if tables else {}), shown
 
 
 def _judged(
@@ -268,23 +236,14 @@ def _results(
     return results
 
 
-def _report(
-    study: Study,
-    wanted: Filtering,
-    results: Mapping[str, Any],
-    made: Iterable[tuple[str, "Figure"]],
-    as_pdf: bool,
-) -> None:
-    """Table, figures and loggers."""
-    folder = study.folder
-    rows = sorted(
-        (row for row in results["over_seeds"] if row["keep"] == wanted.main_keep),
-        key=lambda row: (row["mode"], -row["z"]),
-    )
+def _tables(results: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, str]:
+    """Markdown by the names of the files; ``rows`` are those of the main share."""
     columns = ["mode", "score", "z", "z_low", "z_high", "fid", "fid_gain", "precision_gain"]
     of_others = [f"{name}_z" for name in SCORES if name != "fid"]
-    write_text(folder / "table.md", table.markdown(rows, columns))
-    write_text(folder / "table-z.md", table.markdown(rows, ["mode", "score", "z", *of_others]))
+    tables = {
+        "table.md": table.markdown(rows, columns),
+        "table-z.md": table.markdown(rows, ["mode", "score", "z", *of_others]),
+    }
     if results["profile"]:
         # Nothing can be found where the judge sees no image, or every one, as another class.
         shown_of = [name for name in PROFILE if isfinite(results["profile"][0][name])]
@@ -292,11 +251,9 @@ def _report(
             results["profile"],
             key=lambda row: -row[shown_of[0]] if isfinite(row[shown_of[0]]) else 0,
         )
-        write_text(folder / "table-profile.md", table.markdown(follows, ["score", *shown_of]))
-    if wanted.rules:
+        tables["table-profile.md"] = table.markdown(follows, ["score", *shown_of])
+    if "rules" in results:
         by_rule = sorted(results["rules"], key=lambda row: (row["rule"], row["mode"]))
         columns = [*RULE_NAMES, "keep", "fid", "fid_gain", "z", "z_low", "z_high"]
-        write_text(folder / "table-rules.md", table.markdown(by_rule, columns))
-    scalars = {f"filtering/{row['mode']}/{row['score']}/z": row["z"] for row in rows}
-    told = study.loggers, results["conditions"]
-    board.write_study(folder / "tensorboard", scalars, {}, made, *told, pdf=as_pdf)
+        tables["table-rules.md"] = table.markdown(by_rule, columns)
+    return tables

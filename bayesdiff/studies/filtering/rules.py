@@ -78,7 +78,8 @@ def rule_gains(
 
     Returns:
         One row for each rule, mode and score, as ``gains`` has them, with ``rule``, and ``keep``,
-        the share that was kept. NaN where a rule discards none, or keeps fewer than two.
+        the share that was kept. A rule that discards none gains 0, with None for z; one that keeps
+        fewer than two has None for all figures.
     """
     at_least("subsets", subsets, 2)
     images = replace(images, more=None)  # FID and precision alone
@@ -93,14 +94,24 @@ def rule_gains(
                 count = int(keep.sum())
                 name = {"score": score, "mode": mode, "rule": rule}
                 row = name | {"keep": count / len(keep), "kept": count}
-                if count < 2:
-                    rows.append(row | dict.fromkeys(_FIGURES, torch.nan))
-                    continue
-                chance = _as_many(keep, groups, seed, subsets)
-                own = images.figures(keep.nonzero().flatten()[None])
-                found = against(own, images.figures(chance), level)
-                rows.append(row | {key: float(value[0]) for key, value in found.items()})
+                rows.append(row | _against_chance(images, keep, groups, seed, subsets, level))
     return rows
+
+
+def _against_chance(
+    images: Pool, keep: Tensor, groups: Tensor | None, seed: int, subsets: int, level: float
+) -> Row:
+    """Figures of the images that are kept, against random choices of as many."""
+    count = int(keep.sum())
+    if count < 2:
+        return dict.fromkeys(_FIGURES)
+    own = images.figures(keep.nonzero().flatten()[None])
+    chance = images.figures(_as_many(keep, groups, seed, subsets))
+    row: Row = {key: float(value[0]) for key, value in against(own, chance, level).items()}
+    if count == len(keep):
+        # Every choice is all images: what they differ by, and its sd, is rounding.
+        row |= {"fid_gain": 0.0, "z": None, "precision_gain": 0.0, "precision_z": None}
+    return row
 
 
 def _as_many(keep: Tensor, groups: Tensor | None, seed: int, subsets: int) -> Tensor:

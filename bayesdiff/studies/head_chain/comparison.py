@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class ChainTest:
         """All draws of all weights, ``(S K, C_out P)``."""
         return self.draws.flatten(2).flatten(0, 1)
 
+    @cached_property
     def structures(self) -> dict[str, HeadPosterior]:
         """The posteriors to compare, all of the same pass, noise level and prior."""
         given = self.posterior
@@ -96,7 +98,7 @@ def measure(test: ChainTest, head: nn.Module) -> dict[str, Any]:
     found |= marginals(test.posterior, flat, ess) | joint(test.posterior, draws, ess)
     own = flat.std(0)
     predicted = apply_head(head, test.features, test.draws[::_EVERY].flatten(0, 1)).var(0)
-    for name, posterior in test.structures().items():
+    for name, posterior in test.structures.items():
         predictive = (posterior.predictive_variance(test.features[0]) / predicted).sqrt()
         found |= spread_of(f"{name}.sd_ratio", sds(posterior) / own)
         found |= spread_of(f"{name}.predictive_sd_ratio", predictive.flatten())

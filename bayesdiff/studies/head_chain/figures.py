@@ -85,7 +85,7 @@ def normal_plot(axes: "Axes", z: np.ndarray) -> None:
 def costs(axes: "Axes", test: ChainTest) -> None:
     """Marginal sd of every structure over the chains'."""
     own = test.flat.std(0)
-    ratios = {name: (sds(p) / own).numpy() for name, p in test.structures().items()}
+    ratios = {name: (sds(p) / own).numpy() for name, p in test.structures.items()}
     look: dict[str, Any] = {"whis": (5, 95), "showfliers": False, "widths": 0.6}
     labels = [name.replace("empirical_fisher", "empirical\nFisher") for name in ratios]
     axes.axvline(1, color="0.3", linestyle="--", linewidth=0.8)

@@ -5,12 +5,10 @@ log posterior through the network's own head, and the closed form of the same pa
 its draws. For a Gaussian likelihood both are the same, of a diffusion model as of a flow.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,22 +19,29 @@ from bayesdiff.laplace.chain import Chains, sample_chains
 from bayesdiff.laplace.curvature import batches, fit_curvature
 from bayesdiff.laplace.head import HeadGeometry, apply_head
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.report import board, table
-from bayesdiff.runs.build import Run
+from bayesdiff.report import table
+from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.fit_key import network_code
 from bayesdiff.runs.processes import check_devices
-from bayesdiff.storage.artefacts import key_of, read_arrays, weights_key, write_arrays, write_text
+from bayesdiff.solvers import Solver
+from bayesdiff.storage.artefacts import read_arrays, weights_key, write_arrays
 from bayesdiff.studies.head_chain.comparison import ChainTest, measure
 from bayesdiff.studies.head_chain.figures import posterior_and_chains
-from bayesdiff.studies.study import Study, configured, pdf
-
-log = logging.getLogger(__name__)
+from bayesdiff.studies.study import Place, Report, Setup, Study, conditions, without
+from bayesdiff.uncertainty import Estimator
 
 _PREDICTED = 20  # images that predictions are compared on
+_AT_ONCE = 64  # images of the pass in one network evaluation
 _MOST_BYTES = 2 * 2**30  # of all draws; their figures take a few times as much
+_MOST_OF_A_STEP = 4 * 2**30
+_HELD = 5  # tensors of all chains' images that a step keeps for its derivative
+_HEADLINES = (
+    "full.sd_error_max", "ks_max", "ks_p_min", "chain.r_hat_max", "distance_from_optimum",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadChain:
+class HeadChain(Study):
     """The pass and the chains.
 
     Args:
@@ -63,114 +68,116 @@ class HeadChain:
         positive("head_chain.step", self.step)
         seed_of("head_chain.seed", self.seed)
 
+    def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
+        """Refuse what no chain can follow.
 
-def check_head_chain(run: Run) -> None:
-    """Refuse before any work what no chain can follow; nothing where it is not asked for.
+        Raises:
+            UserError: for several noise levels, several processes, or more than memory holds.
+        """
+        there = len(run.data.data.images)
+        if self.num_images > there:
+            raise UserError(
+                f"head_chain.num_images={self.num_images} is more than the {there} training "
+                "images; use fewer"
+            )
+        if run.cfg.laplace.sigma_noise == "mle_per_time":
+            raise UserError(
+                "head_chain compares with one noise level, laplace.sigma_noise=mle_per_time has "
+                "several; use mle, or a number"
+            )
+        if check_devices(run.cfg) > 1:
+            raise UserError(
+                f"head_chain follows its chains in one process, trainer.devices="
+                f"{run.cfg.trainer.devices} are several; train first, then give trainer.devices=1"
+            )
+        self._check_memory(run)
 
-    Raises:
-        UserError: for several noise levels, several processes, or more than memory holds.
-    """
-    wanted: HeadChain | None = configured(run, "head_chain")
-    if wanted is None:
-        return
-    there = len(run.data.data.images)
-    if wanted.num_images > there:
-        raise UserError(
-            f"head_chain.num_images={wanted.num_images} is more than the {there} training images; "
-            "use fewer"
+    def _check_memory(self, run: Run) -> None:
+        """Refuse draws, or a step of all chains over all images, that would take too much.
+
+        Raises:
+            UserError: naming the options that make them large.
+        """
+        head: Any = run.model.net.head
+        kept = 8 * self.chains * self.draws * len(head.weight) * HeadGeometry.of(head).size
+        values = run.data.data.images[0].numel()
+        step = 8 * _HELD * self.chains * self.num_images * values
+        for name, size, most in (
+            ("draws", kept, _MOST_BYTES), ("num_images", step, _MOST_OF_A_STEP),
+        ):  # fmt: skip
+            if size > most:
+                raise UserError(
+                    f"head_chain.{name}={getattr(self, name)} of head_chain.chains={self.chains} "
+                    f"take {size / 2**30:.1f} GiB here, more than {most / 2**30:.0f}; lower them"
+                )
+
+    def made_from(self, at: Setup) -> list[Any]:
+        """The network and its data, noise level and prior; no solver and no other pass."""
+        cfg = at.run.cfg
+        network = [weights_key(at.run.model), cfg.model.prediction, plain(cfg.path)]
+        settings = [str(cfg.laplace.sigma_noise), str(cfg.laplace.prior_precision)]
+        return [*network, *network_code(cfg), at.run.data.data.fingerprint, *settings]
+
+    def make(self, at: Setup, place: Place) -> Report:
+        """The chains, whose draws are kept as ``draws.npz``, and their comparison."""
+        test = self._test(at.run, place)
+        found = measure(test, at.run.model.net.head)
+        own = {name: found[name] for name in ("sigma_noise", "prior_precision")}
+        made_of = conditions(
+            without(at.settings, "solver.", "uncertainty.") | own | {"structure": "full"}
         )
-    if run.cfg.laplace.sigma_noise == "mle_per_time":
-        raise UserError(
-            "head_chain compares with one noise level, laplace.sigma_noise=mle_per_time has "
-            "several; use mle, or a number"
-        )
-    if check_devices(run.cfg) > 1:
-        raise UserError(
-            f"head_chain follows its chains in one process, trainer.devices="
-            f"{run.cfg.trainer.devices} are several; train first, then give trainer.devices=1"
-        )
-    head: Any = run.model.net.head
-    outputs = head.weight.shape[0]
-    size = 8 * wanted.chains * wanted.draws * outputs * HeadGeometry.of(head).size
-    if size > _MOST_BYTES:
-        raise UserError(
-            f"head_chain.draws={wanted.draws} of head_chain.chains={wanted.chains} take "
-            f"{size / 2**30:.1f} GiB for this head; lower them"
+        passed = f"{self.num_images} images with one (t, noise) draw each, frozen features"
+        figure = posterior_and_chains(test, found, f"{made_of} {passed}")
+        shown = {name: found[name] for name in _HEADLINES}
+        rows: list[table.Row] = [{"figure": k, "value": v} for k, v in found.items()]
+        return Report(
+            found,
+            [("head_chain/posterior_and_chains", figure)],
+            {"table.md": table.markdown(rows)},
+            scalars=shown,
+            headlines=shown,
         )
 
+    @torch.no_grad()
+    def _test(self, run: Run, place: Place) -> ChainTest:
+        """The pass, and its chains."""
+        data, laplace = run.data.data, run.cfg.laplace
+        once: dict[str, Any] = {
+            "num_images": self.num_images, "batch_size": _AT_ONCE, "seed": self.seed,
+        }  # fmt: skip
+        curvature = fit_curvature(run.model, data.images, data.labels, source=place.key, **once)
+        posterior = HeadPosterior.fit(
+            curvature, sigma_noise=laplace.sigma_noise, prior_precision=laplace.prior_precision
+        )
+        parts = list(batches(run.model, data.images, data.labels, draws=1, **once))
+        features = torch.cat([part.features for part in parts]).double().cpu()[None]
+        target = torch.cat([part.target for part in parts]).double().cpu()
+        path = place.folder / "draws.npz"
+        kept = read_arrays(path, place.key)
+        if kept is None:
+            began = time.process_time()
+            chains = self._sampled(run, posterior, features, target)
+            seconds = torch.tensor(time.process_time() - began)
+            kept = {"draws": chains.draws, "acceptance": chains.acceptance, "seconds": seconds}
+            write_arrays(path, place.key, kept)
+        made = kept["draws"], kept["acceptance"], float(kept["seconds"])
+        return ChainTest(posterior, *made, features[:, :_PREDICTED])
 
-def chain_head(run: Run) -> Path | None:
-    """Numbers, a figure and all draws, in a folder of their own; results.json last.
-
-    Args:
-        run: with its trained model.
-
-    Returns:
-        The folder, None where it is not asked for.
-    """
-    wanted: HeadChain | None = configured(run, "head_chain")
-    if wanted is None:
-        return None
-    laplace = run.cfg.laplace
-    settings = [str(laplace.sigma_noise), str(laplace.prior_precision)]
-    parts = [weights_key(run.model), run.data.data.fingerprint, settings]
-    study = Study.of(run, "head_chain", "hmc", *parts)
-    if study.is_made:
-        return study.folder
-    test = make(run, wanted, study)
-    found = measure(test, run.model.net.head)
-    _report(run, study, wanted, test, found)
-    study.close(found, {name: found[name] for name in _HEADLINES})
-    log.info("head_chain: %d draws in %s", found["chain.draws"], study.folder)
-    return study.folder
-
-
-@torch.no_grad()
-def make(run: Run, wanted: HeadChain, study: Study) -> ChainTest:
-    """The pass, and its chains, which are kept as ``draws.npz``."""
-    data = run.data.data
-    once: dict[str, Any] = {
-        "num_images": wanted.num_images,
-        "batch_size": wanted.num_images,
-        "seed": wanted.seed,
-    }
-    source = "-".join([weights_key(run.model), data.fingerprint, key_of(once)])
-    curvature = fit_curvature(run.model, data.images, data.labels, source=source, **once)
-    posterior = HeadPosterior.fit(
-        curvature,
-        sigma_noise=run.cfg.laplace.sigma_noise,
-        prior_precision=run.cfg.laplace.prior_precision,
-    )
-    parts = list(batches(run.model, data.images, data.labels, **once))
-    features = torch.cat([part.features for part in parts]).double().cpu()[None]
-    target = torch.cat([part.target for part in parts]).double().cpu()
-    path = study.folder / "draws.npz"
-    kept = read_arrays(path, study.key)
-    if kept is None:
-        began = time.process_time()
-        chains = _sampled(run, wanted, posterior, features, target)
-        seconds = torch.tensor(time.process_time() - began)
-        kept = {"draws": chains.draws, "acceptance": chains.acceptance, "seconds": seconds}
-        write_arrays(path, study.key, kept)
-    made = kept["draws"], kept["acceptance"], float(kept["seconds"])
-    return ChainTest(posterior, *made, features[:, :_PREDICTED])
-
-
-def _sampled(
-    run: Run, wanted: HeadChain, posterior: HeadPosterior, features: Tensor, target: Tensor
-) -> Chains:
-    """The chains, from starts around the trained weights twice as wide as the posterior."""
-    mean = posterior.curvature.mean
-    around = torch.Generator().manual_seed(wanted.seed + 1)
-    return sample_chains(
-        loss_of(run, posterior, features, target),
-        mean + 2 * (posterior.draw(wanted.chains, around) - mean),
-        torch.linalg.cholesky(posterior.covariance),
-        draws=wanted.draws,
-        warmup=wanted.warmup,
-        step=wanted.step,
-        generator=torch.Generator().manual_seed(wanted.seed),
-    )
+    def _sampled(
+        self, run: Run, posterior: HeadPosterior, features: Tensor, target: Tensor
+    ) -> Chains:
+        """The chains, from starts around the trained weights twice as wide as the posterior."""
+        mean = posterior.curvature.mean
+        around = torch.Generator().manual_seed(self.seed + 1)
+        return sample_chains(
+            loss_of(run, posterior, features, target),
+            mean + 2 * (posterior.draw(self.chains, around) - mean),
+            torch.linalg.cholesky(posterior.covariance),
+            draws=self.draws,
+            warmup=self.warmup,
+            step=self.step,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
 
 
 def loss_of(
@@ -196,26 +203,3 @@ def loss_of(
         return fit + tau / 2 * weights.square().sum((1, 2))
 
     return loss
-
-
-_HEADLINES = (
-    "full.sd_error_max", "ks_max", "ks_p_min", "chain.r_hat_max", "distance_from_optimum",
-)  # fmt: skip
-
-
-def _report(
-    run: Run, study: Study, wanted: HeadChain, test: ChainTest, found: dict[str, Any]
-) -> None:
-    """Table, figure and loggers."""
-    folder = study.folder
-    rows = [{"figure": name, "value": value} for name, value in found.items()]
-    write_text(folder / "table.md", table.markdown(rows))
-    conditions = (
-        f"{run.data.data.name} {run.model.path.family}, seed {run.cfg.seed}, {wanted.num_images} "
-        f"images with one (t, noise) draw each, frozen features, prior_precision "
-        f"{found['prior_precision']:.3g}, sigma_noise {found['sigma_noise']:.3g}"
-    )
-    scalars = {f"head_chain/{name}": found[name] for name in _HEADLINES}
-    figure = posterior_and_chains(test, found, conditions)
-    made = [("head_chain/posterior_and_chains", figure)]
-    board.write_study(folder / "tensorboard", scalars, {}, made, study.loggers, pdf=pdf(run))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bayesdiff.report.figures import MAP_COLOURS
+from bayesdiff.report.figures import MAP_COLOURS, ceiling
 from bayesdiff.report.layout import (
     GAP,
     cell_size,
@@ -25,7 +25,7 @@ _CELL = 56
 
 
 def every(
-    results: Mapping[str, Any], images: Tensor, variance: Tensor
+    results: Mapping[str, Any], images: Tensor, variance: Tensor, conditions: str = ""
 ) -> Iterator[tuple[str, "Figure"]]:
     """All figures.
 
@@ -33,27 +33,30 @@ def every(
         results: numbers.
         images: in [-1, 1], ``(N, S, C, H, W)``.
         variance: of the same shape.
+        conditions: of the run, for the captions.
 
     Yields:
         Tag and figure.
     """
-    yield "interpolation/images_and_maps", images_and_maps(results, images, variance)
-    yield "interpolation/sum_along", sum_along(results)
+    yield "interpolation/images_and_maps", images_and_maps(results, images, variance, conditions)
+    yield "interpolation/sum_along", sum_along(results, conditions)
 
 
 @style()
-def images_and_maps(results: Mapping[str, Any], images: Tensor, variance: Tensor) -> "Figure":
+def images_and_maps(
+    results: Mapping[str, Any], images: Tensor, variance: Tensor, conditions: str = ""
+) -> "Figure":
     """The first pairs, none picked: images along the arc, their maps below on one scale."""
     images, variance = images[:_PAIRS], variance[:_PAIRS]
     maps = standard_deviation(variance)
-    top = float(maps.max()) or 1.0
+    top = ceiling(maps)
     size = width, height = cell_size(images[:, 0], _CELL)
     left, tall = 70, 2 * (height + GAP) + 10
     across = left + images.shape[1] * (width + GAP)
     caption = (
         f"The first {len(images)} of {len(results['sums'])} pairs, along the arc between their "
-        f"noises; the outer images are the samples. Maps: standard deviation, one scale for all; "
-        f"{_conditions(results)}."
+        f"noises; the outer images are the samples. Maps: standard deviation, one scale for all. "
+        f"{conditions}"
     )
     title = "Between two samples"
     figure, axes = sheet(across + 100, len(images) * tall, title, caption)
@@ -68,20 +71,20 @@ def images_and_maps(results: Mapping[str, Any], images: Tensor, variance: Tensor
             scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top}
             drawn = put(axes, maps[row, column], x, y + height + GAP, size, **scale)
     bar = axes.inset_axes((across + 10, 0, 16, len(images) * tall - 10), transform=axes.transData)
-    figure.colorbar(drawn, cax=bar).set_label("standard deviation")
+    figure.colorbar(drawn, cax=bar, extend="max").set_label("standard deviation")
     return figure
 
 
 @style()
-def sum_along(results: Mapping[str, Any]) -> "Figure":
+def sum_along(results: Mapping[str, Any], conditions: str = "") -> "Figure":
     """Summed variance along the arcs: every pair, and their mean with its interval."""
     curve = results["curve"]
     places = [row["place"] for row in curve]
     caption = (
         f"Thin: {len(results['sums'])} pairs; thick: their mean, with its 95 % interval over "
         f"pairs. Inner places against both ends: {results['rise_relative']:+.1%} "
-        f"[{results['rise_relative_low']:+.1%}, {results['rise_relative_high']:+.1%}]; "
-        f"{_conditions(results)}."
+        f"[{results['rise_relative_low']:+.1%}, {results['rise_relative_high']:+.1%}]. "
+        f"{conditions}"
     )
     figure, axes = chart(760, 420, "Uncertainty between two samples", caption)
     panel = axes[0, 0]
@@ -93,8 +96,3 @@ def sum_along(results: Mapping[str, Any]) -> "Figure":
     panel.set(xlabel="place on the arc", ylabel="variance summed over the image")
     panel.set_ylim(bottom=0)
     return figure
-
-
-def _conditions(results: Mapping[str, Any]) -> str:
-    found = results["conditions"]
-    return f"solver {found['solver']}, estimator {found['estimator']}"

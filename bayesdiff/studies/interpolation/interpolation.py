@@ -5,10 +5,9 @@ every point on it. Noise on the arc between two independent noises is itself sta
 law, so that without anything special between samples the maps are as large there as at the ends.
 """
 
-import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,30 +15,29 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, listed, seed_of
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.machine.ranks import barrier, rank
+from bayesdiff.machine.ranks import rank
 from bayesdiff.metrics.agreement import Figures, mean, with_intervals
-from bayesdiff.report import board, table
+from bayesdiff.report import table
 from bayesdiff.runs.build import Run
-from bayesdiff.runs.stages import Rows, made_rows, starts
+from bayesdiff.runs.stages import Rows, made_rows
 from bayesdiff.solvers import Solver, time_grid
-from bayesdiff.storage.artefacts import write_text
 from bayesdiff.studies.interpolation import figures as pictures
-from bayesdiff.studies.study import Study, configured, pdf, with_effect
+from bayesdiff.studies.study import Place, Report, Setup, Study, conditions
 from bayesdiff.uncertainty import Estimator, Samples, Starts
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.restart import with_state
 
-log = logging.getLogger(__name__)
+_HEADLINES = ("rise", "rise_relative", "highest_inside")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interpolation:
+class Interpolation(Study):
     """Which samples are joined, and how finely.
 
     Args:
         pairs: how many pairs of neighbouring samples of one class, or the pairs themselves by
             sample number, ``[[0, 10], [3, 13]]``; the two of a pair must be of the same class.
-        points: images along an arc, both ends among them.
+        points: images along an arc, both ends and the middle among them.
         bootstrap: samples of the intervals over pairs.
         seed: of these.
     """
@@ -50,10 +48,13 @@ class Interpolation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least("interpolation.points", self.points, 3)
+        if at_least("interpolation.points", self.points, 3) % 2 == 0:
+            raise UserError(
+                f"interpolation.points={self.points} has none in the middle; give an odd number"
+            )
         at_least("interpolation.bootstrap", self.bootstrap, 2)
         seed_of("interpolation.seed", self.seed)
-        if isinstance(self.pairs, bool) or isinstance(self.pairs, int):
+        if isinstance(self.pairs, int):
             at_least("interpolation.pairs", self.pairs)
             return
         for pair in listed("interpolation.pairs", self.pairs, "[[0,10],[3,13]]"):
@@ -89,70 +90,64 @@ class Interpolation:
                 )
         return [(one, other) for one, other in self.pairs]
 
+    @property
+    def map_count(self) -> int:
+        """Points on all arcs."""
+        pairs = self.pairs if isinstance(self.pairs, int) else len(self.pairs)
+        return pairs * self.points
 
-def check_interpolation(run: Run, solver: Solver, own: Estimator) -> None:
-    """Refuse before any work what has nothing between; nothing where it is not asked for.
+    def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
+        """Refuse what has nothing between.
 
-    Raises:
-        UserError: for a stochastic solver, whose images its later noise decides as well.
-    """
-    wanted: Interpolation | None = configured(run, "interpolation")
-    if wanted is None:
-        return
-    wanted.numbers(run.model.num_classes)
-    times = time_grid(solver.grid, run.model.path, solver.num_steps)
-    if any(step.noise for step in solver.steps(run.model.path, run.model.prediction, times)):
-        raise UserError(
-            f"interpolation needs a deterministic solver, solver={solver.name} adds noise on the "
-            "way; use solver=ddim, or another without noise"
+        Raises:
+            UserError: for a stochastic solver, whose images its later noise decides as well.
+        """
+        self.numbers(run.model.num_classes)
+        times = time_grid(solver.grid, run.model.path, solver.num_steps)
+        if any(step.noise for step in solver.steps(run.model.path, run.model.prediction, times)):
+            raise UserError(
+                f"interpolation needs a deterministic solver, solver={solver.name} adds noise on "
+                "the way; use solver=ddim, or another without noise"
+            )
+
+    def made_from(self, at: Setup) -> list[Any]:
+        """The maps."""
+        return [at.made_from, at.of_maps]
+
+    def make(self, at: Setup, place: Place) -> Report | None:
+        """Images and maps between samples, which are kept as ``path.npz``."""
+        ready = replace(at.estimator.fit(at.starts, at.posterior, at.run.folder), times=())
+        pairs = self.numbers(at.run.model.num_classes)
+
+        def batch(rows: list[int]) -> Rows:
+            chosen = [pairs[row] for row in rows]
+            made = [along(at.starts, ready, at.posterior, chosen, x) for x in self.places]
+            return {
+                "images": torch.stack([each.images for each in made], 1),
+                "variance": torch.stack([each.variance for each in made], 1),
+            }
+
+        size = images_at_once(ready, at.solver, at.run.model, at.run.data.data.images.shape[1:])
+        path, numbers = place.folder / "path.npz", range(len(pairs))
+        drawn = made_rows(path, place.key, numbers, size, batch, "interpolation")
+        if rank():
+            return None
+        results = results_of(self, pairs, drawn["variance"])
+        results["conditions"] |= {"solver": at.solver.name, "estimator": at.estimator.name}
+        rows = [
+            {"figure": name, "value": results[name], "low": results[f"{name}_low"],
+             "high": results[f"{name}_high"]}
+            for name in _HEADLINES
+        ]  # fmt: skip
+        shown = {name: results[name] for name in _HEADLINES}
+        made_of = conditions(at.settings)
+        return Report(
+            results,
+            pictures.every(results, drawn["images"], drawn["variance"], made_of),
+            {"table.md": table.markdown(rows)},
+            scalars=shown,
+            headlines=shown,
         )
-
-
-def interpolate(
-    run: Run, solver: Solver, own: Estimator, posterior: HeadPosterior, made_from: str
-) -> Path | None:
-    """Images and maps between samples, numbers and figures, in a folder; results.json last.
-
-    Args:
-        run: with its trained model.
-        solver: of the samples, deterministic.
-        own: the run's estimator.
-        posterior: of the head.
-        made_from: key of the network, the solver and the posterior.
-
-    Returns:
-        The folder, None where it is not asked for.
-    """
-    wanted: Interpolation | None = configured(run, "interpolation")
-    if wanted is None:
-        return None
-    parts = made_from, with_effect(run.cfg.uncertainty), own.sources(run)
-    study = Study.of(run, "interpolation", solver.name, *parts)
-    if study.is_made:
-        return study.folder
-    start_of = starts(run, solver)
-    ready = replace(own.fit(start_of, posterior, run.folder), times=())
-    pairs = wanted.numbers(run.model.num_classes)
-
-    def batch(rows: list[int]) -> Rows:
-        chosen = [pairs[row] for row in rows]
-        made = [along(start_of, ready, posterior, chosen, place) for place in wanted.places]
-        return {
-            "images": torch.stack([each.images for each in made], 1),
-            "variance": torch.stack([each.variance for each in made], 1),
-        }
-
-    size = images_at_once(ready, solver, run.model, run.data.data.images.shape[1:])
-    path = study.folder / "path.npz"
-    drawn = made_rows(path, study.key, range(len(pairs)), size, batch, "interpolation")
-    if rank() == 0:
-        results = results_of(wanted, pairs, drawn["variance"])
-        results["conditions"] |= {"solver": solver.name, "estimator": own.name}
-        _report(study, results, drawn, pdf(run))
-        study.close(results, {name: results[name] for name in _HEADLINES})
-    barrier()
-    log.info("interpolation: %d pairs in %s", len(pairs), study.folder)
-    return study.folder
 
 
 def along(
@@ -175,32 +170,22 @@ def along(
     if place in (0, 1):
         return estimator(start_of(second if place else first), posterior)
     start = start_of(first)  # whose noise an estimator draws what it needs beside x_0 from
-    x_0 = slerp(start.draw(), start_of(second).draw(), place)
+    x_0 = arc(start.draw(), start_of(second).draw(), place)
     return estimator(with_state(start, x_0), posterior)
 
 
-def slerp(a: Tensor, b: Tensor, place: float) -> Tensor:
-    """A point on the arc between two noises, ``(B, ...)``; directions turn at a constant pace.
+def arc(a: Tensor, b: Tensor, place: float) -> Tensor:
+    """A point on the quarter of an ellipse from one noise to another.
 
-    Its norm is that of the ends where they have the same, and otherwise grows evenly from the one
-    to the other. Opposite ends, which have no one arc, are joined by a straight line.
+    Its weights' squares add to 1: of independent standard normal ends it is standard normal too.
 
     Args:
         a: ``(B, ...)``.
         b: of the same shape.
         place: from 0, which is a, to 1, which is b.
     """
-    one, other = a.double().flatten(1), b.double().flatten(1)
-    size, other_size = one.norm(dim=1, keepdim=True), other.norm(dim=1, keepdim=True)
-    one, other = one / size, other / other_size
-    # The angle from half the distance: its cosine would lose small ones to rounding.
-    angle = 2 * torch.atan2((one - other).norm(dim=1), (one + other).norm(dim=1))[:, None]
-    share = angle.sin().abs()
-    flat = share < 1e-9
-    left = torch.where(flat, 1 - place, ((1 - place) * angle).sin() / share.where(~flat, 1))
-    right = torch.where(flat, place, (place * angle).sin() / share.where(~flat, 1))
-    found = ((1 - place) * size + place * other_size) * (left * one + right * other)
-    return found.view_as(a).to(a)
+    angle = math.pi / 2 * place
+    return math.cos(angle) * a + math.sin(angle) * b
 
 
 def results_of(
@@ -243,21 +228,3 @@ def results_of(
 
 def _relative(inside: Tensor, ends: Tensor) -> Tensor:
     return inside.mean(-1) / ends.mean(-1) - 1
-
-
-_HEADLINES = ("rise", "rise_relative", "highest_inside")
-
-
-def _report(study: Study, results: dict[str, Any], drawn: Rows, as_pdf: bool) -> None:
-    """Table, figures and loggers."""
-    folder, names = study.folder, _HEADLINES
-    rows = [
-        {"figure": name, "value": results[name], "low": results[f"{name}_low"],
-         "high": results[f"{name}_high"]}
-        for name in names
-    ]  # fmt: skip
-    write_text(folder / "table.md", table.markdown(rows))
-    scalars = {f"interpolation/{name}": results[name] for name in names}
-    made = pictures.every(results, drawn["images"], drawn["variance"])
-    told = study.loggers, results["conditions"]
-    board.write_study(folder / "tensorboard", scalars, {}, made, *told, pdf=as_pdf)

@@ -4,11 +4,10 @@ Every map is that of the first-order variance; the sensitivities of the images a
 for all cells of a structure (``uncertainty/bands.py``).
 """
 
-import logging
 import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,92 +21,71 @@ from bayesdiff.laplace.evidence_grid import (
 )
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.progress import track
-from bayesdiff.machine.ranks import barrier, gather_rows, rank, world_size
+from bayesdiff.machine.ranks import gather_rows, rank, world_size
 from bayesdiff.metrics.agreement import agreement, pixel_ranks, spearman
-from bayesdiff.report import board
-from bayesdiff.report.loggers import Loggers
 from bayesdiff.runs.build import Run
-from bayesdiff.runs.stages import starts
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import finite, write_arrays
 from bayesdiff.studies.prior_ablation import figures as pictures
-from bayesdiff.studies.prior_ablation.maps import Ablation, GridMaps
-from bayesdiff.studies.study import Study, conditions, configured, pdf
+from bayesdiff.studies.prior_ablation.maps import GridMaps, GridOptions
+from bayesdiff.studies.study import Place, Report, Setup, Study, conditions, without
+from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.memory import images_at_once
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-log = logging.getLogger(__name__)
+@dataclass(frozen=True, kw_only=True)
+class Ablation(GridOptions, Study):
+    """Maps and numbers over a grid of settings."""
 
+    def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
+        """Refuse a grid that memory does not hold."""
+        self._at_once(run, solver)
 
-def check_ablation(run: Run, solver: Solver) -> None:
-    """Refuse a grid that could not be made, before any work; nothing where none is asked for."""
-    ablation = configured(run, "ablation")
-    if ablation is not None:
-        _batch_size(run, solver, ablation)
-
-
-def ablate(run: Run, solver: Solver, posterior: HeadPosterior, made_from: str) -> Path | None:
-    """The configured grid's maps and numbers, in a folder of their own; results.json comes last.
-
-    Args:
-        run: with its trained model.
-        solver: of the samples.
-        posterior: the run's own setting.
-        made_from: key of samples and posterior.
-
-    Returns:
-        The folder, None where no grid is asked for.
-    """
-    ablation = configured(run, "ablation")
-    if ablation is None:
-        return None
-    study = Study.of(run, "ablation", solver.name, made_from)
-    if study.is_made:
-        return study.folder
-    results, arrays = make(run, solver, ablation, posterior)
-    if rank() == 0:
-        write_arrays(study.folder / "maps.npz", study.key, arrays)
-        made = pictures.every(results, arrays, conditions(run, solver, posterior))
-        report(study.folder, results, made, pdf(run), study.loggers)
-        study.close(results, headlines(results))
-    barrier()
-    log.info("ablation: %d cells in %s", math.prod(ablation.shape), study.folder)
-    return study.folder
-
-
-def _batch_size(run: Run, solver: Solver, ablation: Ablation) -> int:
-    shape = run.data.data.images.shape[1:]
-    return images_at_once(ablation.estimator, solver, run.model, shape, "lower ablation.draws")
-
-
-def make(
-    run: Run, solver: Solver, ablation: Ablation, posterior: HeadPosterior
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Numbers, plain, and arrays: the images, and maps ``(S, T, N, C, H, W)`` by structure."""
-    size, cells = _batch_size(run, solver, ablation), math.prod(ablation.shape)
-    results = _describe(ablation, posterior)
-    arrays: dict[str, Tensor] = {}
-    reference = None
-    for name in dict.fromkeys([posterior.structure, *ablation.structures]):
-        one = (
-            posterior
-            if name == posterior.structure
-            else _with_structure(posterior, name, ablation.rank)
+    def make(self, at: Setup, place: Place) -> Report | None:
+        """The numbers; the maps lie beside them, as ``maps.npz``."""
+        results, arrays = self._maps(at)
+        if rank():
+            return None
+        write_arrays(place.folder / "maps.npz", place.key, arrays)
+        made_of = conditions(without(at.settings, "uncertainty."))
+        curve = results["structures"][results["structure"]]["curve"]
+        taus = curve["prior_precision"]
+        return Report(
+            results,
+            pictures.every(results, arrays, made_of),
+            scalars={"grid_cost_ratio": results["grid_cost_ratio"]},
+            headlines=headlines(results),
+            curves={
+                name: list(zip(taus, values, strict=True))
+                for name, values in curve.items()
+                if name != "prior_precision"
+            },
         )
-        way = GridMaps(starts(run, solver), ablation, one)
-        images, maps, single = _batched(way, ablation.num_images, size, name)
-        reference = maps[:, cells] if reference is None else reference
-        numbers = _numbers(ablation, one, maps.transpose(0, 1), reference)
-        alone = agreement(maps[:, cells], single, seed=ablation.seed)
-        numbers |= {f"cell_{statistic}": value for statistic, value in alone.items()}
-        results["structures"][name] = numbers | way.measured()
-        grid = maps[:, :cells].transpose(0, 1).unflatten(0, ablation.shape)
-        arrays |= {"images": images, name: grid.float()}
-    own = results["structures"][posterior.structure]
-    results["grid_cost_ratio"] = own["grid_seconds"] / own["cell_seconds"]
-    return finite(results), arrays
+
+    def _at_once(self, run: Run, solver: Solver) -> int:
+        shape = run.data.data.images.shape[1:]
+        return images_at_once(self.estimator, solver, run.model, shape, "lower ablation.draws")
+
+    def _maps(self, at: Setup) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Numbers, and arrays: the images, and maps ``(S, T, N, C, H, W)`` by structure."""
+        own, cells, size = at.posterior, math.prod(self.shape), self._at_once(at.run, at.solver)
+        results = _describe(self, own)
+        arrays: dict[str, Tensor] = {}
+        reference = None
+        for name in dict.fromkeys([own.structure, *self.structures]):
+            one = own if name == own.structure else _with_structure(own, name, self.rank)
+            way = GridMaps(at.starts, self, one)
+            images, maps, single = _batched(way, self.num_images, size, name)
+            reference = maps[:, cells] if reference is None else reference
+            numbers = _numbers(self, one, maps.transpose(0, 1), reference)
+            alone = agreement(maps[:, cells], single, seed=self.seed)
+            numbers |= {f"cell_{statistic}": value for statistic, value in alone.items()}
+            results["structures"][name] = numbers | way.measured()
+            grid = maps[:, :cells].transpose(0, 1).unflatten(0, self.shape)
+            arrays |= {"images": images, name: grid.float()}
+        found = results["structures"][own.structure]
+        results["grid_cost_ratio"] = found["grid_seconds"] / found["cell_seconds"]
+        return finite(results), arrays
 
 
 def _with_structure(posterior: HeadPosterior, structure: str, rank: int | None) -> HeadPosterior:
@@ -134,7 +112,7 @@ def _batched(make: GridMaps, count: int, size: int, what: str) -> list[Tensor]:
 
 
 def _numbers(
-    ablation: Ablation, posterior: HeadPosterior, maps: Tensor, reference: Tensor
+    ablation: GridOptions, posterior: HeadPosterior, maps: Tensor, reference: Tensor
 ) -> dict[str, Any]:
     """Total variance, ranks against the reference, evidence: over the grid and along the curve."""
     sums = maps.flatten(2).sum(2)
@@ -159,7 +137,7 @@ def _numbers(
     }
 
 
-def _describe(ablation: Ablation, posterior: HeadPosterior) -> dict[str, Any]:
+def _describe(ablation: GridOptions, posterior: HeadPosterior) -> dict[str, Any]:
     """The run's own setting, what the evidence would choose, and the axes of the grid."""
     curve = evidence_curve(posterior)
     best: dict[str, Any] = {}
@@ -199,25 +177,3 @@ def headlines(results: Mapping[str, Any]) -> dict[str, float | None]:
             known = [value for row in found[kind] for value in row if value is not None]
             numbers[f"{name}/{kind}/least"] = min(known, default=None)
     return numbers
-
-
-def report(
-    folder: Path,
-    results: Mapping[str, Any],
-    made: Iterable[tuple[str, "Figure"]],
-    as_pdf: bool,
-    loggers: Loggers | None = None,
-) -> None:
-    """Every figure of the study, as files and in TensorBoard, beside the curves."""
-    own = results["structures"][results["structure"]]["curve"]
-    taus = own["prior_precision"]
-    curves = {
-        f"ablation/{name}": list(zip(taus, own[name], strict=True))
-        for name in own
-        if name != "prior_precision"
-    }
-    scalars = {"ablation/grid_cost_ratio": results["grid_cost_ratio"]}
-    own_setting = results["own"]
-    board.write_study(
-        folder / "tensorboard", scalars, curves, made, loggers, own_setting, pdf=as_pdf
-    )

@@ -21,7 +21,7 @@ _CURVE = 46  # values of prior_precision along the curve at the run's own sigma_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablation:
+class GridOptions:
     """A grid of settings, and how its maps are made.
 
     Args:
@@ -112,7 +112,7 @@ class GridMaps:
     run's own setting is the noise of both.
     """
 
-    def __init__(self, start_of: Starts, ablation: Ablation, posterior: HeadPosterior) -> None:
+    def __init__(self, start_of: Starts, ablation: GridOptions, posterior: HeadPosterior) -> None:
         self.start_of, self.product = start_of, PRODUCTS[ablation.derivative]
         self.bands = ablation.bands(posterior)
         self.alone = directions(posterior, len(self.bands.deltas), ablation.seed + 1)

@@ -271,9 +271,8 @@ class Origin:
 
     def evaluations(self, place: int) -> tuple[int, int]:
         """Network evaluations per image up to and with a step, and after it."""
-        counts = [len(step.times) for step in self.steps]
-        each = 1 if self.start.solver.guidance == 1 else 2
-        return each * sum(counts[: place + 1]), each * sum(counts[place + 1 :])
+        before, after = self.steps[: place + 1], self.steps[place + 1 :]
+        return self.start.evaluations(before), self.start.evaluations(after)
 
     def _rest(self, place: int) -> list[Step]:
         """The later steps, as a trajectory of their own."""

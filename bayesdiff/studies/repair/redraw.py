@@ -32,7 +32,7 @@ Mapper = Callable[[Trajectory], Samples]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repair:
+class RedrawOptions:
     """Which images are drawn anew, from where, how, and how often.
 
     Args:
@@ -151,7 +151,7 @@ def _known(name: str, values: Sequence[Any], there: Sequence[str]) -> None:
 def redraw(
     origin: Origin,
     weights: Tensor,
-    wanted: Repair,
+    wanted: RedrawOptions,
     samples: Samples,
     places: list[int],
     mapper: Mapper,
@@ -184,7 +184,7 @@ def redraw(
 def rewound(
     origin: Origin,
     weights: Tensor,
-    wanted: Repair,
+    wanted: RedrawOptions,
     samples: Samples,
     places: list[int],
     mapper: Mapper,
@@ -193,9 +193,9 @@ def rewound(
 
     Returns:
         ``draws (B, T, W, n, C, H, W)`` uint8; ``region (B, 1, H, W)`` bool; ``power (B, T)``, the
-        variance summed over the region; ``evaluations (B, T, 2)`` of the network to that time and
-        from it on; where maps are read ``scores (B, T, W, 1 + n, K)`` by the ``OF_MAPS``, of the
-        image's own state first.
+        variance summed over the region; ``evaluations (B, T, 2)`` of the network to that time, and
+        for an alternative from it on, its map included; where maps are read
+        ``scores (B, T, W, 1 + n, K)`` by the ``OF_MAPS``, of the image's own state first.
     """
     assert samples.requested_times is not None and samples.state_variance is not None
     image, numbers = origin.image, [(wanted.numbers or range(wanted.count))[p] for p in places]
@@ -203,7 +203,7 @@ def rewound(
     region = mask_of(wanted.region, wanted.share, variance, numbers)
     steps = [origin.place(time) for time in samples.requested_times.tolist()]
     z = fresh_noise(origin.start, wanted.draws, wanted.seed)
-    drawn, power, scores = [], [], []
+    drawn, power, scores, counts = [], [], [], []
     members = origin.trajectories(weights, steps)
     for number, (step, trajectories) in enumerate(zip(steps, members, strict=True)):
         variance = samples.state_variance[number, places].to(image.device)
@@ -212,45 +212,64 @@ def rewound(
         made = [to_uint8(origin.finish(step, x, region).cpu()) for x in states]
         drawn.append(torch.stack(made).permute(2, 0, 1, 3, 4, 5))
         power.append(middle.power.flatten().cpu())
+        before, after = origin.evaluations(step)
         if wanted.reads_maps:
-            scores.append(_of_states(origin, step, states, mapper))
-    counts = torch.tensor([origin.evaluations(step) for step in steps])
+            read, of_map = _of_states(origin, step, states, mapper)
+            scores.append(read)
+            after += of_map
+        counts.append([before, after])
     found = {
         "draws": torch.stack(drawn, 1),
         "region": region.cpu(),
         "power": torch.stack(power, 1),
-        "evaluations": counts.expand(len(image), -1, -1),
+        "evaluations": torch.tensor(counts).expand(len(image), -1, -1),
     }
     return found | ({"scores": torch.stack(scores, 1)} if scores else {})
 
 
-def _of_states(origin: Origin, step: int, states: Sequence[Tensor], mapper: Mapper) -> Tensor:
-    """Scores ``(B, W, 1 + n, K)`` of the maps from states ``(n, B, C, H, W)`` of W ways on."""
+def _of_states(
+    origin: Origin, step: int, states: Sequence[Tensor], mapper: Mapper
+) -> tuple[Tensor, int]:
+    """Scores of the maps from states of W ways on, and what a map takes.
 
-    def read(state: Tensor) -> Tensor:
-        samples = mapper(origin.restart(step, state))
-        return of_maps(samples.variance, samples.images)
+    Args:
+        origin: of the batch.
+        step: that the states are left after.
+        states: of every way, ``(n, B, C, H, W)``.
+        mapper: the run's estimator with its posterior.
+
+    Returns:
+        ``(B, W, 1 + n, K)``, and network evaluations per map.
+    """
+
+    def read(state: Tensor) -> Samples:
+        return mapper(origin.restart(step, state))
 
     own = read(origin.states[step])
-    return torch.stack([torch.stack([own, *map(read, each)], 1) for each in states], 1)
+    ways = [[own, *map(read, each)] for each in states]
+    scores = [[of_maps(made.variance, made.images) for made in way] for way in ways]
+    return torch.stack([torch.stack(way, 1) for way in scores], 1), own.nfe
 
 
-def fresh(start: Trajectory, wanted: Repair, mapper: Mapper) -> dict[str, Tensor]:
+def fresh(start: Trajectory, wanted: RedrawOptions, mapper: Mapper) -> dict[str, Tensor]:
     """Other samples of the same classes.
 
     Returns:
-        ``fresh (B, n, C, H, W)`` uint8 and, where maps are read, ``fresh_scores (B, n, K)``.
+        ``fresh (B, n, C, H, W)`` uint8; ``fresh_evaluations (B,)`` of the network for one of them,
+        its map included; where maps are read ``fresh_scores (B, n, K)``.
     """
-    images, scores = [], []
+    images, scores, count = [], [], start.nfe
     for number in range(wanted.draws):
         begun = fresh_start(start, number, wanted.seed)
         if wanted.reads_maps:
             samples = mapper(begun)
             scores.append(of_maps(samples.variance, samples.images))
             images.append(to_uint8(samples.images))
+            count = samples.nfe
         else:
             images.append(to_uint8(Origin.of(begun).image.cpu()))
-    found = {"fresh": torch.stack(images, 1)}
+    made = torch.stack(images, 1)
+    found = {"fresh": made, "fresh_evaluations": torch.full((len(made),), count)}
     return found | ({"fresh_scores": torch.stack(scores, 1)} if scores else {})
 
 

@@ -4,229 +4,177 @@ All images of the run in order, none picked; the alternatives of every way come 
 and are finished by the trained sampler. One classifier chooses among them, another judges.
 """
 
-import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.machine.ranks import barrier, rank
-from bayesdiff.report import board, table
+from bayesdiff.machine.ranks import rank
+from bayesdiff.report import table
 from bayesdiff.runs.build import Run
-from bayesdiff.runs.stages import Rows, made_rows, make_maps, starts
+from bayesdiff.runs.stages import Rows, made_rows, make_maps
 from bayesdiff.solvers import Solver, time_grid
-from bayesdiff.storage.artefacts import write_text
-from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.repair import figures as pictures
 from bayesdiff.studies.repair.alternatives import Origin, weight_draws
-from bayesdiff.studies.repair.redraw import Repair, redraw
+from bayesdiff.studies.repair.redraw import FRESH, RedrawOptions, redraw
 from bayesdiff.studies.repair.results import results_of
-from bayesdiff.studies.study import (
-    Study,
-    check_judge,
-    conditions,
-    configured,
-    pdf,
-    scored,
-    with_effect,
-)
+from bayesdiff.studies.study import Place, Report, Setup, Study, check_judge, conditions, scored
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
 from bayesdiff.uncertainty.members.base import Members
 from bayesdiff.uncertainty.memory import images_at_once
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-log = logging.getLogger(__name__)
+@dataclass(frozen=True, kw_only=True)
+class Repair(RedrawOptions, Study):
+    """Images drawn anew, and what that does to them."""
 
+    @property
+    def map_count(self) -> int:
+        """One of each image and, where candidates are chosen by them, theirs."""
+        each = len(self.rewinding) * self.draws + 1
+        candidates = len(self.times) * each + self.draws * (FRESH in self.ways)
+        return self.count * (1 + candidates * self.reads_maps)
 
-def check_repair(run: Run, solver: Solver, own: Estimator) -> None:
-    """Refuse before any work what could not be drawn or judged; nothing where it is not asked for.
+    @property
+    def settled(self) -> dict[str, Any]:
+        """Boxes of single images, which may come from a file."""
+        if not isinstance(self.region, Mapping):
+            return {}
+        return {"region": {number: list(box) for number, box in self.region.items()}}
 
-    Raises:
-        UserError: for a model or data without labels, a region beyond the image, or times at
-            which there is no step.
-    """
-    wanted: Repair | None = configured(run, "repair")
-    if wanted is None:
-        return
-    check_judge(run, "repair")
-    if not run.model.num_classes:
-        raise UserError(
-            "repair judges images by the class they were asked to show; use model.num_classes=auto"
-        )
-    shape = run.data.data.images.shape[1:]
-    wanted.check_size(*shape[1:])
-    if wanted.rewinding:
-        _check_times(wanted, run, solver, own)
-    if wanted.reads_maps and wanted.rewinding and not own.restarts:
-        raise UserError(
-            f"repair.score={wanted.score} needs maps from the middle of trajectories on, which "
-            f"uncertainty={own.name} with what it fits to whole ones has not; use "
-            "uncertainty=ensemble, or repair.ways=[fresh]"
-        )
-    images_at_once(_batches(wanted, own), solver, run.model, shape, "lower repair.draws")
+    def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
+        """Refuse what could not be drawn or judged.
 
-
-def _check_times(wanted: Repair, run: Run, solver: Solver, own: Estimator) -> None:
-    """Refuse times that leave nothing to finish, or fall on the same step.
-
-    Raises:
-        UserError: one line with the cure.
-    """
-    skip = own.skip_interval if isinstance(own, Members) else 1  # they record at their own steps
-    ends = time_grid(solver.grid, run.model.path, solver.num_steps, skip)[1:]
-    found = [next(end for end in ends if time <= end + 1e-9) for time in wanted.from_time]
-    for time, end in zip(wanted.from_time, found, strict=True):
-        if end == ends[-1]:
+        Raises:
+            UserError: for a model or data without labels, a region beyond the image, or times at
+                which there is no step.
+        """
+        check_judge(run, "repair")
+        if not run.model.num_classes:
             raise UserError(
-                f"repair.from_time={time} has only the finished image behind it at "
-                f"solver.num_steps={solver.num_steps}; give an earlier time, or more steps"
+                "repair judges images by the class they were asked to show; use "
+                "model.num_classes=auto"
             )
-    if len(set(found)) < len(found):
-        raise UserError(
-            f"repair.from_time={list(wanted.from_time)} has times in one step of the solver, "
-            f"solver.num_steps={solver.num_steps}; leave one out, or give more steps"
+        shape = run.data.data.images.shape[1:]
+        self.check_size(*shape[1:])
+        if self.rewinding:
+            self._check_times(run, solver, estimator)
+        if self.reads_maps and self.rewinding and not estimator.restarts:
+            raise UserError(
+                f"repair.score={self.score} needs maps from the middle of trajectories on, which "
+                f"uncertainty={estimator.name} with what it fits to whole ones has not; use "
+                "uncertainty=ensemble, or repair.ways=[fresh]"
+            )
+        images_at_once(self._batches(estimator), solver, run.model, shape, "lower repair.draws")
+
+    def _check_times(self, run: Run, solver: Solver, own: Estimator) -> None:
+        """Refuse times that leave nothing to finish, or fall on the same step.
+
+        Raises:
+            UserError: one line with the cure.
+        """
+        skip = own.skip_interval if isinstance(own, Members) else 1  # they record at their steps
+        ends = time_grid(solver.grid, run.model.path, solver.num_steps, skip)[1:]
+        found = [next(end for end in ends if time <= end + 1e-9) for time in self.from_time]
+        for time, end in zip(self.from_time, found, strict=True):
+            if end == ends[-1]:
+                raise UserError(
+                    f"repair.from_time={time} has only the finished image behind it at "
+                    f"solver.num_steps={solver.num_steps}; give an earlier time, or more steps"
+                )
+        if len(set(found)) < len(found):
+            raise UserError(
+                f"repair.from_time={list(self.from_time)} has times in one step of the solver, "
+                f"solver.num_steps={solver.num_steps}; leave one out, or give more steps"
+            )
+
+    def made_from(self, at: Setup) -> list[Any]:
+        """The maps, and what judges the alternatives."""
+        return [at.made_from, at.of_maps, scored(at.run)]
+
+    def make(self, at: Setup, place: Place) -> Report | None:
+        """Alternatives of the run's images."""
+        samples = self._samples(at, place)
+        drawn = self._redrawn(at, place, samples)
+        if rank():
+            return None
+        results = results_of(at.run, self, samples, drawn)
+        made_of = conditions(at.settings)
+        picks = [row for row in results["picks"] if row["score"] == self.score]
+        return Report(
+            results,
+            pictures.every(results, drawn, self.rewinding, self.score, made_of),
+            {"table.md": self._table(results, picks)},
+            {
+                f"{row['way']}/{row['time']:.3g}/{row['among']}/{name}": row[name]
+                for row in picks
+                for name in ("gain", "success", "harm")
+            },
+            _headlines(results["draws"], picks),
+        )
+
+    def _samples(self, at: Setup, place: Place) -> Samples:
+        """The images with their maps, and their variances at the times."""
+        timed = replace(at.estimator, times=self.times)
+        if self.numbers is None:
+            return at.pool(self.num_images, at.run.cfg.seed).maps(timed).in_model_range()
+        given = at.run, at.solver, timed, at.posterior, place.folder / "maps.npz", place.key
+        return make_maps(*given, numbers=self.numbers).in_model_range()
+
+    def _batches(self, own: Estimator) -> Ensemble:
+        """As many trajectories of an image at once as there are alternatives."""
+        return Ensemble(
+            members=max(self.draws, 2),
+            noise_members=0,
+            batch_size=own.batch_size,
+            max_memory=own.max_memory,
+        )
+
+    def _redrawn(self, at: Setup, place: Place, samples: Samples) -> dict[str, Tensor]:
+        """``draws.npz``: images and alternatives."""
+        weights = weight_draws(at.posterior, self.draws, self.seed)
+        numbers = self.numbers or range(self.count)
+        own = at.estimator
+        ready = own.fit(at.starts, at.posterior, at.run.folder) if self.reads_maps else own
+        ready = replace(ready, times=())
+
+        def batch(places: list[int]) -> Rows:
+            origin = Origin.of(at.starts([numbers[place] for place in places]))
+            mapper = lambda start: ready(start, at.posterior)  # noqa: E731
+            return redraw(origin, weights, self, samples, places, mapper)
+
+        shape = samples.images.shape[1:]
+        size = images_at_once(self._batches(own), at.solver, at.run.model, shape)
+        if self.reads_maps:
+            size = min(size, images_at_once(ready, at.solver, at.run.model, shape))
+        path = place.folder / "draws.npz"
+        return made_rows(path, place.key, range(self.count), size, batch, "repair")
+
+    def _table(self, results: Mapping[str, Any], picks: list[dict[str, Any]]) -> str:
+        """The images, the alternatives, and the best by the score."""
+        original = results["original"]
+        title = f"The images themselves, {original['wrong']} of {self.count} judged wrong"
+        draws = "The alternatives, which is best-of-n by chance"
+        shown = [
+            (title, [original], list(original)),
+            (draws, results["draws"], pictures.OF_DRAWS),
+            (f"The best by {self.score}", picks, pictures.OF_PICKS),
+        ]
+        return "\n".join(
+            f"{title}:\n\n{table.markdown([pictures.line(row, names) for row in rows])}"
+            for title, rows, names in shown
         )
 
 
-def repair_images(
-    run: Run, solver: Solver, own: Estimator, posterior: HeadPosterior, made_from: str
-) -> Path | None:
-    """Alternatives of the run's images, tables and figures, in a folder; results.json last.
-
-    Args:
-        run: with its trained model.
-        solver: of the samples.
-        own: the run's estimator; gives the variances.
-        posterior: of the head.
-        made_from: key of the network, the solver and the posterior.
-
-    Returns:
-        The folder, None where no repair is asked for.
-    """
-    wanted: Repair | None = configured(run, "repair")
-    if wanted is None:
-        return None
-    of_maps, of_scores = with_effect(run.cfg.uncertainty), scored(run)
-    parts: list[Any] = [made_from, of_maps, own.sources(run), of_scores]
-    if isinstance(wanted.region, Mapping):  # may come from a file
-        parts.append([[number, *box] for number, box in sorted(wanted.region.items())])
-    study = Study.of(run, "repair", solver.name, *parts)
-    if study.is_made:
-        return study.folder
-    samples = _samples(run, solver, own, posterior, wanted, made_from, study)
-    drawn = _redrawn(run, solver, own, posterior, wanted, samples, study)
-    if rank() == 0:
-        nfe = Origin.of(starts(run, solver)([0])).evaluations(-1)[1]
-        results = results_of(run, wanted, samples, drawn, nfe)
-        made_of = conditions(run, solver, posterior, own)
-        made = pictures.every(results, drawn, wanted.rewinding, wanted.score, made_of)
-        _report(study, wanted, results, made, pdf(run))
-        study.close(results, _headlines(wanted, results))
-    barrier()
-    log.info("repair: %d images in %s", wanted.count, study.folder)
-    return study.folder
-
-
-def _samples(
-    run: Run,
-    solver: Solver,
-    own: Estimator,
-    posterior: HeadPosterior,
-    wanted: Repair,
-    made_from: str,
-    study: Study,
-) -> Samples:
-    """The images with their maps, and their variances at the times."""
-    timed = replace(own, times=wanted.times, validate=False)
-    if wanted.numbers is None:
-        folder, seed = run.folder / "pools", run.cfg.seed
-        pool = ImagePool(run, solver, posterior, wanted.num_images, seed, folder, made_from)
-        return pool.maps(timed).in_model_range()
-    path, key = study.folder / "maps.npz", study.key
-    made = make_maps(run, solver, timed, posterior, path, key, numbers=wanted.numbers)
-    return made.in_model_range()
-
-
-def _batches(wanted: Repair, own: Estimator) -> Ensemble:
-    """As many trajectories of an image at once as there are alternatives."""
-    return Ensemble(
-        members=max(wanted.draws, 2),
-        noise_members=0,
-        batch_size=own.batch_size,
-        max_memory=own.max_memory,
-    )
-
-
-def _redrawn(
-    run: Run,
-    solver: Solver,
-    own: Estimator,
-    posterior: HeadPosterior,
-    wanted: Repair,
-    samples: Samples,
-    study: Study,
-) -> dict[str, Tensor]:
-    """``draws.npz``: images and alternatives."""
-    start_of = starts(run, solver)
-    weights = weight_draws(posterior, wanted.draws, wanted.seed)
-    numbers = wanted.numbers or range(wanted.count)
-    ready = own.fit(start_of, posterior, run.folder) if wanted.reads_maps else own
-    ready = replace(ready, times=())
-
-    def batch(places: list[int]) -> Rows:
-        origin = Origin.of(start_of([numbers[place] for place in places]))
-        return redraw(origin, weights, wanted, samples, places, lambda s: ready(s, posterior))
-
-    shape = samples.images.shape[1:]
-    size = images_at_once(_batches(wanted, own), solver, run.model, shape)
-    if wanted.reads_maps:
-        size = min(size, images_at_once(ready, solver, run.model, shape))
-    path = study.folder / "draws.npz"
-    return made_rows(path, study.key, range(wanted.count), size, batch, "repair")
-
-
-def _headlines(wanted: Repair, results: Mapping[str, Any]) -> dict[str, float | None]:
+def _headlines(
+    draws: list[dict[str, Any]], picks: list[dict[str, Any]]
+) -> dict[str, float | None]:
     """Of every way at every time: the alternatives' mean gain, and that of the best of all."""
-    numbers = {f"{row['way']}/gain@{row['time']:.3g}": row.get("gain") for row in results["draws"]}
+    numbers = {f"{row['way']}/gain@{row['time']:.3g}": row.get("gain") for row in draws}
     return numbers | {
         f"{row['way']}/best_gain@{row['time']:.3g}": row.get("gain")
-        for row in results["picks"]
-        if (row["score"], row["among"]) == (wanted.score, "all")
-    }
-
-
-def _report(
-    study: Study,
-    wanted: Repair,
-    results: Mapping[str, Any],
-    made: Iterable[tuple[str, "Figure"]],
-    as_pdf: bool,
-) -> None:
-    """Tables, figures and loggers."""
-    folder = study.folder
-    picks = [row for row in results["picks"] if row["score"] == wanted.score]
-    original = results["original"]
-    title = f"The images themselves, {original['wrong']} of {wanted.count} judged wrong"
-    shown = [
-        (title, [original], list(original)),
-        ("The alternatives, which is best-of-n by chance", results["draws"], pictures.OF_DRAWS),
-        (f"The best by {wanted.score}", picks, pictures.OF_PICKS),
-    ]
-    text = "\n".join(
-        f"{title}:\n\n{table.markdown([pictures.line(row, names) for row in rows])}"
-        for title, rows, names in shown
-    )
-    write_text(folder / "table.md", text)
-    scalars = {
-        f"repair/{row['way']}/{row['time']:.3g}/{row['among']}/{name}": row[name]
         for row in picks
-        for name in ("gain", "success", "harm")
+        if row["among"] == "all"
     }
-    told = study.loggers, results["conditions"]
-    board.write_study(folder / "tensorboard", scalars, {}, made, *told, pdf=as_pdf)

@@ -20,7 +20,7 @@ from bayesdiff.studies.repair.judged import (
     pick_row,
     probability,
 )
-from bayesdiff.studies.repair.redraw import AMONG, FRESH, OF_MAPS, Repair
+from bayesdiff.studies.repair.redraw import AMONG, FRESH, OF_MAPS, RedrawOptions
 from bayesdiff.studies.scoring import doubts_of_images
 from bayesdiff.uncertainty import Samples
 
@@ -36,7 +36,7 @@ class Cell:
         way: by which they were drawn.
         draws: uint8 ``(N, n, C, H, W)``.
         power: of every image, summed V_c, ``(N,)``; NaN for fresh samples.
-        nfe: network evaluations per alternative.
+        nfe: network evaluations per alternative, with its map where it has one.
         scores: of the maps, ``(N, 1 + n, K)``, None without.
     """
 
@@ -49,15 +49,15 @@ class Cell:
 
 
 def cells_of(
-    wanted: Repair, samples: Samples, drawn: Mapping[str, Tensor], nfe: int
+    wanted: RedrawOptions, samples: Samples, drawn: Mapping[str, Tensor]
 ) -> Iterator[list[Cell]]:
-    """Cells, those of one time together; ``nfe`` is that of a whole trajectory.
+    """Cells, those of one time together.
 
     Yields:
         Cells by all ways.
     """
     if FRESH in wanted.ways:
-        power = torch.full((wanted.count,), torch.nan)
+        power, nfe = torch.full((wanted.count,), torch.nan), int(drawn["fresh_evaluations"][0])
         yield [Cell(0.0, FRESH, drawn["fresh"], power, nfe, drawn.get("fresh_scores"))]
     times = [] if samples.requested_times is None else samples.requested_times.tolist()
     for number, time in enumerate(times):
@@ -77,16 +77,17 @@ def cells_of(
 
 
 def results_of(
-    run: Run, wanted: Repair, samples: Samples, drawn: Mapping[str, Tensor], nfe: int
+    run: Run, wanted: RedrawOptions, samples: Samples, drawn: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Numbers of the images, of the alternatives and of the best ones, by time and way."""
-    images, labels = drawn["images"], samples.labels
+    labels = samples.labels
     assert labels is not None  # checked before any work
+    judges = Judges(run, drawn["images"], labels)
     rows: list[Row] = []
     picks: list[Row] = []
     first: Redraws | None = None
-    for cells in cells_of(wanted, samples, drawn, nfe):
-        judged = {cell.way: _judged(run, images, cell, labels) for cell in cells}
+    for cells in cells_of(wanted, samples, drawn):
+        judged = {cell.way: judges(cell) for cell in cells}
         for cell in cells:
             log.info("repair: from %.3g, %s", cell.time, cell.way)
             redraws = judged[cell.way]
@@ -104,7 +105,9 @@ def results_of(
     }
 
 
-def _rows(wanted: Repair, redraws: Redraws, control: Redraws | None, power: Tensor) -> list[Row]:
+def _rows(
+    wanted: RedrawOptions, redraws: Redraws, control: Redraws | None, power: Tensor
+) -> list[Row]:
     """The row of the alternatives, then one for every score and candidates to choose from."""
     chance = {"seed": wanted.seed, "draws": wanted.bootstrap}
     control = None if control is redraws else control
@@ -122,39 +125,48 @@ def _rows(wanted: Repair, redraws: Redraws, control: Redraws | None, power: Tens
     return rows
 
 
-def _judged(run: Run, images: Tensor, cell: Cell, labels: Tensor) -> Redraws:
+class Judges:
     """What the run's classifier says of images and alternatives, and another one's doubts.
 
     Args:
         run: gives the data and the classifiers.
-        images: uint8 ``(N, C, H, W)``.
-        cell: alternatives.
-        labels: ``(N,)``.
+        images: the images themselves, uint8 ``(N, C, H, W)``.
+        labels: ``(N,)`` that were asked for.
     """
-    from bayesdiff.metrics.features import extract
 
-    size, shape = run.cfg.metrics.batch_size, (len(images), 1 + cell.draws.shape[1])
-    stacked = torch.cat([images[:, None], cell.draws], 1)
-    flat, asked = stacked.flatten(0, 1), labels.repeat_interleave(shape[1])
-    extractor, reference = judge(run)
-    read = extract(extractor, flat, size)
-    quality, right = probability(read.logits, asked)
-    scorer, _ = judge(run, run.cfg.metrics.seed + 1)
-    logits, seen = extract(scorer, flat, size).logits, flat.float() / 127.5 - 1
-    doubts = {k: v.view(shape) for k, v in doubts_of_images(seen, logits, asked).items()}
-    if cell.scores is not None:
-        doubts |= dict(zip(OF_MAPS, cell.scores.unbind(-1), strict=True))
-    return Redraws(
-        quality=quality.view(shape),
-        right=right.view(shape),
-        features=read.features.view(*shape, -1),
-        pixels=seen.view(*shape, -1),
-        judged=pool(read.features, reference),
-        doubts=doubts,
-    )
+    def __init__(self, run: Run, images: Tensor, labels: Tensor) -> None:
+        self.labels, self.size = labels, run.cfg.metrics.batch_size
+        self.extractor, self.reference = judge(run)
+        self.scorer, _ = judge(run, run.cfg.metrics.seed + 1)
+        self.images = self._read(images[:, None])
+
+    def __call__(self, cell: Cell) -> Redraws:
+        """Images and alternatives, each image before its own."""
+        drawn = self._read(cell.draws)
+        read = {name: torch.cat([own, drawn[name]], 1) for name, own in self.images.items()}
+        named = ("quality", "right", "features", "pixels")
+        doubts = {name: value for name, value in read.items() if name not in named}
+        if cell.scores is not None:
+            doubts |= dict(zip(OF_MAPS, cell.scores.unbind(-1), strict=True))
+        judged = pool(read["features"].flatten(0, 1), self.reference)
+        return Redraws(**{name: read[name] for name in named}, judged=judged, doubts=doubts)
+
+    def _read(self, images: Tensor) -> dict[str, Tensor]:
+        """Columns ``(N, n, ...)`` of images ``(N, n, C, H, W)``."""
+        from bayesdiff.metrics.features import extract
+
+        flat, asked = images.flatten(0, 1), self.labels.repeat_interleave(images.shape[1])
+        read = extract(self.extractor, flat, self.size)
+        quality, right = probability(read.logits, asked)
+        logits, seen = extract(self.scorer, flat, self.size).logits, flat.float() / 127.5 - 1
+        found = {"quality": quality, "right": right, "features": read.features}
+        found |= {"pixels": seen.flatten(1), **doubts_of_images(seen, logits, asked)}
+        return {name: value.unflatten(0, images.shape[:2]) for name, value in found.items()}
 
 
-def _conditions(wanted: Repair, samples: Samples, drawn: Mapping[str, Tensor]) -> dict[str, Any]:
+def _conditions(
+    wanted: RedrawOptions, samples: Samples, drawn: Mapping[str, Tensor]
+) -> dict[str, Any]:
     region: Any = wanted.region
     if isinstance(region, Mapping):
         region = {str(number): list(box) for number, box in region.items()}

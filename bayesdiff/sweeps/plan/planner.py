@@ -31,7 +31,7 @@ from bayesdiff.storage.artefacts import (
     read_json,
 )
 from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
-from bayesdiff.studies.study import STUDIES, scored, with_effect
+from bayesdiff.studies.study import scored, with_effect
 from bayesdiff.sweeps.plan.estimate import Estimates, schedule
 from bayesdiff.sweeps.report import flatten, swept_keys
 from bayesdiff.uncertainty import Estimator
@@ -106,9 +106,9 @@ def _works(
     if posterior is None:
         told = [known, source, plain(run.cfg.laplace), plain(run.cfg.solver), run.cfg.seed]
         key = key_of(*told, maps_settings(run, estimator))
-        refiner = key_of(*told, {**with_effect(run.cfg.uncertainty), "num_images": 0})
+        refiner = key_of(*told, with_effect(run.cfg.uncertainty, "num_images"))
         check = key_of(key, estimator.validate_images, estimator.validate_members)
-        studies = [plain(run.cfg[name]) for name in STUDIES if run.cfg.get(name) is not None]
+        studies = [images_key(run, known), *(plain(run.cfg[name]) for name in run.studies)]
         report = key_of(key, scored(run), estimator.validate and check, studies)
         made = dict.fromkeys(("refiner", "maps", "validation", "report"), False)
     else:
@@ -226,8 +226,7 @@ class _Totals:
         own = sum(cost[w.stage] for w in cell.works if self.first[_name(w)] == place)
         memory = estimates.memory(*cell.made_with)
         self.peak = max(self.peak, memory)
-        cfg = cell.made_with[0].cfg
-        self.studies |= {name for name in STUDIES if cfg.get(name) is not None}
+        self.studies |= cell.made_with[0].studies.keys()
         return row | {"time": duration(own), "memory": f"{memory:.2g} GiB", "refused": ""}
 
     def _state(self, work: Work, place: int, seconds: float) -> str:

@@ -127,7 +127,5 @@ def with_block(estimator: Estimator, block: BlockPosterior | None) -> Estimator:
     if block is None:
         return estimator
     check_block_ensemble(estimator)
-    taken = {field.name for field in fields(BlockEnsemble)}  # it stands in for no other
-    names = [field.name for field in fields(estimator) if field.name in taken]
-    given = {name: getattr(estimator, name) for name in names}
+    given = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
     return BlockEnsemble(**given, block=block)

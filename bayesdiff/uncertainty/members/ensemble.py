@@ -25,11 +25,9 @@ class Ensemble(Members):
 
     Args:
         members: weight draws, at least 2.
-        instead_of: the estimator that was asked for, where this one is taken in its place.
     """
 
     members: int = 16
-    instead_of: str | None = None
 
     name: ClassVar[str] = "ensemble"
 
@@ -41,12 +39,6 @@ class Ensemble(Members):
     def count(self) -> int:
         """Weight draws."""
         return self.members
-
-    @property
-    def described(self) -> str:
-        """With what it stands in for."""
-        asked = f", in place of {self.instead_of} for few maps" if self.instead_of else ""
-        return f"{super().described}{asked}"
 
     def weights(self, posterior: HeadPosterior) -> Tensor:
         """The members' heads, ``(M, C_out, P)`` float64."""
