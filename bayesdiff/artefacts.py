@@ -23,8 +23,17 @@ BROKEN_NPZ = (
 
 def key_of(*parts: Any) -> str:
     """16 hex digits that change with any value in the parts (anything JSON can hold)."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    text = json.dumps(_same_numbers(parts), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _same_numbers(value: Any) -> Any:
+    """The same for 1 and 1.0, which a command line may give for one another."""
+    if isinstance(value, Mapping):
+        return {key: _same_numbers(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_same_numbers(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def weights_key(model: nn.Module) -> str:

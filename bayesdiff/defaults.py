@@ -12,9 +12,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from bayesdiff.fit_key import takes_weights
+from bayesdiff.options import CONFIGS, leaves
 from bayesdiff.trainer_options import weighty
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 # Where files are, what is shown, and how the work is done: nothing a run is told apart by.
 _ASIDE = re.compile(
     r"(output_dir|run_dir|ckpt_path|init_from|fit|dry_run|process_timeout|logger|objective|direction)(\.|$)"
@@ -47,18 +48,6 @@ def shipped(choices: tuple[tuple[str, str], ...]) -> Mapping[str, Any]:
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra")
     return leaves(cfg)
-
-
-def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name, interpolations resolved; a list is one value."""
-    node: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    if not isinstance(node, Mapping) or not node:
-        return {prefix: node} if prefix else {}
-    return {
-        name: value
-        for key, each in node.items()
-        for name, value in leaves(each, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
 
 
 def is_aside(name: str) -> bool:
@@ -144,11 +133,6 @@ LEARNT = re.compile(
     r"(trainer|callbacks|model\.optimizer)\..+|model\.(warmup_steps|class_dropout|time_sampling)"
     r"|data\.(batch_size|flip|epochs|ema_decay)|sample_from"
 )
-
-
-def takes_weights(cfg: DictConfig) -> bool:
-    """Whether a run takes the weights of a file and trains nothing of its own."""
-    return not cfg.fit and cfg.ckpt_path != "last"
 
 
 def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:

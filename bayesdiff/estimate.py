@@ -12,13 +12,11 @@ import torch
 from bayesdiff.artefacts import key_of
 from bayesdiff.build import Run, plain
 from bayesdiff.callback_options import callbacks_of
-from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.probe import Counts, Probe, count, seconds_of
 from bayesdiff.report.callback import SampleGrid
 from bayesdiff.solvers import Solver
 from bayesdiff.study import with_effect
-from bayesdiff.trainer_options import steps_and_epochs
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.memory import GIB, activation_bytes, images_at_once
 from bayesdiff.uncertainty.refined import Refined
@@ -78,7 +76,7 @@ class Estimates:
     def training(self, run: Run, *_: Any) -> float:
         """All optimiser steps, the validation after every epoch, and the grids of samples."""
         cfg, data = run.cfg, run.data
-        steps, epochs = steps_of(run)
+        steps, epochs = run.length
         batch, test = int(cfg.data.batch_size), len(data.data.test_images)
         seconds = steps * self.probe(run).training_step
         checked = min(_VALIDATED, test)
@@ -179,12 +177,6 @@ class Estimates:
         )
         own = 0 if run.device.type == "cuda" else 1024 * _resident()
         return (max(stages) + own) / GIB
-
-
-def steps_of(run: Run) -> tuple[int, float]:
-    """Optimiser steps and epochs of the whole training."""
-    batches = images_per_epoch(run.data.data) // int(run.cfg.data.batch_size)
-    return steps_and_epochs(run.cfg.trainer, batches)
 
 
 def _resident() -> int:

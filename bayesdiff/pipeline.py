@@ -155,11 +155,9 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
     this = build(cfg)
-    this = replace(this, studies=studies_of(cfg))
-    check_callbacks(this)
-    laplace = LastLayerLaplace(**plain(cfg.laplace))
-    laplace.path = this.folder / laplace.file_name
-    laplace.context = (cfg.model.prediction, plain(cfg.path), network_code(cfg))
+    this = replace(this, studies=studies_of(cfg), callbacks=check_callbacks(this))
+    context = (cfg.model.prediction, plain(cfg.path), network_code(cfg))
+    laplace = LastLayerLaplace(**plain(cfg.laplace), folder=this.folder, context=context)
     laplace.check(this.model, len(this.data.data.images))
     this, estimator = settle_estimator(this, solver, estimator)
     if cfg.laplace.subset == "last_block":

@@ -33,7 +33,7 @@ from bayesdiff.report.sweep import flatten, swept_keys
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
 from bayesdiff.study import scored, with_effect
-from bayesdiff.training import chosen
+from bayesdiff.training import chosen, is_finished
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.block_ensemble import with_block
 from bayesdiff.uncertainty.refined import Refined
@@ -159,9 +159,8 @@ def trained(run: Run) -> tuple[Work, str | None]:
         return Work("training", str(run.folder), True), load_weights(run.model, sampled)
     share = 1.0
     if last.is_file():
-        loops = read_checkpoint(last).get("loops", {})
-        done = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
-        share -= done.get("processed", 0) / max(1, run.cfg.trainer.get("max_epochs") or 1)
+        kept = read_checkpoint(last)
+        share -= 1 if is_finished(kept) else kept["global_step"] / run.length[0]
     return Work("training", str(run.folder), False, min(max(share, 0.0), 1.0)), None
 
 

@@ -9,8 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.address import overridden
 from bayesdiff.build import Run, plain
-from bayesdiff.checkpoints import note_of
-from bayesdiff.defaults import LEARNT, is_aside, preset, takes_weights
+from bayesdiff.checkpoints import note_at
+from bayesdiff.defaults import LEARNT, is_aside, preset
+from bayesdiff.fit_key import takes_weights
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty import Estimator
@@ -54,7 +55,7 @@ def _learnt(cfg: DictConfig) -> dict[str, Any]:
     """How the weights were trained; None where a file of weights does not say."""
     config: Any = plain(cfg)
     if takes_weights(cfg):
-        config = note_of(Path(cfg.ckpt_path)).get("config") or {}
+        config = note_at(Path(cfg.ckpt_path)).get("config") or {}
     names = {
         "lr": "model.optimizer.lr",
         "epochs": "trainer.max_epochs",

@@ -19,7 +19,8 @@ from bayesdiff.artefacts import finite, key_of, read_json, write_json, write_tex
 from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import check_classifiable
-from bayesdiff.defaults import CONFIGS, is_aside, named
+from bayesdiff.defaults import is_aside, named
+from bayesdiff.options import CONFIGS
 from bayesdiff.distributed import barrier
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.pools import ImagePool

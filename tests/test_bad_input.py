@@ -51,12 +51,15 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("experiment=nothing", ["unknown experiment 'nothing'", "demo"]),
     ("sampler=euler", ["unknown option 'sampler'", "--cfg job"]),
     ("laplace.prior=1", ["unknown option 'laplace.prior'", "--cfg job"]),
-    ("solver.eta=0.5", ["unknown option 'solver.eta'", "--cfg job"]),
+    ("solver.eta=0.5", ["unknown option 'solver.eta'; it belongs to solver=ddim", "--cfg job"]),
+    ("callbacks.snapshots.keep=3", ["it belongs to callbacks=snapshots"]),
+    ("filtering.keep=[0.5]", ["it belongs to experiment=filtering"]),
+    ("data.source.corruption.into=[3]", ["it belongs to corruption=mislabelled"]),
     (
         (*PUBLISHED, "uncertainty.members=8"),
         [
             "unknown option 'uncertainty.members'",
-            "each of ensemble, linearised, refined, published",
+            "it belongs to uncertainty=deep_ensemble, uncertainty=ensemble",
         ],
     ),
     ("+solver.order=2", ["solver does not work", "'order'"]),

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff import build
-from bayesdiff.callback_options import _place
+from bayesdiff.callback_options import _named
 from bayesdiff.cli import explain
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.sources import digits
@@ -137,8 +137,9 @@ def test_trainers(name):
 @every("callbacks")
 def test_callbacks(name, tmp_path):
     callbacks = composed(f"callbacks={name}").callbacks
-    made = [instantiate(callback, **_place(callback, tmp_path)) for callback in callbacks.values()]
-    assert all(isinstance(callback, Callback) for callback in made)
+    made = _named(DictConfig({"callbacks": callbacks}), tmp_path)
+    assert list(made) == list(callbacks)
+    assert all(isinstance(callback, Callback) for callback in made.values())
 
 
 @every("logger")

@@ -8,9 +8,10 @@ from conftest import compose_list, smallest
 
 from bayesdiff import pipeline
 from bayesdiff.build import build
-from bayesdiff.checkpoints import require_guidance
+from bayesdiff.checkpoints import read_checkpoint
 from bayesdiff.checks import UserError
 from bayesdiff.defaults import differences, named, preset, words
+from bayesdiff.same_kind import require_guidance
 from bayesdiff.settings import _learnt
 
 BARE = ("output_dir=/nowhere/that/is",)
@@ -116,6 +117,7 @@ def test_guidance_needs_a_checkpoint_that_learnt_it(tmp_path):
     path = tmp_path / "a.ckpt"
     note = {"config": {"model": {"class_dropout": 0.0}}}
     torch.save({"state_dict": {"a": torch.ones(1)}, "bayesdiff": note}, path)
-    require_guidance(path, {"solver": {"guidance": 1.0}})
+    there = read_checkpoint(path)
+    require_guidance(path, there, {"solver": {"guidance": 1.0}})
     with pytest.raises(UserError, match="solver.guidance=2.0 needs a network.*class_dropout=0"):
-        require_guidance(path, {"solver": {"guidance": 2.0}})
+        require_guidance(path, there, {"solver": {"guidance": 2.0}})

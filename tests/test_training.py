@@ -9,6 +9,7 @@ from conftest import Compose, Trained, scalars
 from lightning.pytorch.callbacks import Callback
 
 from bayesdiff import pipeline, training
+from bayesdiff import trainer as trainer_
 from bayesdiff.artefacts import weights_key
 from bayesdiff.build import build
 from bayesdiff.checkpoints import load_weights, read_checkpoint
@@ -136,7 +137,7 @@ def test_clipping_bounds_the_step(compose: Compose, monkeypatch):
             grads = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
             norms.append(float(torch.stack(grads).norm()))
 
-    monkeypatch.setattr(training, "Provenance", lambda run: Watch())
+    monkeypatch.setattr(trainer_, "Provenance", lambda run: Watch())
     fit(compose("trainer.gradient_clip_val=0.01"))
     assert len(norms) == 2 and max(norms) < 0.0101
 

@@ -60,7 +60,7 @@ class ValidateUncertainty(Callback):
                 "ValidateUncertainty needs a posterior; "
                 "put LastLayerLaplace() before it in the Trainer's callbacks"
             )
-        require_module(model, "ValidateUncertainty")
+        require_module(model, "ValidateUncertainty", "class_dropout")
         require_data(trainer, "ValidateUncertainty")
         conditional = bool(model.num_classes) and model.class_dropout > 0
         check_solver(self.solver, model.path, conditional)

@@ -52,7 +52,8 @@ class MCDropout(Members):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("uncertainty.members", self.members, 2)
-        share("uncertainty.p", self.p)
+        if share("uncertainty.p", self.p) == 0:
+            raise UserError("uncertainty.p=0 leaves no feature out; give a probability above 0")
         if self.mask not in MASKS:
             raise UserError(
                 f"unknown uncertainty.mask {self.mask!r}; choose from {', '.join(MASKS)}"
