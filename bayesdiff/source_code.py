@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import resolve_name
@@ -134,19 +134,23 @@ def _own_file(name: str) -> Path | None:
 
 def _origin(name: str) -> str | None:
     """Where a module would be loaded from; nothing is imported, not even its packages."""
-    places: Sequence[str] | None = None
+    places: list[str] | None = None
     spec: Any = None
     whole = ""
     for part in name.split("."):
         whole = f"{whole}.{part}" if whole else part
         spec = _spec(whole, places)
-        if spec is None:
-            return None
-        places = _inside(spec, part, places)
-    return spec.origin if spec.has_location else None
+        if spec is not None and spec.has_location:
+            places = list(spec.submodule_search_locations or ())
+        else:  # a package without a file, whose spec needs its parents to be loaded
+            places = [
+                str(Path(place) / part) for place in (sys.path if places is None else places)
+            ]
+            places = [place for place in places if Path(place).is_dir()]
+    return spec.origin if spec is not None and spec.has_location else None
 
 
-def _spec(name: str, places: Sequence[str] | None) -> Any:
+def _spec(name: str, places: list[str] | None) -> Any:
     """What an import of this name would load, by the finders that an import asks."""
     for finder in sys.meta_path:
         try:
@@ -155,15 +159,6 @@ def _spec(name: str, places: Sequence[str] | None) -> Any:
         except Exception:  # a finder of anyone's: an import would meet the same
             continue
     return None
-
-
-def _inside(spec: Any, part: str, places: Sequence[str] | None) -> list[str]:
-    """Folders of a package's modules; of one without a file, whose own list needs its parents."""
-    if spec.submodule_search_locations is None:
-        return []
-    if spec.has_location:
-        return list(spec.submodule_search_locations)
-    return [str(Path(place) / part) for place in (sys.path if places is None else places)]
 
 
 def _defined_elsewhere(name: str) -> Iterator[str]:
