@@ -20,9 +20,9 @@ from bayesdiff.build import Run, plain
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import check_classifiable
 from bayesdiff.defaults import is_aside, named
-from bayesdiff.options import CONFIGS
 from bayesdiff.distributed import barrier
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.options import CONFIGS
 from bayesdiff.pools import ImagePool
 from bayesdiff.report import board
 from bayesdiff.report.layout import conditions_of

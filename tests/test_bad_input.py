@@ -62,6 +62,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
             "it belongs to uncertainty=deep_ensemble, uncertainty=ensemble",
         ],
     ),
+    (("uncertainty=mc_dropout", "uncertainty.p=0"), ["uncertainty.p=0 leaves no feature out"]),
     ("+solver.order=2", ["solver does not work", "'order'"]),
     ("laplace.structure=lowrank", ["laplace.structure", "full, diag, kron", "'lowrank'"]),
     ("laplace.structure=subspace", ["laplace.structure=subspace", "needs laplace.rank"]),
