@@ -140,6 +140,5 @@ def test_what_is_taken_out_is_null_and_options_of_another_class_are_not_missed()
     assert found == {"callbacks.ema": None, "trainer.gradient_clip_val": None}
     for other in ("path=vp_linear", "solver=ddpm", "corruption=mislabelled", "net=unet8"):
         cfg = compose_list(["model=diffusion", other, *BARE])
-        assert None not in differences(cfg, model="diffusion", corruption=damage_of(cfg) or "")
         found = differences(cfg, model="diffusion", corruption=damage_of(cfg) or "")
         assert [name for name, value in found.items() if value is None] == []

@@ -429,7 +429,7 @@ def test_a_sweep_has_a_sheet_of_sorted_images_for_each_score_that_was_asked_for(
     assert "no score" not in captions["sorted_map.sum"]["caption"]
 
 
-def test_an_infinite_score_is_first_in_a_sweep_as_it_is_in_its_cell(folder, monkeypatch):
+def test_an_infinite_score_is_first_in_a_sweep_as_it_is_in_its_cell(folder):
     """Rarity is infinite outside all balls: no other image is as rare."""
     rows = [cell(folder, 0, ["a=1"])]
     scores = torch.tensor([1.0, torch.inf, 3.0, torch.nan, -torch.inf, 2.0])
