@@ -87,11 +87,11 @@ def write_arrays(path: Path, key: str, arrays: Mapping[str, Tensor | None]) -> N
     )
 
 
-def read_arrays(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors of an npz made from ``key``; None if it is missing, broken or of another key."""
+def read_arrays(path: Path, key: str | None = None) -> dict[str, Tensor] | None:
+    """The tensors of an npz; None if it is missing, broken, or made from another ``key``."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) != key:
+            if key is not None and str(file["key"]) != key:
                 return None
             return {name: torch.from_numpy(file[name]) for name in file.files if name != "key"}
     except BROKEN_NPZ:

@@ -77,10 +77,11 @@ def _code(*options: Any) -> dict[str, str]:
 def learning_callbacks(cfg: DictConfig) -> list[Any]:
     """Options of the callbacks that may change what is learnt, whatever they are called here."""
     given = [plain(options) for options in (cfg.callbacks or {}).values() if options]
-    return [options for options in given if not _displays(options)]
+    return [options for options in given if not displays(options)]
 
 
-def _displays(options: dict[str, Any]) -> bool:
+def displays(options: dict[str, Any]) -> bool:
+    """Whether a callback shows, keeps or times what is learnt, and changes nothing of it."""
     return _ours(options) in _DISPLAY
 
 

@@ -22,6 +22,7 @@ from bayesdiff.artefacts import (
     read_json,
 )
 from bayesdiff.build import Run, plain
+from bayesdiff.cell_report import is_made
 from bayesdiff.checkpoints import load_weights, read_checkpoint
 from bayesdiff.cli import mendable
 from bayesdiff.estimate import Estimates, schedule
@@ -29,7 +30,10 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.pipeline import prepare
 from bayesdiff.progress import duration
 from bayesdiff.report import table
+from bayesdiff.report.options import SCORES_FILE
 from bayesdiff.report.sweep import flatten, swept_keys
+from bayesdiff.report_scores import kinds_of
+from bayesdiff.report_scores import scores_key as scores_of_report
 from bayesdiff.solvers import Solver
 from bayesdiff.stages import starts
 from bayesdiff.study import scored, with_effect
@@ -40,7 +44,7 @@ from bayesdiff.uncertainty.refined import Refined
 from bayesdiff.uncertainty.refiner_file import load, path_of
 
 STAGES = ("training", "curvature", "images", "classifier", "scores", "refiner", "maps",
-          "validation", "report")  # fmt: skip
+          "validation", "image_scores", "report")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _works(
         check = key_of(key, estimator.validate_images, estimator.validate_members)
         studies = [images_key(run, known), *(plain(run.cfg[name]) for name in run.studies)]
         report = key_of(key, scored(run), estimator.validate and check, studies)
-        made = dict.fromkeys(("refiner", "maps", "validation", "report"), False)
+        made = dict.fromkeys(("refiner", "maps", "validation", "image_scores", "report"), False)
     else:
         estimator = with_block(estimator, laplace.block)
         at = Address.of(run, solver, estimator, posterior, known)
@@ -118,7 +122,8 @@ def _works(
         made = {
             "maps": has_key(at.samples_path, at.maps),
             "validation": has_key(at.checked_path, at.checked),
-            "report": has_key(at.folder / "metrics.json", at.cell),
+            "report": is_made(run, at.folder, at.cell),
+            "image_scores": has_key(at.folder / SCORES_FILE, scores_of_report(run, key)),
         }
         if isinstance(estimator, Refined):
             refiner = estimator.key(starts(run, solver)([0]), posterior)
@@ -128,6 +133,8 @@ def _works(
     works.append(Work("maps", key, made["maps"]))
     if estimator.validate:
         works.append(Work("validation", check, made["validation"]))
+    if kinds_of(run) - {"map", "image"}:  # the others take longer than a look
+        works.append(Work("image_scores", scores_of_report(run, key), made["image_scores"]))
     return [*works, Work("report", report, made["report"])]
 
 

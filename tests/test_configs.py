@@ -149,7 +149,8 @@ def test_loggers(name, tmp_path):
     if name == "wandb":
         pytest.importorskip("wandb")
     check_loggers(options)
-    (made,) = Loggers(options, tmp_path / "digits", "digits", "training").make()
+    to = Loggers(options, tmp_path / "digits", "digits", "training")
+    made = to.make(options[name])
     assert isinstance(made, Logger)
     if name != "wandb":  # its own service names folders
         assert Path(made.log_dir) == tmp_path / "digits" / name

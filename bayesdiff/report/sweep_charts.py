@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayesdiff.metrics.seeds import mean_interval
-from bayesdiff.report.charts import log_ticks, plain_number, spans_decades
+from bayesdiff.report.charts import log_ticks, spans_decades
 from bayesdiff.report.layout import chart, fit
 from bayesdiff.report.style import look, style
 from bayesdiff.report.sweep_series import (
@@ -18,6 +18,7 @@ from bayesdiff.report.sweep_series import (
     depends,
     distinct,
     finite,
+    plain_number,
     series,
     short_names,
     text_of,
