@@ -4,25 +4,16 @@ import os
 import re
 import select
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bayesdiff.checks import UserError
 from bayesdiff.storage.atomic import disk_error
 
 # Hydra raises a plain ValueError for model=3.
 _NUMBER_FOR_NAME = "Config group override must be a string"
-_ESTIMATORS = (
-    "ensemble, linearised, refined, published, total_variance, mc_dropout, deep_ensemble, "
-    "checkpoints and swag"
-)
-# Options that only some of them have.
-_OF_ESTIMATORS = (
-    "skip_interval", "mc_samples", "members", "noise_members", "draws", "noise_draws",
-    "derivative", "covariance", "var_x", "clamp", "gam2_at", "ddpm_fix", "cfg_joint",
-    "p", "mask",
-)  # fmt: skip
 # What gloo and NCCL say of a process that is gone or stands still.
 _LOST = re.compile(
     "closed by peer|reset by peer|refused by peer|broken pipe|timed out waiting|socket timeout"
@@ -72,6 +63,41 @@ def one_line_errors() -> Generator[None, None, None]:
             os.environ["HYDRA_FULL_ERROR"] = outer
 
 
+class _Output:
+    """Standard output that remembers which error its reader's leaving made."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.error: BrokenPipeError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As the stream does."""
+        with self._noted():
+            written: int = self._stream.write(text)
+            return written
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """As the stream does."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """As the stream does."""
+        with self._noted():
+            self._stream.flush()
+
+    @contextmanager
+    def _noted(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except BrokenPipeError as error:
+            self.error = error
+            raise
+
+
 @contextmanager
 def closed_pipe() -> Generator[None, None, None]:
     """End quietly where whoever read standard output has left, as in ``--help | head``.
@@ -79,13 +105,18 @@ def closed_pipe() -> Generator[None, None, None]:
     Raises:
         BrokenPipeError: if it is another pipe that broke.
     """
+    stream = sys.stdout
+    output: Any = stream if isinstance(stream, _Output) else _Output(stream)
+    sys.stdout = output
     try:
         yield
-    except BrokenPipeError:
-        if not _nobody_reads():  # another pipe broke
+    except BrokenPipeError as error:
+        if error is not output.error:
             raise
         mute()
         sys.exit(0)
+    finally:
+        sys.stdout = stream
     if _nobody_reads():
         mute()
 
@@ -178,12 +209,11 @@ def _line(error: BaseException) -> str:
 
 
 def _cure(name: str) -> str:
-    from bayesdiff.runs.trainer_options import SUPPLIED
-    from bayesdiff.spelling import near, option_names
+    from bayesdiff.options.spelling import near
+    from bayesdiff.options.trainer import SUPPLIED
+    from bayesdiff.options.values import shipped_options
 
     group, _, last = name.rpartition(".")
-    if last in _OF_ESTIMATORS and not name.startswith("laplace."):
-        return f"; it belongs to another uncertainty=..., each of {_ESTIMATORS} has its own"
     if group == "trainer" and last in SUPPLIED:
         return f", it is given by the run itself; {SUPPLIED[last]}"
     if name.startswith("callbacks.checkpoint"):
@@ -191,4 +221,7 @@ def _cure(name: str) -> str:
             ", last.ckpt is written in any case; for further checkpoints add "
             "+callbacks.NAME._target_=lightning.pytorch.callbacks.ModelCheckpoint"
         )
-    return near(name, option_names()) + "; --cfg job lists every option"
+    options = shipped_options()
+    choices = options.get(name)
+    cure = f"; it belongs to {', '.join(choices)}" if choices else near(name, options)
+    return f"{cure}; --cfg job lists every option"

@@ -1,33 +1,32 @@
 """fit -> curvature -> images -> maps -> validation -> score -> report; nothing is made twice."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from bayesdiff.checks import at_least, seed_of
 from bayesdiff.laplace.block.fit import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
-from bayesdiff.laplace.evidence_grid import EvidenceCurve, evidence_curve
+from bayesdiff.laplace.evidence_grid import evidence_curve
 from bayesdiff.laplace.posterior import check_settings
 from bayesdiff.machine.progress import stage
 from bayesdiff.machine.ranks import barrier, rank
-from bayesdiff.metrics.validation import Validation, reference_at_once
+from bayesdiff.metrics.validation import reference_at_once
+from bayesdiff.options.local_paths import settle
 from bayesdiff.report import table
 from bayesdiff.report.layout import estimator_of
-from bayesdiff.report.loggers import Loggers
 from bayesdiff.runs import run_log
 from bayesdiff.runs.address import Address, scores_key, scores_path, settings_of
 from bayesdiff.runs.build import Run, build, check_groups, is_main_process, plain
 from bayesdiff.runs.callback_options import check_callbacks
+from bayesdiff.runs.cell_report import report
 from bayesdiff.runs.chosen_estimator import settle_estimator
 from bayesdiff.runs.fit_key import network_code
-from bayesdiff.runs.local_paths import settle
 from bayesdiff.runs.processes import check_devices, launch
 from bayesdiff.runs.settings import settings
 from bayesdiff.runs.stages import (
@@ -40,10 +39,8 @@ from bayesdiff.runs.stages import (
 from bayesdiff.runs.training import fit, weights_in_words
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
-from bayesdiff.storage.artefacts import finite, read_json, weights_key, write_json, write_text
-from bayesdiff.storage.atomic import named_disk
 from bayesdiff.storage.locks import alone, together
-from bayesdiff.studies.report_scores import check_report, options_of, report_scores
+from bayesdiff.studies.report_scores import check_report, report_scores
 from bayesdiff.studies.study import Setup, headlines_of, make_study, studies_of
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
@@ -103,7 +100,6 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
     made_by = this, solver, estimator, posterior
     at = Address.of(*made_by, weights)
     images, folder = None, at.folder
-    loggers = Loggers(cfg.get("logger"), folder, this.folder.name, "cell")
     if cfg.metrics.num_images:
         with together(at.images_path):
             images = make_images(this, solver, cfg.metrics.num_images, at.images_path, at.images)
@@ -125,19 +121,20 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
         folder, at.samples_path, {}, setup.settings, studies, weights_in_words(this),
         headlines_of(studies),
     )  # fmt: skip
-    shown = report_scores(setup, samples)
+    shown = report_scores(at, samples)
     if rank() == 0:
         with alone(folder / "metrics.json"), stage("report"):
             metrics = scores | statistics_of(samples, this.classes)
             if checked is not None:
                 metrics |= checked.metrics(cfg.seed)
             metrics |= laplace.statistics() | laplace.block_statistics() | result.headlines
-            result = replace(result, metrics=metrics)
-            evidence = evidence_curve(posterior)
-            report(this, result, samples, at.cell, shown, checked, evidence, loggers)
+            found = metrics, setup.settings, samples, shown, checked
+            loggers = report(this, at, *found, evidence_curve(posterior))
+            curves = tuple(loggers.places(cfg.output_dir))
+            result = replace(result, metrics=metrics, curves=curves)
         export(this, estimator, at, samples, images)
     barrier()
-    return replace(result, curves=tuple(loggers.places(cfg.output_dir)))
+    return result
 
 
 def make_studies(at: Setup) -> tuple[Path, ...]:
@@ -161,11 +158,9 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
     this = build(cfg)
-    this = replace(this, studies=studies_of(cfg))
-    check_callbacks(this)
-    laplace = LastLayerLaplace(**plain(cfg.laplace))
-    laplace.path = this.folder / laplace.file_name
-    laplace.context = (cfg.model.prediction, plain(cfg.path), network_code(cfg))
+    this = replace(this, studies=studies_of(cfg), callbacks=check_callbacks(this))
+    context = (cfg.model.prediction, plain(cfg.path), network_code(cfg))
+    laplace = LastLayerLaplace(**plain(cfg.laplace), folder=this.folder, context=context)
     laplace.check(this.model, len(this.data.data.images))
     this, estimator = settle_estimator(this, solver, estimator)
     if cfg.laplace.subset == "last_block":
@@ -204,52 +199,6 @@ def statistics_of(samples: Samples, classes: tuple[str, ...] = ()) -> dict[str, 
     if samples.sampler_noise is not None:
         metrics["sampler_noise/mean"] = variance_statistics(samples.sampler_noise)["mean"]
     return metrics | {f"summed_variance/{name}": value for name, value in statistics.items()}
-
-
-def report(
-    this: Run,
-    result: Result,
-    samples: Samples,
-    cell_key: str,
-    scores: Mapping[str, Tensor],
-    checked: Validation | None,
-    evidence: EvidenceCurve | None,
-    loggers: Loggers,
-) -> None:
-    """Pictures, TensorBoard, metrics.json last: its presence says that all else is there."""
-    from bayesdiff.report import board
-
-    path, asked = result.folder / "metrics.json", plain(this.cfg.get("report"))
-    there = read_json(path) or {}
-    if (there.get("key"), there.get("report")) != (cell_key, asked):
-        with named_disk(result.folder):
-            board.write(
-                result.folder / "tensorboard",
-                samples,
-                result.metrics,
-                result.settings,
-                this.classes,
-                scores=scores,
-                options=options_of(this),
-                settings=result.settings,
-                validation=checked,
-                evidence=evidence,
-                loggers=loggers,
-            )
-        config = result.folder / ".hydra" / "config.yaml"
-        write_text(config, OmegaConf.to_yaml(this.cfg, resolve=True))
-        record = {
-            "key": cell_key,
-            "metrics": result.metrics,
-            "settings": result.settings,
-            "samples": result.samples.name,
-            "estimator": samples.estimator,
-            "weights": weights_key(this.model),
-            "report": asked,
-        }
-        if scores:
-            write_json(result.folder / "image-scores.json", finite(dict(scores)))
-        write_json(path, record)
 
 
 def export(

@@ -1,7 +1,10 @@
 """Options that something takes and does not read, and code that changes behind a name."""
 
+import importlib
+import sys
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -133,8 +136,6 @@ class Base(nn.Module):
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """``own(edit, edit of the base)``: modules of a user's own, written anew."""
-    import sys
-
     folder = tmp_path / "code"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
@@ -191,7 +192,43 @@ def test_constants_and_imports_inside_functions_count(line, tmp_path, monkeypatc
     before = code_of(options)
     assert set(before) == {f"shown_{number}", f"user_{number}"}
     shown.write_text("SCALE = 7.0\n")
+    for module in before:  # as the next command loads them
+        monkeypatch.delitem(sys.modules, module, raising=False)
     assert code_of(options) != before
+
+
+def test_an_edit_under_a_running_process_counts_once_it_is_loaded(own, compose, caplog):
+    """A key says what has run: cells of one process, and a notebook that loads a module anew."""
+    options = ("net._target_=own_net.Net", "+net.width=4", "model.num_classes=null")
+    own()
+    first = build(compose(*options))
+    path = Path(sys.modules["own_net"].__file__)
+    path.write_text(path.read_text().replace("self.body(x)", "self.body(x) * 2"))
+    second = build(compose(*options))
+    assert type(second.model.net) is type(first.model.net) and second.key == first.key
+    assert "own_net.py was edited after this process loaded it" in caplog.text
+    caplog.clear()
+    assert build(compose(*options)).key == first.key and "edited" not in caplog.text
+    importlib.invalidate_caches()
+    importlib.reload(sys.modules["own_net"])
+    assert build(compose(*options)).key != first.key
+
+
+@pytest.mark.parametrize("init", ["raise SystemError", None], ids=["package", "namespace"])
+def test_a_key_imports_nothing_that_no_target_names(init, tmp_path, monkeypatch):
+    """The file of ``parcel.inner.deep`` counts, and its packages' files too; none of them runs."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    inner = tmp_path / "parcel" / "inner"
+    inner.mkdir(parents=True)
+    for folder in (inner.parent, inner) if init else ():
+        (folder / "__init__.py").write_text(init)
+    (inner / "deep.py").write_text("SCALE = 1.0\n")
+    (tmp_path / "late.py").write_text("def f():\n    import parcel.inner.deep\n")
+    found = code_of({"_target_": "late.f"})
+    packages = {"parcel", "parcel.inner"} if init else set()
+    assert set(found) == {"late", "parcel.inner.deep"} | packages
+    assert not [name for name in sys.modules if name.startswith("parcel")]
+    monkeypatch.delitem(sys.modules, "late")
 
 
 def test_another_network_drops_what_the_group_chose(own, compose: Compose, caplog):

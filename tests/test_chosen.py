@@ -165,7 +165,7 @@ def test_a_folder_of_files_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     export.export_images(tmp_path / "png", images, ["T-shirt/top", "a b:c"], 2)
     names = sorted(path.name for path in (tmp_path / "png").iterdir())
     assert names == ["00000-T-shirt-top.png", "00001-a-b-c.png", "00002-T-shirt-top.png"]
-    assert [export.file_name(name) for name in ("..", "é/ü", "x" * 99)] == [
+    assert [export.class_file_name(name) for name in ("..", "é/ü", "x" * 99)] == [
         "class",
         "é-ü",
         "x" * 40,

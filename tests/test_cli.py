@@ -44,6 +44,18 @@ def test_another_broken_pipe_stays_an_error():
         raise BrokenPipeError
 
 
+def test_another_broken_pipe_is_an_error_whoever_reads_standard_output():
+    """A worker that is gone is no success, because ``head`` has seen enough."""
+    code = (
+        "import bayesdiff.cli as c\nwith c.closed_pipe():\n    raise BrokenPipeError('a worker')"
+    )
+    done = with_reader_gone("-c", code)
+    assert done.returncode == 1 and "BrokenPipeError: a worker" in done.stderr
+    code = "import bayesdiff.cli as c\nwith c.closed_pipe():\n    print('a' * 99999, flush=True)"
+    done = with_reader_gone("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_threads_that_wait_sleep_unless_the_user_says_otherwise(tmp_path: Path):
     code = "import os, bayesdiff.cli; print(os.environ['OMP_WAIT_POLICY'])"
     inherited = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}

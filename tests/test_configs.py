@@ -18,11 +18,11 @@ from bayesdiff.cli import explain
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.sources import digits
 from bayesdiff.laplace.posterior import check_settings
+from bayesdiff.options.trainer import SUPPLIED
 from bayesdiff.paths import CondOT, VariancePreserving
 from bayesdiff.report.loggers import Loggers, check_loggers
 from bayesdiff.runs import build
-from bayesdiff.runs.callback_options import _place
-from bayesdiff.runs.trainer_options import SUPPLIED
+from bayesdiff.runs.callback_options import _named
 from bayesdiff.solvers.step import check_solver
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -137,8 +137,9 @@ def test_trainers(name):
 @every("callbacks")
 def test_callbacks(name, tmp_path):
     callbacks = composed(f"callbacks={name}").callbacks
-    made = [instantiate(callback, **_place(callback, tmp_path)) for callback in callbacks.values()]
-    assert all(isinstance(callback, Callback) for callback in made)
+    made = _named(DictConfig({"callbacks": callbacks}), tmp_path)
+    assert list(made) == list(callbacks)
+    assert all(isinstance(callback, Callback) for callback in made.values())
 
 
 @every("logger")
@@ -148,7 +149,8 @@ def test_loggers(name, tmp_path):
     if name == "wandb":
         pytest.importorskip("wandb")
     check_loggers(options)
-    (made,) = Loggers(options, tmp_path / "digits", "digits", "training").make()
+    to = Loggers(options, tmp_path / "digits", "digits", "training")
+    made = to.make(options[name])
     assert isinstance(made, Logger)
     if name != "wandb":  # its own service names folders
         assert Path(made.log_dir) == tmp_path / "digits" / name

@@ -10,12 +10,13 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from test_report import CLASSES, fake, words
+from test_report import CLASSES, extremes, fake, words
 
 from bayesdiff.checks import UserError
 from bayesdiff.report import figures
-from bayesdiff.report.charts import label_ends, log_ticks, plain_number, three_digits
+from bayesdiff.report.charts import label_ends, log_ticks, three_digits
 from bayesdiff.report.options import ReportOptions
+from bayesdiff.report.series import plain_number
 from bayesdiff.report.sorted_sheet import Block, sorted_images
 from bayesdiff.report.style import COLOURS, look, save, style
 
@@ -63,7 +64,7 @@ def _streams(pdf):
 
 def test_no_title_is_burned_in_and_every_caption_has_the_conditions():
     samples = fake()
-    for make in (figures.image_and_map, figures.extremes, figures.over_time):
+    for make in (figures.image_and_map, extremes, figures.over_time):
         figure = make(samples, CLASSES, settings=SETTINGS)
         assert figure.get_label() and figure.get_label() not in words(figure)
         assert "sigma_noise 0.1235" in words(figure) and "digits" in words(figure)
@@ -85,14 +86,14 @@ def test_extremes_share_one_scale_unless_asked_otherwise():
     samples.variance *= torch.linspace(0.01, 1, 24)[:, None, None, None]
 
     def limits(**options):
-        drawn = figures.extremes(samples, CLASSES, count=3, **options).axes[0].images
+        drawn = extremes(samples, CLASSES, count=3, **options).axes[0].images
         return [image.get_clim() for image in drawn if image.get_array().ndim == 2]
 
     shared = limits()
     assert len(shared) == 6 and len(set(shared)) == 1
     own = limits(own_scale=True)
     assert len(set(own)) == 6 and min(own)[1] < 0.3 * max(own)[1]
-    text = words(figures.extremes(samples, CLASSES, count=3, name="members.joint"))
+    text = words(extremes(samples, CLASSES, count=3, name="members.joint"))
     assert "highest members.joint of 24 images" in text and "lowest members.joint" in text
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.runs.local_paths import settle
+from bayesdiff.options.local_paths import settle
 from bayesdiff.sweeps.plan import planner
 
 

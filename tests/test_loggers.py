@@ -1,27 +1,36 @@
 """Every logger gets what TensorBoard gets; none is needed, and none can spoil a report."""
 
 import csv
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from conftest import scalars
+from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
-from test_report import CLASSES, HPARAMS, METRICS, fake
+from test_report import CLASSES, HPARAMS, METRICS, board_of, fake
 
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.report import board, loggers
-from bayesdiff.report.loggers import Loggers, check_loggers, entries
+from bayesdiff.report import board, figures, loggers
+from bayesdiff.report.csv_logger import CSVLogger
+from bayesdiff.report.loggers import Loggers, check_loggers, entries, log_figure
+from bayesdiff.uncertainty.scores.of_maps_and_images import map_score
 
-CSV = {"_target_": "lightning.pytorch.loggers.CSVLogger", "name": "csv", "version": ""}
+CSV = {"_target_": "bayesdiff.report.csv_logger.CSVLogger", "name": "csv", "version": ""}
+TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 MADE = []
 
 
 class Recording(Logger):
     """Keeps what it is given, as a service would."""
 
-    def __init__(self, save_dir=None, run_name=None, broken=False):
+    def __init__(self, save_dir=None, run_name=None, broken=False, refuses=False):
         super().__init__()
+        if refuses:
+            raise OSError("no account")
         self.save_dir_, self.run_name, self.broken = save_dir, run_name, broken
         self.metrics, self.hyperparameters, self.images, self.ended = [], {}, {}, 0
         self._experiment = self
@@ -64,8 +73,6 @@ def report(folder, options, samples=None):
 
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):
-    from bayesdiff.report import figures
-
     def pictures(samples, *_):
         yield "samples/samples", figures.sample_grid(samples.images, None, [])
 
@@ -101,7 +108,6 @@ def test_what_is_no_logger_is_one_line(given, line):
 
 def test_a_missing_package_is_one_line_with_the_command(compose, monkeypatch):
     """Before any work, and W&B's own folder beside the script is not taken for it."""
-    from bayesdiff import pipeline
 
     def version(name):
         raise loggers.metadata.PackageNotFoundError(name)
@@ -125,7 +131,7 @@ def test_a_logger_gets_scores_curves_figures_histogram_and_settings(tmp_path):
     assert [step for step, _ in curve] == list(range(100, 1001, 100))
     assert curve[-1][1] == pytest.approx(float(samples.summed[-1].mean()))
     assert made.images["samples/samples"] == [str(figure)] and figure.is_file()
-    torch.testing.assert_close(made.images["uncertainty/score"], samples.variance.sum((1, 2, 3)))
+    torch.testing.assert_close(made.images["uncertainty/score"], map_score(samples, "sum"))
     assert made.hyperparameters == board.flat(HPARAMS)
     assert (made.run_name, made.save_dir_) == ("run/cell", str(tmp_path / "run" / "cell"))
     assert made.ended == 1
@@ -145,8 +151,66 @@ def test_a_logger_that_fails_is_named_and_costs_nothing_else(tmp_path, caplog):
     report(tmp_path, [RECORDING | {"broken": True}, RECORDING])
     broken, whole = MADE[-2:]
     assert "Recording failed (OSError: no network)" in caplog.text
-    assert not broken.hyperparameters and whole.hyperparameters and whole.images
-    assert list((tmp_path / "run" / "cell" / "tensorboard").iterdir())
+    assert not broken.images and broken.ended == 1  # it got no more, and holds no run open
+    assert whole.hyperparameters == board.flat(HPARAMS) and "samples/samples" in whole.images
+    shown = scalars(tmp_path / "run" / "cell" / "tensorboard")
+    assert {"fid@5k/classifier", "over_t/increment"} <= shown.keys()
+
+
+def test_a_logger_that_cannot_be_made_leaves_the_others_their_report(tmp_path, caplog):
+    report(tmp_path, [RECORDING | {"refuses": True}, RECORDING])
+    assert "Recording failed" in caplog.text and "no account" in caplog.text
+    assert MADE[-1].images and MADE[-1].ended == 1
+
+
+def test_a_report_that_fails_leaves_no_run_open(tmp_path, monkeypatch):
+    """The next cell of this process would write into it."""
+
+    def pictures(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(board, "_pictures", pictures)
+    with pytest.raises(RuntimeError, match="no font"):
+        report(tmp_path, [RECORDING])
+    assert MADE[-1].metrics and MADE[-1].ended == 1
+
+
+def test_a_resumed_training_goes_on_with_its_csv_curve_and_a_report_begins_anew(tmp_path):
+    def log(kind, steps):
+        (logger,) = Loggers(CSV, tmp_path / "run", "run", kind).begin({"seed": 0})
+        for step in steps:
+            logger.log_metrics({f"{kind}/loss": float(step)}, step=step)
+        logger.finalize("success")
+        with (tmp_path / "run" / "csv" / "metrics.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    assert len(log("training", range(4))) == 4
+    rows = log("training", (2, 3, 4))  # the checkpoint was of step 2
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3, 4]
+    assert [float(row["training/loss"]) for row in rows] == [0, 1, 2, 3, 4]
+    rows = log("cell", [0])
+    assert [(row["step"], row["cell/loss"]) for row in rows] == [("0", "0.0")]
+    assert "training/loss" not in rows[0]
+
+
+def test_a_logger_that_is_added_to_a_finished_cell_gets_its_report_once(copied, compose):
+    finished = copied.cell / "metrics.json"
+    before = json.loads(finished.read_text())
+    assert before["loggers"] == []
+    first = len(MADE)
+    added = ["logger=[tensorboard,csv]", "+logger.mine._target_=test_loggers.Recording"]
+    result = pipeline.run(compose(*added))
+    assert result.folder == copied.cell and len(MADE) == first + 1 and MADE[-1].images
+    assert MADE[-1].metrics[0][1].keys() == before["metrics"].keys()
+    rows = list(csv.DictReader((copied.cell / "csv" / "metrics.csv").open()))
+    assert sum(bool(row.get("nfe")) for row in rows) == 1
+    # The training was finished before, so that it has no CSV file.
+    there = f"{copied.folder}/*/csv/metrics.csv"
+    assert result.curves == (f"tensorboard --logdir {copied.output_dir}", there, "Recording")
+    assert pipeline.run(compose(*added)).curves == result.curves and len(MADE) == first + 1
+    assert len(json.loads(finished.read_text())["loggers"]) == 2
+    shown = pipeline.run(compose("report.pdf=true", *added))
+    assert (shown.folder / "figures" / "samples.pdf").is_file() and len(MADE) == first + 2
 
 
 def test_studies_write_to_all_loggers(tmp_path):
@@ -164,19 +228,27 @@ def test_names_are_short_enough_for_a_service():
     assert Loggers(None, Path("out/run"), "run", "training").name == "run"
 
 
-def test_where_the_curves_are():
+def test_where_the_curves_are(tmp_path):
     wandb = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "mine"}
     tensorboard = {"_target_": "lightning.pytorch.loggers.TensorBoardLogger"}
 
-    def places(options):
-        return Loggers(options, Path("out/run/cell"), "run", "cell").places("out")
+    def places(options, served=()):
+        cell = Loggers(options, tmp_path / "run" / "cell", "run", "cell", frozenset(served))
+        return [place.replace(str(tmp_path), "out") for place in cell.places("out")]
 
     assert places(None) == []
     assert places({"tb": tensorboard}) == ["tensorboard --logdir out"]
+    offline = wandb | {"offline": True}
+    assert places([CSV, wandb, RECORDING, offline]) == []  # none of them is there
+    for place in ("run", "run/cell"):
+        (tmp_path / place / "csv").mkdir(parents=True)
+        (tmp_path / place / "csv" / "metrics.csv").write_text("step\n")
+        (tmp_path / place / "wandb" / "offline-run-1").mkdir(parents=True)
     assert places({"csv": CSV}) == ["out/run/csv/metrics.csv and out/run/*/csv/metrics.csv"]
-    assert places([wandb, RECORDING]) == ["WandbLogger, project mine", "Recording"]
-    (sync,) = places([wandb | {"offline": True}])
-    assert sync.startswith("wandb sync out/run/wandb/offline-run-*")
+    (sync,) = places([offline])
+    assert sync == "wandb sync out/run/wandb/offline-run-* out/run/*/wandb/offline-run-*"
+    had = [loggers._name(each) for each in (wandb, RECORDING)]
+    assert places([wandb, RECORDING], had) == ["WandbLogger, project mine", "Recording"]
 
 
 def test_wandb_offline_keeps_a_run_for_every_report(tmp_path, monkeypatch):
@@ -202,8 +274,22 @@ def test_wandb_offline_keeps_a_run_for_every_report(tmp_path, monkeypatch):
         assert sum(name in kept.read_bytes() for name in names) >= 3
 
 
-def test_the_classes_used_here_are_what_lightning_has(tmp_path):
+def test_a_trainings_loggers_get_place_names_and_hyperparameters(tmp_path):
     to = Loggers([CSV, RECORDING], tmp_path / "run", "run", "training")
-    kinds = [type(each) for each in to.make(without=TensorBoardLogger)]
-    assert kinds == [CSVLogger, Recording]
-    assert to.make(without=CSVLogger)[0].run_name == "run"
+    of_csv, mine = to.begin({"seed": 3})
+    assert isinstance(of_csv, CSVLogger) and Path(of_csv.log_dir) == tmp_path / "run" / "csv"
+    assert (mine.run_name, mine.save_dir_) == ("run", str(tmp_path / "run"))
+    assert mine.hyperparameters == {"seed": 3}
+    of_csv.log_metrics({"train/loss": 1.0}, step=0)
+    of_csv.finalize("success")
+    assert OmegaConf.load(tmp_path / "run" / "csv" / "hparams.yaml").seed == 3
+
+
+def test_a_callback_shows_its_figure_to_every_logger(tmp_path):
+    to = Loggers([CSV, RECORDING, {"_target_": TENSORBOARD}], tmp_path, tmp_path.name, "training")
+    trainer = SimpleNamespace(default_root_dir=tmp_path, loggers=to.begin({}), global_step=7)
+    log_figure(trainer, "uncertainty/validation", figures.sample_grid(fake(3).images, None, []))
+    saved = tmp_path / "figures" / "validation.png"
+    assert MADE[-1].images == {"uncertainty/validation": [str(saved)]} and saved.is_file()
+    trainer.loggers[-1].experiment.flush()
+    assert board_of(trainer.loggers[-1].log_dir).Images("uncertainty/validation")[0].step == 7

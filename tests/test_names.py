@@ -9,9 +9,10 @@ from conftest import compose_list, smallest
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.runs.build import build
-from bayesdiff.runs.defaults import differences, named, preset, words
+from bayesdiff.runs.defaults import damage_of, differences, named, preset, words
+from bayesdiff.runs.same_kind import require_guidance
 from bayesdiff.runs.settings import _learnt
-from bayesdiff.storage.checkpoints import require_guidance
+from bayesdiff.storage.checkpoints import read_checkpoint
 
 BARE = ("output_dir=/nowhere/that/is",)
 
@@ -116,6 +117,30 @@ def test_guidance_needs_a_checkpoint_that_learnt_it(tmp_path):
     path = tmp_path / "a.ckpt"
     note = {"config": {"model": {"class_dropout": 0.0}}}
     torch.save({"state_dict": {"a": torch.ones(1)}, "bayesdiff": note}, path)
-    require_guidance(path, {"solver": {"guidance": 1.0}})
+    there = read_checkpoint(path)
+    require_guidance(path, there, {"solver": {"guidance": 1.0}})
     with pytest.raises(UserError, match="solver.guidance=2.0 needs a network.*class_dropout=0"):
-        require_guidance(path, {"solver": {"guidance": 2.0}})
+        require_guidance(path, there, {"solver": {"guidance": 2.0}})
+
+
+def test_what_only_shows_names_no_training_and_what_learns_does(tmp_path):
+    """By the list that the key of a training goes by, and no other."""
+    plain = folder(tmp_path)
+    for only_shown in (
+        "callbacks.training_progress=null", "callbacks=snapshots", "~callbacks.samples",
+        "callbacks.learning_rate=null", "report.pdf=false", "callbacks.samples.grids=3",
+    ):  # fmt: skip
+        assert folder(tmp_path, only_shown) == plain
+    bare = [folder(tmp_path, word) for word in ("~callbacks.ema", "callbacks.ema=null")]
+    assert all(re.fullmatch(r"digits-flow-ema_null-[0-9a-f]{8}", name) for name in bare)
+    assert "-decay_0.5-" in folder(tmp_path, "callbacks.ema.decay=0.5")
+
+
+def test_what_is_taken_out_is_null_and_options_of_another_class_are_not_missed():
+    cfg = compose_list(["~callbacks.ema", "~trainer.gradient_clip_val", *BARE])
+    found = differences(cfg, model="flow", solver="euler")
+    assert found == {"callbacks.ema": None, "trainer.gradient_clip_val": None}
+    for other in ("path=vp_linear", "solver=ddpm", "corruption=mislabelled", "net=unet8"):
+        cfg = compose_list(["model=diffusion", other, *BARE])
+        found = differences(cfg, model="diffusion", corruption=damage_of(cfg) or "")
+        assert [name for name, value in found.items() if value is None] == []

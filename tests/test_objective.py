@@ -1,6 +1,8 @@
 """What a search looks for: any metric, refused before the first cell where it cannot be."""
 
+import json
 import logging
+import math
 
 import pytest
 from conftest import compose_list
@@ -8,6 +10,7 @@ from omegaconf import OmegaConf
 from test_launchers import SETTINGS, search
 
 from bayesdiff.checks import UserError
+from bayesdiff.storage.artefacts import key_of, write_json
 from bayesdiff.sweeps.objective import check_objective, direction_of, value_of
 from bayesdiff.sweeps.search import Search
 
@@ -67,6 +70,12 @@ LR = "model.optimizer.lr"
         ("cmmd@", [], ["laplace", "uncertainty.skip_interval"], "does not depend on laplace, "),
         ("laplace/log_evidence", [], ["solver.grid", "uncertainty"], "does not depend on solver."),
         ("summed_variance/mean", [], ["metrics.num_images"], "does not depend on metrics."),
+        ("real/fid@", [], [LR, "net", "seed"], f"does not depend on {LR}, net, seed"),
+        ("classifier_test_accuracy", [], ["solver.num_steps"], "does not depend on solver."),
+        ("fid@", [], ["+laplace.sigma_noise"], "does not depend on laplace.sigma_noise"),
+        ("laplace/log_evidense", [], [LR], "is no metric.*laplace/log_evidence"),
+        ("summed_variance/", [], [LR], "is no metric; there are summed_variance/mean"),
+        ("net/width", [], [LR], "objective=net/width is no metric"),
     ],
 )
 def test_a_search_that_finds_nothing_is_refused_before_its_first_cell(
@@ -86,6 +95,9 @@ def test_a_search_that_finds_nothing_is_refused_before_its_first_cell(
         ("filtering/best/z@0.8", ["experiment=filtering"], ["laplace", "uncertainty"]),
         ("laplace/block_parameters", [], ["laplace.subset"]),
         ("summed_variance/mean", [], ["uncertainty.skip_interval"]),
+        ("summed_variance/class_3", [], [LR]),
+        ("validation/log_ratio_low", ["uncertainty.validate=true"], [LR]),
+        ("real/fid@", [], ["data", "metrics.num_images"]),
     ],
 )
 def test_a_search_that_can_work_passes(objective, overrides, keys, caplog):
@@ -114,6 +126,31 @@ def test_the_highest_is_the_best_of_a_study_that_maximises(tmp_path, monkeypatch
     assert record.direction == "maximize"
     with pytest.raises(UserError, match="begun with objective=laplace/log_evidence, not fid@"):
         search(tmp_path, monkeypatch).study()
+
+
+def test_every_metric_of_a_run_can_be_an_objective(trained):
+    metrics = json.loads((trained.cell / "metrics.json").read_text())["metrics"]
+    assert {"laplace/n_eff", "summed_variance/sd", "nfe"} <= metrics.keys()
+    for name in metrics:
+        check_objective(name, compose_list([]), ["data"])
+
+
+def test_a_trial_without_a_value_says_why(tmp_path, monkeypatch, caplog):
+    """A cell that is done and lacks the metric ends the search: all others lack it as well."""
+    given = search(tmp_path, monkeypatch, "a=interval(0.0, 1.0)", "c=3", n_trials=2)
+
+    def launch(row):
+        def run(cells, first):
+            write_json(tmp_path / "cells" / f"{key_of(sorted(cells[0]))}.json", row)
+            return [None]
+
+        return run
+
+    with pytest.raises(UserError, match="no metric of trial 0, which is done; it has nfe"):
+        given.run(launch({"status": "done", "metrics": {"nfe": 4}}))
+    given.run(launch({"status": "done", "metrics": {"fid@1": math.nan}}))
+    assert "trial 1: fid@1 is nan, no value to compare" in caplog.text
+    assert [trial.state.name for trial in given.study().trials] == ["FAIL", "FAIL"]
 
 
 def test_the_preset_can_be_left_out():

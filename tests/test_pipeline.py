@@ -320,7 +320,7 @@ def test_a_folder_of_ones_own_never_mixes_two_predictions_or_paths(
     mine = ["model=diffusion", f"run_dir={tmp_path / 'mine'}", "metrics.num_images=4"]
     first = pipeline.run(compose(*mine))
     again = ["fit=false", f"ckpt_path={first.folder.parent / 'checkpoints' / 'last.ckpt'}"]
-    monkeypatch.setattr(training, "require_same_kind", lambda run, path: None)
+    monkeypatch.setattr(training, "require_same_kind", lambda *_: None)
     second = pipeline.run(compose(*mine, *again, "model.prediction=noise"))
     third = pipeline.run(compose(*mine, *again, "path=vp_linear"))
     assert len({result.folder for result in (first, second, third)}) == 3

@@ -12,7 +12,7 @@ from bayesdiff import pipeline
 from bayesdiff.runs.stages import starts
 from bayesdiff.storage.artefacts import read_json
 from bayesdiff.sweeps.plan import dry_run, planner
-from bayesdiff.sweeps.plan.estimate import Estimates, steps_of
+from bayesdiff.sweeps.plan.estimate import Estimates
 from bayesdiff.sweeps.plan.probe import Probe, count
 from bayesdiff.uncertainty.sensitivities.refined import Refined
 
@@ -85,7 +85,7 @@ def test_times_are_evaluations_times_images(compose, free):
     assert found["validation"] == pytest.approx(3 * counts.check * 1e-3)
     assert counts.check == 3 + 1 + 2 * 32  # image, first features of all members, the rest
     assert found["curvature"] == pytest.approx(64e-3)
-    assert found["training"] >= 2e-3 and steps_of(run) == (2, 1.0)
+    assert found["training"] >= 2e-3 and run.length == (2, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_times_are_evaluations_times_images(compose, free):
 )
 def test_optimiser_steps_are_those_of_the_trainer(overrides, steps, compose):
     run = pipeline.prepare(compose(*overrides, "data.batch_size=128"))[0]
-    assert steps_of(run) == steps
+    assert run.length == steps
 
 
 def test_a_finished_run_is_made_and_every_lost_artefact_is_to_be_made(copied, compose):
@@ -220,7 +220,11 @@ def test_real_probes_are_positive_and_leave_the_network_alone(compose):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (5.26, "5.3 s"), (300, "5 min"), (7200, "2 h")]
-)
+    ("seconds", "text"),
+    [
+        (0, "0 s"), (0.00123, "0.0012 s"), (5.26, "5.3 s"), (99.4, "99 s"), (99.6, "1.7 min"),
+        (300, "5 min"), (5998, "1.7 h"), (7200, "2 h"), (1e6, "280 h"),
+    ],
+)  # fmt: skip
 def test_durations_are_rough(seconds, text):
     assert planner.duration(seconds) == text

@@ -171,6 +171,23 @@ def trained(tmp_path, **options) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "steps", "epochs"),
+    [
+        ({"max_epochs": -1, "max_steps": 24}, "of 24 steps", "of 3"),
+        ({"max_epochs": 5, "max_steps": 24}, "of 24 steps", "of 3"),
+        ({"max_epochs": -1, "max_steps": -1, "max_time": {"milliseconds": 300}}, "", ""),
+    ],
+    ids=["steps", "both", "time"],
+)
+def test_epochs_are_counted_whatever_bounds_them(options, steps, epochs, hasty, tmp_path):
+    trained(tmp_path, **options)
+    at = rf"training: \d+ {steps}, " if steps else "training, "
+    pattern = rf"{at}epoch [123] {epochs},.*" if epochs else rf"{at}epoch \d+, .*"
+    assert any(re.fullmatch(pattern, line) for line in hasty.messages), hasty.messages
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_training_without_a_terminal_has_lines_in_place_of_a_bar(hasty, tmp_path, capsys):
     trained(tmp_path, max_epochs=3)
     assert "training: 30 steps, 10 batches an epoch" in hasty.messages

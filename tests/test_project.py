@@ -17,12 +17,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bayesdiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    "checks objective spelling source_code trainer_options disk local_paths cli run_log artefacts "
-    "script fit_key targets checkpoints device distributed locks slots progress rows data paths "
-    "networks models sharding laplace solvers uncertainty metrics report defaults build processes "
-    "training_progress run_callbacks callback_options training stages pools chosen_estimator "
-    "study address settings ablation doubts report_scores filtering repair_results repair "
-    "interpolation head_chain pipeline probe estimate planner dry_run search sweep"
+    "checks spelling options source_code targets trainer_options disk local_paths cli "
+    "run_log artefacts script fit_key checkpoints same_kind device distributed locks slots "
+    "progress rows data paths networks models sharding laplace solvers uncertainty metrics "
+    "report defaults build processes training_progress stopping run_callbacks callback_options "
+    "trainer training stages pools chosen_estimator study address settings ablation doubts "
+    "report_scores cell_report filtering repair_results repair interpolation head_chain pipeline "
+    "probe estimate planner dry_run objective search sweep"
 ).split()
 
 

@@ -148,7 +148,7 @@ def test_the_shown_image_is_the_models_own_sample(name, monkeypatch):
     assert torch.equal(samples.images, image)
     assert samples.variance.shape == image.shape and samples.variance.isfinite().all()
     assert (samples.variance >= 0).all() and not samples.variance.requires_grad
-    assert torch.equal(samples.summed[-1], samples.scores)
+    assert torch.equal(samples.summed[-1], samples.variance.flatten(1).sum(1))
 
 
 def untrained(self, everything, target):

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,20 +14,22 @@ from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.report import board, figures
 from bayesdiff.report.layout import standard_deviation
-from bayesdiff.report.options import ReportOptions
+from bayesdiff.report.options import SCORES_FILE, ReportOptions
 from bayesdiff.report.style import DPI
+from bayesdiff.storage.artefacts import read_arrays
 from bayesdiff.sweeps.charts import sweep_figure
 from bayesdiff.uncertainty import Samples
+from bayesdiff.uncertainty.scores.of_maps_and_images import map_score
 
 pytestmark = pytest.mark.usefixtures("without_pdf")
 
 CLASSES = ["cat", "dog", "$5 bill and a very long name for a class $"]
 
 
-class Fake(SimpleNamespace):
+class Fake(Samples):
     """Samples that a test may change."""
 
-    over_time = Samples.over_time
+    __setattr__ = object.__setattr__
 
 
 def fake(count=24, channels=1, height=8, width=8, steps=10, labelled=True, seed=0):
@@ -59,6 +60,11 @@ def drawn(figure, folder):
     """Pixels of the saved figure, (H, W, 3) uint8."""
     pixels = imread(figures.save(figure, folder / "deep" / "figure.png"))
     return (pixels[..., :3] * 255).round().astype(np.uint8)
+
+
+def extremes(samples, classes, **options):
+    """The most and the least uncertain images by their summed variance."""
+    return figures.extremes(samples, classes, map_score(samples, "sum"), **options)
 
 
 def words(figure):
@@ -127,7 +133,7 @@ def test_the_units_of_a_map_are_said_and_the_picture_stays_the_same(tmp_path, mo
         figure = figures.image_and_map(samples, CLASSES, count=2)
         shown[samples.units] = [image.get_array() for image in figure.axes[0].images]
         interval = {"model": "[-1, 1]", "unit": "[0, 1]"}[samples.units]
-        for make in (figures.image_and_map, figures.over_time, figures.extremes):
+        for make in (figures.image_and_map, figures.over_time, extremes):
             assert f"image range {interval}" in words(make(samples, CLASSES))
     for (one, of_one), (other, of_other) in zip(*map(pairs, shown.values()), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
@@ -189,13 +195,13 @@ def test_score_histogram_counts_all_and_orders_the_classes():
 
 def test_extremes_pick_the_ends_of_the_ranking():
     samples = fake()
-    figure = figures.extremes(samples, CLASSES, count=3)
+    figure = extremes(samples, CLASSES, count=3)
     ranking = samples.variance.flatten(1).sum(1).argsort()
     expected = [*ranking.flip(0)[:3].tolist(), *ranking[:3].tolist()]
     maps = [image.get_array() for image in figure.axes[0].images if image.get_array().ndim == 2]
     for shown, index in zip(maps, expected, strict=True):
         np.testing.assert_allclose(shown, standard_deviation(samples.variance[index]))
-    best = figures.extremes(samples, CLASSES, 1, scores=torch.arange(24.0))
+    best = figures.extremes(samples, CLASSES, torch.arange(24.0), 1)
     assert " 23.0 |" in words(best) and " 0.00 |" in words(best)
 
 
@@ -229,7 +235,7 @@ def test_negative_and_broken_variances_are_said_not_hidden(tmp_path):
         figures.image_and_map(samples, CLASSES),
         figures.over_time(samples, CLASSES),
         figures.summed_over_time(samples, CLASSES),
-        figures.extremes(samples, CLASSES),
+        extremes(samples, CLASSES),
     ):
         assert "4.2 % of all variances are negative" in words(figure)
         assert "1 images have variances that are not finite" in words(figure)
@@ -264,7 +270,7 @@ def test_more_classes_than_can_be_told_apart():
 def test_texts_stay_on_the_page_and_apart():
     """Nothing written is cut off, and no two texts of a sheet lie over each other."""
     samples = fake()
-    for figure in (figures.over_time(samples, CLASSES), figures.extremes(samples, CLASSES)):
+    for figure in (figures.over_time(samples, CLASSES), extremes(samples, CLASSES)):
         figure.canvas.draw()
         page = figure.bbox
         texts = [t for t in (*figure.texts, *figure.axes[0].texts) if t.get_text()]
@@ -371,18 +377,18 @@ def test_a_second_report_replaces_the_first_and_nothing_else(tmp_path, monkeypat
 def test_scores_replace_the_summed_variance(tmp_path):
     scores = {"members.joint": torch.linspace(100, 200, 24)}
     shown = ReportOptions(chosen_by="members.joint", pdf=False)
-    more = {"scores": scores, "options": shown, "figures_dir": tmp_path / "p"}
+    more = {"scores": scores, "options": shown}
     board.write(tmp_path / "tb", fake(), {}, {}, CLASSES, **more)
     histogram = board_of(tmp_path / "tb").Histograms("uncertainty/score")[0].histogram_value
     assert (histogram.min, histogram.max, histogram.num) == (100, 200, 24)
-    assert (tmp_path / "p" / "extremes.png").exists()
+    assert (tmp_path / "figures" / "extremes.png").exists()
 
 
 def test_a_run_sorts_its_images_by_what_the_report_asks_for(copied, compose):
     asked = ("report.sorted_by=[map.sum,likelihood.bits_per_dim]", "report.likelihood_steps=2")
     more = ("report.chosen_by=map.patch_max", "report.map_scale=own")
     result = pipeline.run(compose(*asked, *more))
-    scores = json.loads((result.folder / "image-scores.json").read_text())
+    scores = read_arrays(result.folder / SCORES_FILE)
     assert set(scores) == {"map.sum", "map.patch_max", "likelihood.bits_per_dim"}
     captions = json.loads((result.folder / "figures" / "captions.json").read_text())
     assert "map.patch_max" in captions["extremes"]["caption"]

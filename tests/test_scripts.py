@@ -15,7 +15,7 @@ from conftest import QUICK_CLASSIFIER, ROOT, Trained, compose_list, smallest
 
 from bayesdiff.checks import UserError
 from bayesdiff.report import board
-from bayesdiff.script import Asked
+from bayesdiff.studies.script import Asked
 from bayesdiff.uncertainty import Ensemble, Published
 
 EXPERIMENTS = ROOT / "experiments"

@@ -14,13 +14,16 @@ import torch
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from test_report import fake
 
-from bayesdiff.storage.artefacts import write_arrays
+from bayesdiff.report.options import SCORES_FILE
+from bayesdiff.report.series import depends, series, short_names
+from bayesdiff.storage.artefacts import write_arrays, write_json
 from bayesdiff.sweeps import report as sweep
 from bayesdiff.sweeps.charts import sweep_figure
 from bayesdiff.sweeps.maps import CellMaps, by_images, map_tiles, scale_of
 from bayesdiff.sweeps.over_time import CellCurve, over_time_figure
-from bayesdiff.sweeps.series import depends, series, short_names
+from bayesdiff.uncertainty.stored import stored_samples, to_arrays
 
 pytestmark = pytest.mark.usefixtures("without_pdf")
 
@@ -33,11 +36,9 @@ def cell(folder, number, overrides, images=None, size=1.0, **changes):
     seed = int(dict(o.split("=") for o in overrides).get("seed", 0))
     rng = torch.Generator().manual_seed(seed)
     images = torch.rand(6, 1, 8, 8, generator=rng) * 2 - 1 if images is None else images
-    write_arrays(
-        folder / "run" / f"samples {number}.npz",
-        "key",
-        {"images": images, "variance": size * torch.rand(images.shape, generator=rng)},
-    )
+    samples = fake(6)
+    samples.images, samples.variance = images, size * torch.rand(images.shape, generator=rng)
+    write_arrays(folder / "run" / f"samples {number}.npz", "key", to_arrays(samples))
     (there / "figures").mkdir(parents=True)
     (there / "figures" / "image_and_map.png").write_bytes(b"")
     settings = {"data": "digits", "seed": seed, "uncertainty.name": "ensemble"}
@@ -129,7 +130,7 @@ def test_a_sweep_without_a_single_result_still_has_a_page(folder):
 
 def test_one_cell_has_a_page_with_its_maps_and_no_curves(folder):
     page = written(folder, [cell(folder, 0, ["prior=1"])])
-    assert len(page.sources) == 1 and "Sweep of one cell" in page.text
+    assert len(page.sources) == 2 and "Sweep of one cell" in page.text
 
 
 def test_cells_without_metrics_or_maps_are_left_out_of_the_pictures(folder):
@@ -137,7 +138,7 @@ def test_cells_without_metrics_or_maps_are_left_out_of_the_pictures(folder):
     rows[1]["metrics"] = {}
     Path(rows[2]["samples"]).write_bytes(b"broken")
     page = written(folder, rows)
-    assert len(page.sources) == 2
+    assert len(page.sources) == 3
     (bare,) = [row for row in page.rows if row[0] == "1"]
     assert bare[2] == ""
 
@@ -268,17 +269,22 @@ def test_maps_of_different_orders_share_a_logarithmic_scale():
     map_tiles([maps_of("large", 1.0, size=32), maps_of("small", 1.0)], 0, "")
 
 
-def test_maps_are_read_in_model_units(tmp_path):
-    images, variance = torch.rand(9, 3, 8, 8), torch.rand(9, 3, 8, 8)
-    unit = {"images": (images + 1) / 2, "variance": variance / 4}
-    unit["units"] = torch.tensor(list(b"unit"), dtype=torch.uint8)
-    write_arrays(tmp_path / "a.npz", "k", {"images": images, "variance": variance})
-    write_arrays(tmp_path / "b.npz", "k", unit)
-    one, two = (CellMaps.read(tmp_path / f"{name}.npz", name) for name in "ab")
+def test_samples_are_read_in_model_units(tmp_path):
+    samples = fake(9, channels=3)
+    for name, given in (("a", samples), ("b", samples.in_unit_range())):
+        write_arrays(tmp_path / f"{name}.npz", "k", to_arrays(given))
+    read = [stored_samples(tmp_path / f"{name}.npz") for name in "ab"]
+    one, two = (CellMaps.of(each, "name") for each in read)
     assert one.shares_images(two) and len(one.images) == 8
-    np.testing.assert_allclose(one.maps, variance[:8].double().mean(1).sqrt().numpy(), rtol=1e-6)
+    truth = samples.variance[:8].double().mean(1).sqrt().numpy()
+    np.testing.assert_allclose(one.maps, truth, rtol=1e-6)
     np.testing.assert_allclose(two.maps, one.maps, rtol=1e-5)
-    assert CellMaps.read(tmp_path / "c", "c") is None
+    curves = [CellCurve.of(each, "name").summed for each in read]
+    np.testing.assert_allclose(*curves, rtol=1e-6)
+    assert (read[1].estimator, read[1].nfe, read[1].units) == ("ensemble of 5", 50, "model")
+    assert stored_samples(tmp_path / "c") is None
+    write_arrays(tmp_path / "part.npz", "k", {"images": samples.images})
+    assert stored_samples(tmp_path / "part.npz") is None
 
 
 def test_solvers_with_other_steps_share_one_plot_over_t(folder):
@@ -286,14 +292,12 @@ def test_solvers_with_other_steps_share_one_plot_over_t(folder):
     rows = [cell(folder, i, [f"model={name}"]) for i, name in enumerate(("flow", "diffusion"))]
     truth = {}
     for row, steps, unit in zip(rows, (20, 25), (False, True), strict=True):
-        summed = torch.rand(steps, 6)
-        truth[steps] = summed.double().mean(1).numpy()
-        arrays = {"images": torch.zeros(6, 1, 8, 8), "variance": torch.ones(6, 1, 8, 8)}
-        arrays |= {"times": torch.linspace(0, 1, steps + 1)[1:], "summed": summed}
-        if unit:
-            arrays |= {"summed": summed / 4, "units": torch.tensor(list(b"unit")).byte()}
-        write_arrays(Path(row["samples"]), "key", arrays)
-    curves = [CellCurve.read(row["samples"], row["overrides"][0]) for row in rows]
+        samples = fake(6, steps=steps)
+        truth[steps] = samples.summed.double().mean(1).numpy()
+        given = samples.in_unit_range() if unit else samples
+        write_arrays(Path(row["samples"]), "key", to_arrays(given))
+    read = [(stored_samples(row["samples"]), row["overrides"][0]) for row in rows]
+    curves = [CellCurve.of(*each) for each in read]
     lines = over_time_figure(curves, 3, "digits").axes[0].lines
     assert [line.get_label() for line in lines] == ["model=flow", "model=diffusion"]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 2
@@ -304,7 +308,6 @@ def test_solvers_with_other_steps_share_one_plot_over_t(folder):
     assert "Uncertainty over time" in (folder / "report.html").read_text() and page.sources
     assert (folder / "figures" / "over_time.png").is_file()
     assert "sweep/Uncertainty over time" in events_of(folder / "report").Tags()["images"]
-    assert CellCurve.read(folder / "nothing.npz", "none") is None
 
 
 def test_headlines_of_studies_are_columns(folder, capsys):
@@ -346,7 +349,9 @@ def test_the_board_has_curves_pictures_a_layout_and_no_second_row(folder):
     assert [(e.step, e.value) for e in events.Scalars(f"sweep/{FID}")] == [
         (0, 10.0), (1, 11.0), (2, 12.0),
     ]  # fmt: skip
-    assert set(tags["images"]) == {"sweep/Metrics over prior", "sweep/Maps on the same noise"}
+    assert set(tags["images"]) == {
+        "sweep/Metrics over prior", "sweep/Uncertainty over time", "sweep/Maps on the same noise",
+    }  # fmt: skip
     (layout,) = [tag for tag in tags["tensors"] if "custom_scalars" in tag]
     text = layout_pb2.Layout.FromString(events.Tensors(layout)[0].tensor_proto.string_val[0])
     assert [category.title for category in text.category] == ["scores", "uncertainty", "Laplace"]
@@ -402,14 +407,68 @@ def test_one_outlier_does_not_darken_all_other_maps():
     assert "1 cells are mostly off the scale" in " ".join(figure.texts[0].get_text().split())
 
 
-def test_a_sweep_has_a_sheet_of_sorted_images_for_each_score(folder):
+def sorts(row, scores, asked):
+    """Scores of a cell, and by which of them its report sorts its images."""
+    write_arrays(Path(row["folder"]) / SCORES_FILE, "key", scores)
+    record = {"report": {"chosen_by": [*scores][-1], "sorted_by": asked}}
+    write_json(Path(row["folder"]) / "metrics.json", record)
+
+
+def test_a_sweep_has_a_sheet_of_sorted_images_for_each_score_that_was_asked_for(folder):
     rows = [cell(folder, i, [f"skip={i + 1}"]) for i in range(2)]
+    scores = {"map.sum": torch.arange(6.0), "members.joint": torch.full((6,), torch.nan)}
     for row in rows:
-        scores = {"map.sum": list(range(6)), "members.joint": [None] * 6}
-        (Path(row["folder"]) / "image-scores.json").write_text(json.dumps(scores))
+        sorts(row, {**scores, "map.mean": torch.arange(6.0)}, ["map.sum", "members.joint"])
     page = written(folder, rows)
-    assert "Images sorted by map.sum" in page.text
-    for name in ("sorted_map_sum", "sorted_members_joint", "maps", "0_skip"):
+    assert "Images sorted by map.sum" in page.text and "by map.mean" not in page.text
+    for name in ("sorted_map.sum", "sorted_members.joint", "maps", "0_skip"):
         assert (folder / "figures" / f"{name}.png").is_file()
     captions = json.loads((folder / "figures" / "captions.json").read_text())
     assert "skip" in captions["0_skip"]["title"]
+    assert "12 images have no score (NaN)" in captions["sorted_members.joint"]["caption"]
+    assert "no score" not in captions["sorted_map.sum"]["caption"]
+
+
+def test_an_infinite_score_is_first_in_a_sweep_as_it_is_in_its_cell(folder):
+    """Rarity is infinite outside all balls: no other image is as rare."""
+    rows = [cell(folder, 0, ["a=1"])]
+    scores = torch.tensor([1.0, torch.inf, 3.0, torch.nan, -torch.inf, 2.0])
+    sorts(rows[0], {"real.rarity": scores}, ["real.rarity"])
+    (block,) = sweep._read(rows, ["a"])[2]["real.rarity"]
+    assert block.order().tolist() == [1, 2, 5, 0, 4, 3]
+    torch.testing.assert_close(block.scores, scores, equal_nan=True)
+
+
+def test_every_file_of_samples_is_read_once(folder, monkeypatch):
+    rows = [cell(folder, i, [f"a={i}"]) for i in range(3)]
+    for row in rows:
+        sorts(row, {"map.sum": torch.arange(6.0)}, ["map.sum"])
+    seen = []
+    monkeypatch.setattr(sweep, "stored_samples", lambda p: seen.append(p) or stored_samples(p))
+    sweep.draw(folder, rows, [sweep.flatten(row, ["a"]) for row in rows], ["a"], [FID])
+    assert seen == [row["samples"] for row in rows]
+
+
+def test_files_of_an_earlier_report_go(folder):
+    rows = [cell(folder, i, [f"a={i}"]) for i in range(2)]
+    sorts(rows[0], {"map.sum": torch.arange(6.0)}, ["map.sum"])
+    written(folder, rows)
+    assert (folder / "sweep.png").is_file()
+    mine = folder / "figures" / "mine.txt"
+    mine.write_text("kept")
+    sorts(rows[0], {"map.sum": torch.arange(6.0)}, [])
+    written(folder, rows[:1])
+    left = sorted(path.name for path in (folder / "figures").iterdir())
+    assert left == ["captions.json", "maps.pdf", "maps.png", "mine.txt", "over_time.pdf",
+                    "over_time.png"]  # fmt: skip
+    assert not (folder / "sweep.png").exists() and not (folder / "captions.json").exists()
+
+
+def test_the_page_says_what_made_the_maps_of_each_cell(folder):
+    rows = [cell(folder, i, [f"a={i}"]) for i in range(2)]
+    rows[1]["settings"]["uncertainty.instead_of"] = "refined"
+    page = written(folder, rows)
+    table = next(row for row in page.rows if row[0] == "cell")
+    assert table[:3] == ["cell", "a", "maps by"]
+    said = [row[2] for row in page.rows if row[0] in "01"]
+    assert said == ["", "ensemble, in place of refined for few maps"]

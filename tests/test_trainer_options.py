@@ -9,12 +9,12 @@ from hydra.errors import HydraException
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.cli import explain
-from bayesdiff.runs.trainer_options import (
+from bayesdiff.options.trainer import (
     SUPPLIED,
     check_interval,
     check_trainer,
-    duration,
     steps_and_epochs,
+    time_limit,
     weighty,
 )
 
@@ -61,6 +61,10 @@ def test_an_unknown_option_names_those_close_to_it(override, fragments):
         ("max_time=soon", ["max_time='soon'", "HH:MM:SS"]),
         ("max_time=-5", ["max_time=-5"]),
         ("max_time={days:x}", ["max_time="]),
+        ("max_time=nan", ["max_time=nan is no duration"]),
+        ("max_time=inf", ["max_time=inf is no duration"]),
+        ("max_time={days:1e20}", ["max_time={'days': 1e+20} is no duration"]),
+        ("max_time=99999999999:00:00:00", ["is no duration"]),
         ("accumulate_grad_batches=0", ["accumulate_grad_batches"]),
         ("min_epochs=-1", ["min_epochs"]),
         ("profiler=fast", ["trainer does not work", "profiler", "simple"]),
@@ -104,8 +108,8 @@ def test_a_validation_beyond_the_epoch_is_refused():
     [("00:01:00", 60), ("01:02:03:04", 93784), (90, 90), ("100:00:01", 360001)],
 )
 def test_durations(value, seconds):
-    assert duration(value) == timedelta(seconds=seconds)
-    assert duration(None) is None and duration({"hours": 2}) == timedelta(hours=2)
+    assert time_limit(value) == timedelta(seconds=seconds)
+    assert time_limit(None) is None and time_limit({"hours": 2}) == timedelta(hours=2)
 
 
 def test_only_what_changes_the_weights_is_in_the_key():

@@ -13,6 +13,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.record import Curvature
+from bayesdiff.runs import trainer as trainer_
 from bayesdiff.runs import training
 from bayesdiff.runs.build import build
 from bayesdiff.storage.artefacts import weights_key
@@ -137,7 +138,7 @@ def test_clipping_bounds_the_step(compose: Compose, monkeypatch):
             grads = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
             norms.append(float(torch.stack(grads).norm()))
 
-    monkeypatch.setattr(training, "Provenance", lambda run: Watch())
+    monkeypatch.setattr(trainer_, "Provenance", lambda run: Watch())
     fit(compose("trainer.gradient_clip_val=0.01"))
     assert len(norms) == 2 and max(norms) < 0.0101
 

@@ -194,7 +194,9 @@ def test_ensemble_equals_sampling_once_per_member(name):
     slow = torch.stack(images).var(0)
     torch.testing.assert_close(fast.variance, slow, rtol=1e-8, atol=1e-16)
     assert (fast.variance > 0).all()
-    torch.testing.assert_close(fast.scores, slow.flatten(1).sum(1), rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        fast.variance.flatten(1).sum(1), slow.flatten(1).sum(1), rtol=1e-8, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -287,7 +289,7 @@ def test_the_record_over_time_ends_with_the_map_itself(estimator):
     samples = estimator(start, posterior)
     torch.testing.assert_close(samples.times, torch.arange(1, 21) / 20)
     assert samples.summed.shape == (20, 10)
-    torch.testing.assert_close(samples.summed[-1], samples.scores)
+    torch.testing.assert_close(samples.summed[-1], samples.variance.flatten(1).sum(1))
     assert samples.frames.shape == samples.frame_variance.shape == (9, 8, 1, 3, 3)
     assert torch.equal(samples.frames[-1], samples.images[:8])
     assert torch.equal(samples.frame_variance[-1], samples.variance[:8])

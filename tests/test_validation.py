@@ -309,6 +309,7 @@ def trainer(folder, *callbacks):
     from lightning.pytorch.loggers import TensorBoardLogger
 
     return L.Trainer(
+        default_root_dir=folder,
         max_epochs=1,
         limit_train_batches=1,
         limit_val_batches=0,

@@ -13,7 +13,7 @@ from bayesdiff.data.pixels import readable_endings
 log = logging.getLogger(__name__)
 
 # Folders that systems add: they hold resource forks and thumbnails, not data.
-_SYSTEM = ("__macosx", "@eadir", "$recycle.bin", "lost+found")
+_SYSTEM = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found")
 # Names of folders that split a data set: Train, valid, test1, train2017, test_images, images_val.
 _SPLIT = re.compile(
     r"(?:(?:images?|imgs?|data|set)[\W_]+)?"

@@ -51,6 +51,11 @@ class ImageDataModule(L.LightningDataModule):
         self.flip = flip
         self.seed = seed
 
+    @property
+    def batches(self) -> int:
+        """Of an epoch without limit."""
+        return images_per_epoch(self.data) // self.batch_size
+
     def train_dataloader(self) -> "TrainingBatches":
         """Shuffled batches of this process, a new order in every epoch.
 
@@ -109,7 +114,7 @@ class TrainingBatches:
         """Nothing to load; that both are there tells Lightning that an epoch can be resumed."""
 
     def __len__(self) -> int:
-        return images_per_epoch(self.module.data) // self.module.batch_size
+        return self.module.batches
 
     def __iter__(self) -> Iterator[Batch]:
         module, trainer = self.module, self.trainer

@@ -19,7 +19,7 @@ from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.laplace.structures import check_structure
 from bayesdiff.machine.ranks import barrier, rank
-from bayesdiff.spelling import near
+from bayesdiff.options.spelling import near
 from bayesdiff.storage.artefacts import key_of, weights_key
 from bayesdiff.storage.locks import together
 
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _OWN = (
     "path", "structure", "sigma_noise", "prior_precision", "n_eff", "rank", "subset", "probes",
+    "folder", "context",
 )  # fmt: skip
 _PASS = ("draws", "num_images", "batch_size", "seed", "time_bins")  # options of fit_curvature
 
@@ -54,6 +55,9 @@ class LastLayerLaplace(Callback):
             in ``block``; its factors are kept next to the curvature, as ``block-....safetensors``.
             Whatever is fitted, such as the evidence, is fitted to the head.
         probes: of ``fit_block``.
+        folder: in place of ``path``, where the file has a name of its own, see ``file_name``.
+        context: what the features depend on beside the weights, plain values; a kept curvature of
+            another context is made again.
         curvature: options of ``fit_curvature``: draws, num_images, batch_size, seed, time_bins.
 
     Raises:
@@ -70,6 +74,8 @@ class LastLayerLaplace(Callback):
         rank: int | None = None,
         subset: str = "head",
         probes: int | str = 4,
+        folder: Path | None = None,
+        context: tuple[Any, ...] = (),
         **curvature: Any,
     ) -> None:
         for name in curvature:
@@ -77,7 +83,6 @@ class LastLayerLaplace(Callback):
                 raise UserError(
                     f"LastLayerLaplace has no option {name!r}{near(name, (*_OWN, *_PASS))}"
                 )
-        self.path = None if path is None else Path(path)
         self.subset, self.probes = subset, probes
         self.settings: dict[str, Any] = {
             "structure": structure,
@@ -88,9 +93,10 @@ class LastLayerLaplace(Callback):
         }
         check_settings(**self.settings, time_bins=curvature.get("time_bins", 1))
         check_subset(subset, structure, sigma_noise, probes)
-        self.pass_options = curvature
-        # What the features depend on beside the weights, where a caller knows it: see ``source``.
-        self.context: tuple[Any, ...] = ()
+        self.pass_options, self.context = curvature, context
+        self.path = None if path is None else Path(path)
+        if folder is not None:
+            self.path = folder / self.file_name
         self.posterior: HeadPosterior | None = None
         self.block: BlockPosterior | None = None
 

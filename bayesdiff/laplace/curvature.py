@@ -99,13 +99,13 @@ def batches(
     """What the head sees of ``draws_of``.
 
     Args:
-        model: in evaluation mode; the rest as for ``draws_of``.
-        images: the same.
-        labels: the same.
-        draws: the same.
-        num_images: the same.
-        batch_size: the same.
-        seed: the same.
+        model: in evaluation mode.
+        images: ``(N, C, H, W)`` uint8.
+        labels: ``(N,)`` or None.
+        draws: (t, noise) draws per image.
+        num_images: a random subset of this size; None for all.
+        batch_size: images at once.
+        seed: fixes subset and draws.
 
     Yields:
         The same batches in the same order whenever the arguments are the same.

@@ -13,17 +13,18 @@ _ADD = {
 }
 
 
-def require_module(module: Any, who: str) -> None:
+def require_module(module: Any, who: str, *more: str) -> None:
     """Refuse a module that the passes over the data could not use.
 
     Args:
         module: a ``GenerativeModel``, or one like it.
         who: needs it, for the message.
+        more: attributes that it needs beside those of every pass.
 
     Raises:
         UserError: names what is missing, and what to add.
     """
-    for name in ("net", "path", "corrupt", "num_classes", "prediction"):
+    for name in ("net", "path", "corrupt", "num_classes", "prediction", *more):
         if not hasattr(module, name):
             raise UserError(
                 f"{who} needs {type(module).__name__}.{name} and there is none; derive your "

@@ -191,11 +191,11 @@ def check_settings(
     """Refuse settings that no curvature could make a posterior of, before any work is done.
 
     Args:
-        structure: as for ``HeadPosterior.fit``, like all that follow but the last.
-        sigma_noise: the same.
-        prior_precision: the same.
-        n_eff: the same.
-        rank: the same.
+        structure: what is kept of the data's part, see ``HeadPosterior.fit``.
+        sigma_noise: number, ``mle`` or ``mle_per_time``.
+        prior_precision: number or ``evidence``.
+        n_eff: images the likelihood counts; None for those of the pass.
+        rank: of ``structure="subspace"``.
         time_bins: intervals of t in the pass; None where the pass itself will tell.
 
     Raises:

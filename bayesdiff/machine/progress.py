@@ -28,9 +28,11 @@ _WAKE = 0.5
 
 def duration(seconds: float) -> str:
     """A time that nobody takes for exact."""
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.2g} min" if seconds < 6000 else f"{seconds / 3600:.2g} h"
+    for unit, size, limit in (("s", 1, 100), ("min", 60, 6000)):
+        rough = float(f"{seconds / size:.2g}")  # 99.6 s are 1.7 min, and not 1e+02 s
+        if rough * size < limit:
+            return f"{rough:g} {unit}"
+    return f"{float(f'{seconds / 3600:.2g}'):.12g} h"
 
 
 def per_image(evaluations: float | None) -> str:
@@ -112,7 +114,7 @@ class Meter:
             last: when somebody last spoke.
 
         Returns:
-            The same after it.
+            When somebody last spoke, this call included.
         """
         if not self.said:
             whole = None if self.left is None else self.elapsed + self.left

@@ -20,6 +20,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.registry import register_feature_extractor
 
 from bayesdiff.checks import UserError
+from bayesdiff.machine.device import all_threads
 from bayesdiff.machine.shared_rows import Rows, own_rows, shared_rows
 from bayesdiff.metrics.classifier import Classifier, load_classifier, load_or_train
 from bayesdiff.metrics.encoders import (
@@ -267,7 +268,8 @@ def extract(
         return dict(zip(("features", "logits"), (p.float().cpu() for p in parts), strict=True))
 
     make = shared_rows if shared else own_rows
-    with torch.no_grad():
+    # Others than the classifier enlarge the images first.
+    with torch.no_grad(), all_threads(not isinstance(extractor, ClassifierFeatures)):
         return Features(**make(range(len(images)), batch_size, batch, "extracting features"))
 
 

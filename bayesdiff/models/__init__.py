@@ -1,3 +1,3 @@
-from bayesdiff.models.generative import GenerativeModel
+from bayesdiff.models.generative import GenerativeModel, whole_of
 
-__all__ = ["GenerativeModel"]
+__all__ = ["GenerativeModel", "whole_of"]

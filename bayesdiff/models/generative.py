@@ -188,6 +188,11 @@ class GenerativeModel(L.LightningModule):
         self._loss_sum = 0.0
 
 
+def whole_of(module: Any) -> Any:
+    """A module with all its weights; one of a user's own that does not say is whole already."""
+    return module.whole() if hasattr(module, "whole") else module
+
+
 def _check_classes(net: nn.Module, num_classes: int | None) -> None:
     """Refuse labels that the network would not read, and a network that would never get any.
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from bayesdiff.report import figures
-from bayesdiff.report.layout import conditions, conditions_of, image_range
+from bayesdiff.report.layout import conditions, conditions_of
 from bayesdiff.report.loggers import Loggers
-from bayesdiff.report.options import SUM, ReportOptions
+from bayesdiff.report.options import SUM, SUM_IN_WORDS, SUM_UNIT, ReportOptions
 from bayesdiff.report.sorted_sheet import Block, sorted_images
 from bayesdiff.report.writer import Curves, flat, new_report, report
 from bayesdiff.studies.prior_ablation.figures import evidence_figure
+from bayesdiff.uncertainty.scores.of_maps_and_images import map_score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,8 +34,6 @@ def write(
     *,
     scores: Mapping[str, Tensor] | None = None,
     options: ReportOptions | None = None,
-    settings: Mapping[str, Any] | None = None,
-    figures_dir: str | Path | None = None,
     validation: "Validation | None" = None,
     evidence: "EvidenceCurve | None" = None,
     loggers: Loggers | None = None,
@@ -45,13 +44,12 @@ def write(
         writer_dir: TensorBoard folder of the run, shared with the training logger.
         samples: the generated images with their variances.
         metrics: names, conditions included (``fid@10k/classifier``), and values.
-        hparams: the row of the HPARAMS tab; nested dictionaries become ``outer.inner``.
+        hparams: the row of the HPARAMS tab, nested dictionaries as ``outer.inner``; the captions
+            read it too.
         classes: class names.
-        scores: ``(B,)`` of each image by name, those that ``options`` asks for; the summed
-            variance is known anyway.
+        scores: ``(B,)`` of each image by name, those that ``options`` asks for; ``map.sum`` is
+            computed where it is left out.
         options: what the figures show.
-        settings: of the run, for the captions; ``hparams`` when left out.
-        figures_dir: folder of the figures; ``figures`` beside ``writer_dir`` when left out.
         validation: comparison with a reference, drawn where there is one.
         evidence: over prior_precision, drawn where there is one.
         loggers: that get the same.
@@ -60,25 +58,23 @@ def write(
         The PNG files.
     """
     folder = Path(writer_dir)
-    pictures = folder.parent / "figures" if figures_dir is None else Path(figures_dir)
     shown = options or ReportOptions()
-    known = {SUM: samples.variance.flatten(1).sum(1), **(scores or {})}
-    given = hparams if settings is None else settings
-    with report(folder, pictures, flat(hparams), loggers, shown.pdf) as board:
+    known = {SUM: map_score(samples, "sum")} if scores is None else scores
+    with report(folder, folder.parent / "figures", flat(hparams), loggers, shown.pdf) as board:
         board.scalars(metrics)
         board.hparams_row(metrics)
         board.curves(over_steps(samples))
         board.curves(over_time(samples))
         board.histogram("uncertainty/score", known[shown.chosen_by])
         drawn = (
-            *_pictures(samples, classes, known, shown, given),
-            *_checked(validation, conditions(samples, given), metrics),
+            *_pictures(samples, classes, known, shown, hparams),
+            *_checked(validation, conditions(samples, hparams), metrics),
         )
         made = [board.picture(tag, figure) for tag, figure in drawn]
         if evidence is not None:
             curve = zip(evidence.prior_precision, evidence.log_evidence, strict=True)
             board.curves({"laplace/log_evidence_over_prior": _over_prior(curve)})
-            figure = evidence_figure(evidence, conditions_of(given))
+            figure = evidence_figure(evidence, conditions_of(hparams))
             made.append(board.picture("laplace/evidence", figure))
         return made
 
@@ -181,8 +177,7 @@ def _over_prior(points: Iterable[tuple[float | Tensor, Any]]) -> list[tuple[int,
 def over_steps(samples: "Samples") -> Curves:
     """The mean summed variance after each solver step."""
     # Numbers stay in the model's units, so that those of two runs can be compared.
-    scale = 4 if samples.units == "unit" else 1
-    summed = (scale * samples.summed).mean(1).tolist()
+    summed = samples.in_model_range().summed.mean(1).tolist()
     return {"uncertainty/summed_variance": list(enumerate(summed, start=1))}
 
 
@@ -192,14 +187,10 @@ def over_time(samples: "Samples") -> Curves:
     Solvers with other numbers of steps are so compared at equal times.
     """
     steps = [round(1000 * time) for time in samples.times.tolist()]
-    scales = {"spatial": 16} if samples.units == "unit" else {}
-    usual = 4 if samples.units == "unit" else 1
     names = {"summed": "summed_variance", "mean": "mean_variance", "spatial": "spatial_variance"}
     return {
-        f"over_t/{names.get(name, name)}": list(
-            zip(steps, (scales.get(name, usual) * values).mean(1).tolist(), strict=True)
-        )
-        for name, values in samples.over_time.items()
+        f"over_t/{names.get(name, name)}": list(zip(steps, values.mean(1).tolist(), strict=True))
+        for name, values in samples.in_model_range().over_time.items()
     }
 
 
@@ -216,17 +207,18 @@ def _pictures(
         Tag and figure.
     """
     made, values = conditions(samples, settings), scores[shown.chosen_by]
-    name = "summed variance" if shown.chosen_by == SUM else shown.chosen_by
+    summed = shown.chosen_by == SUM
+    name, unit = (SUM_IN_WORDS, SUM_UNIT) if summed else (shown.chosen_by, "")
     look: dict[str, Any] = {"settings": settings, "own_scale": shown.map_scale == "own"}
     grid = samples.images, samples.labels, classes, 10, made, samples.units
     yield "samples/samples", figures.sample_grid(*grid)
     yield "uncertainty/image_and_map", figures.image_and_map(samples, classes, **look)
     yield "uncertainty/over_time", figures.over_time(samples, classes, settings=settings)
     yield "uncertainty/summed_over_time", figures.summed_over_time(samples, classes, settings)
-    unit = f" (images in {image_range(samples)})" if shown.chosen_by == SUM else ""
-    histogram = values, samples.labels, classes, made, name + unit
+    along = f"{name} ({unit})" if unit else name
+    histogram = values, samples.labels, classes, made, along
     yield "uncertainty/scores", figures.score_histogram(*histogram)
-    ends = figures.extremes(samples, classes, scores=values, name=name, **look)
+    ends = figures.extremes(samples, classes, values, name=name, unit=unit, **look)
     yield "uncertainty/extremes", ends
     if shown.sorted_by:
         blocks = [Block(n, samples.images, scores[n], samples.units) for n in shown.sorted_by]

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from bayesdiff.report.layout import by_class, chart, fit, image_range, map_conditions
+from bayesdiff.report.series import plain_number
 from bayesdiff.report.style import look, style
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from bayesdiff.metrics.validation import Validation
     from bayesdiff.uncertainty.samples import Samples
 
-# Curves with a colour of their own; where there are more, the others are grey.
+# So many curves have a colour of their own; of more, only the highest, middle and lowest do.
 _EMPHASISED = 4
 _NAME = 110  # of a curve at its end at most, pixels
 
@@ -48,11 +49,6 @@ def log_ticks(axis: "Axis", values: np.ndarray) -> None:
         axis.set_major_locator(LogLocator(numticks=6))
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
     axis.set_minor_formatter(NullFormatter())
-
-
-def plain_number(value: float) -> str:
-    """``0.02``, ``500`` or ``1e5``: four digits, and short."""
-    return f"{value:.4g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
 def three_digits(value: float) -> str:

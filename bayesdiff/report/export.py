@@ -1,7 +1,6 @@
 """Single images and maps as PNG files, for other programs and other eyes."""
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +12,9 @@ from torch import Tensor
 from bayesdiff.data.module import to_uint8
 from bayesdiff.report.figures import MAP_COLOURS
 from bayesdiff.report.layout import image_range, standard_deviation
-from bayesdiff.storage.atomic import write_folder
+from bayesdiff.storage.atomic import file_name, write_folder
 from bayesdiff.storage.locks import alone
+from bayesdiff.uncertainty.scores.of_maps_and_images import map_score
 
 if TYPE_CHECKING:
     from bayesdiff.uncertainty.samples import Samples
@@ -26,8 +26,8 @@ def export_samples(folder: Path, samples: "Samples", classes: Sequence[str], sto
     """Every image and every map as a file, made once; the folder is there whole or not at all.
 
     ``00017-sneaker-12.3.png`` is sample 17 with its class and its variance summed over channels
-    and pixels; ``00017-map.png`` its map at the image's own size. All maps have one scale of
-    colours, which ``scale.json`` states.
+    and pixels, images in [-1, 1]: ``map.sum``. ``00017-map.png`` is its map at the image's own
+    size. All maps have one scale of colours, which ``scale.json`` states.
 
     Args:
         folder: for the files; there is nothing to do where it is.
@@ -53,7 +53,7 @@ def export_samples(folder: Path, samples: "Samples", classes: Sequence[str], sto
     }
 
     def fill(place: Path) -> None:
-        names = _names(numbers, samples.labels, classes, samples.scores)
+        names = _names(numbers, samples.labels, classes, map_score(samples, "sum"))
         images = to_uint8(samples.in_model_range().images)
         for number, name, image, values in zip(numbers.tolist(), names, images, maps, strict=True):
             _write(place / f"{name}.png", image.permute(1, 2, 0).numpy())
@@ -85,9 +85,9 @@ def export_images(
     _once(folder, fill)
 
 
-def file_name(name: str) -> str:
+def class_file_name(name: str) -> str:
     """A class name that every file system takes: ``T-shirt/top`` becomes ``T-shirt-top``."""
-    return re.sub(r"[^\w.]+", "-", name).strip("-._")[:_LONGEST] or "class"
+    return file_name(name, "-", ascii_only=False).strip("-._")[:_LONGEST] or "class"
 
 
 def _names(
@@ -97,7 +97,7 @@ def _names(
     parts = [[f"{number:05d}"] for number in numbers.tolist()]
     if labels is not None:
         for part, label in zip(parts, labels.tolist(), strict=True):
-            part.append(file_name(classes[label] if label < len(classes) else str(label)))
+            part.append(class_file_name(classes[label] if label < len(classes) else str(label)))
     if scores is not None:
         for part, score in zip(parts, scores.tolist(), strict=True):
             part.append(f"{score:.4g}")

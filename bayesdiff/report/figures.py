@@ -17,6 +17,7 @@ from bayesdiff.report.layout import (
     by_class,
     cell_size,
     class_name,
+    descending,
     fit,
     image_range,
     map_conditions,
@@ -24,7 +25,9 @@ from bayesdiff.report.layout import (
     put,
     sheet,
     standard_deviation,
+    without_score,
 )
+from bayesdiff.report.options import SUM_IN_WORDS
 from bayesdiff.report.style import MAP_COLOURS, save, style
 
 if TYPE_CHECKING:
@@ -187,10 +190,11 @@ def image_and_map(
 def extremes(
     samples: "Samples",
     classes: Sequence[str],
+    scores: Tensor,
     count: int = 8,
-    scores: Tensor | None = None,
     *,
-    name: str = "summed variance",
+    name: str = SUM_IN_WORDS,
+    unit: str = "",
     settings: Mapping[str, Any] | None = None,
     own_scale: bool = False,
 ) -> "Figure":
@@ -199,15 +203,17 @@ def extremes(
     Args:
         samples: the generated images.
         classes: class names.
+        scores: ``(B,)`` uncertainty of each image; those without one, NaN, are left out.
         count: images of each kind.
-        scores: ``(B,)`` uncertainty of each image; its summed variance when left out.
         name: of the score.
+        unit: of it, for the caption.
         settings: of the run, for the caption.
         own_scale: whether each map has a colour scale of its own; one for all groups otherwise.
     """
-    values = (samples.variance.flatten(1).sum(1) if scores is None else scores).double().cpu()
-    finite = np.flatnonzero(values.isfinite().numpy())
-    order = finite[np.argsort(values.numpy()[finite], kind="stable")] if finite.size else [0]
+    values = scores.detach().cpu().double()
+    left_out = int(values.isnan().sum())
+    order = descending(values)[: len(values) - left_out][::-1]
+    order = order if len(order) else np.zeros(1, int)
     count = max(1, min(count, len(order) // 2))
     size = cell_size(samples.images, 96)[0]
 
@@ -216,12 +222,13 @@ def extremes(
         return f"{fit(known, size)}\n{three_digits(float(values[index]))}".strip()
 
     caption = (
-        f"Number: the image's {name}. {_how_maps_read(samples, own_scale)} "
+        f"Number: the image's {name}{f' ({unit})' if unit else ''}. {without_score(left_out)}"
+        f"{_how_maps_read(samples, own_scale)} "
         f"Conditions: {map_conditions(samples, settings)}."
     )
     blocks = [
-        (f"Most uncertain: highest {name} of {len(values)} images", np.array(order[::-1][:count])),
-        (f"Least uncertain: lowest {name}", np.array(order[:count])),
+        (f"Most uncertain: highest {name} of {len(values)} images", order[::-1][:count]),
+        (f"Least uncertain: lowest {name}", order[:count]),
     ]
     title = "Most and least uncertain samples"
     return _pairs(samples, blocks, label, title, caption, own_scale)

@@ -135,6 +135,20 @@ def standard_deviation(variance: Tensor) -> np.ndarray:
     return variance.detach().cpu().double().clamp(min=0).mean(-3).sqrt().numpy()
 
 
+def descending(values: Tensor) -> np.ndarray:
+    """Numbers of the values, the highest first, infinite ones in their places; NaN comes last."""
+    given = values.detach().cpu().double().numpy()
+    missing = np.isnan(given)
+    return np.lexsort((np.where(missing, 0, -given), missing))
+
+
+def without_score(count: int) -> str:
+    """A sentence about images whose score is NaN, for a caption; nothing where there are none."""
+    if not count:
+        return ""
+    return f"{count} image{'s have' if count > 1 else ' has'} no score (NaN). "
+
+
 def image_range(samples: "Samples") -> str:
     """Where the images lie, and so the unit of a map."""
     return {"model": "[-1, 1]", "unit": "[0, 1]"}[samples.units]
@@ -175,7 +189,7 @@ def conditions(samples: "Samples", settings: Mapping[str, Any] | None = None) ->
 
     Args:
         samples: say the estimator, NFE and N.
-        settings: of the run, as ``pipeline.settings`` names them.
+        settings: of the run, flat, as its row in HPARAMS has them.
     """
     settings = settings or {}
     picked = [name for name in ("numbers", "labels") if settings.get(f"uncertainty.{name}")]

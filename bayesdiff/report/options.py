@@ -5,8 +5,12 @@ from dataclasses import dataclass
 
 from bayesdiff.checks import UserError, at_least, listed
 
-# The sum of an image's variances, as it is: negative ones of a published recursion count as such.
+# The sum of an image's variances; like in all scores of maps, negative ones count as 0.
 SUM = "map.sum"
+SUM_IN_WORDS = "summed variance"
+SUM_UNIT = "images in [-1, 1]"
+# The scores of a cell's images, exact, beside its figures.
+SCORES_FILE = "image-scores.npz"
 SCALES = ("shared", "own")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.machine.ranks import rank
-from bayesdiff.models import GenerativeModel
+from bayesdiff.models import GenerativeModel, whole_of
 from bayesdiff.report import figures
 from bayesdiff.report.layout import MOST_CLASSES
 from bayesdiff.report.loggers import log_picture
@@ -90,8 +90,7 @@ class SampleGrid(Callback):
         if passed <= self.passed:
             return
         self.passed = passed
-        whole: Any = getattr(pl_module, "whole", lambda: pl_module)
-        model = whole()
+        model = whole_of(pl_module)
         if not rank():
             self._draw(trainer, model)
 

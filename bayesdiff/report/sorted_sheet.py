@@ -3,17 +3,14 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bayesdiff.report.charts import three_digits
-from bayesdiff.report.layout import GAP, cell_size, picture, put, sheet
+from bayesdiff.report.layout import GAP, cell_size, descending, picture, put, sheet, without_score
 from bayesdiff.report.style import style
-from bayesdiff.storage.artefacts import BROKEN_NPZ
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,23 +40,9 @@ class Block:
     scores: Tensor
     units: str = "model"
 
-    @classmethod
-    def read(cls, path: str | Path, name: str, scores: Sequence[float | None]) -> "Block | None":
-        """From a cell's samples; None where there are none that can be read, or not as many."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                images = torch.from_numpy(file["images"])
-                unit = "units" in file.files and bytes(file["units"].tolist()) == b"unit"
-        except BROKEN_NPZ:
-            return None
-        values = torch.tensor([torch.nan if score is None else score for score in scores])
-        units = "unit" if unit else "model"
-        return cls(name, images, values, units) if len(images) == len(values) else None
-
     def order(self, most: int = _MOST) -> np.ndarray:
         """Numbers of the images that are shown, the highest score first; NaN comes last."""
-        values = self.scores.detach().cpu().double().numpy()
-        order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
+        order = descending(self.scores)
         places = np.linspace(0, len(order) - 1, min(len(order), most)).round().astype(int)
         return order[places]
 
@@ -83,9 +66,10 @@ def sorted_images(blocks: Sequence[Block], conditions: str, score: str = "") -> 
     whole = max(len(block.images) for block in blocks)
     shown = "all of them" if whole <= most else f"{most} of them, evenly over the ranks"
     by = f" by {score}," if score else ""
+    nan = without_score(sum(int(block.scores.isnan().sum()) for block in blocks))
     caption = (
         f"{whole} images, {shown},{by} row by row from the most doubtful to the least; left of a "
-        f"row: the score of its first image. Conditions: {conditions}."
+        f"row: the score of its first image. {nan}Conditions: {conditions}."
     )
     down = -(-len(blocks) // across)
     figure, axes = sheet(across * wide, down * tall, "Images sorted by score", caption)

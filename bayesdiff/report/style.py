@@ -77,6 +77,15 @@ def caption_of(figure: "Figure") -> str:
     return " ".join(" ".join(texts).split())
 
 
+def clear(folder: Path) -> None:
+    """Remove the figures that ``save`` wrote there, and their captions."""
+    kept = folder / CAPTIONS_FILE
+    for name in read_json(kept) or {}:
+        for end in (".png", ".pdf"):
+            (folder / f"{Path(name).name}{end}").unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
+
+
 def save(figure: "Figure", path: str | Path, *, pdf: bool = True) -> Path:
     """Write ``figure`` as PNG, with its caption below, and for a paper as PDF without.
 
@@ -111,15 +120,12 @@ def _save_pdf(figure: "Figure", file: Path, title: Any, caption: str) -> None:
     """Letters and lines as such, images pixel by pixel, no margins."""
     texts = [text for text in figure.texts if text.get_gid() == CAPTION]
     about = {"Title": str(title), "Subject": caption, "Creator": None, "Producer": None}
+    about["CreationDate"] = None
+    tight: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.02}
     for text in texts:
         text.set_visible(False)
-    figure.savefig(
-        file,
-        format="pdf",
-        dpi=DPI,
-        bbox_inches="tight",
-        pad_inches=0.02,
-        metadata=about | {"CreationDate": None},
-    )
-    for text in texts:
-        text.set_visible(True)
+    try:
+        figure.savefig(file, format="pdf", dpi=DPI, metadata=about, **tight)
+    finally:
+        for text in texts:
+            text.set_visible(True)

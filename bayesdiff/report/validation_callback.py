@@ -5,7 +5,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.callback import LastLayerLaplace
@@ -13,6 +12,7 @@ from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.machine.ranks import rank
 from bayesdiff.metrics.validation import Validation, reference_at_once, reference_of, validate
 from bayesdiff.report import figures
+from bayesdiff.report.loggers import log_figure
 from bayesdiff.solvers import Solver
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.uncertainty import Estimator, Samples, starts_of
@@ -60,7 +60,7 @@ class ValidateUncertainty(Callback):
                 "ValidateUncertainty needs a posterior; "
                 "put LastLayerLaplace() before it in the Trainer's callbacks"
             )
-        require_module(model, "ValidateUncertainty")
+        require_module(model, "ValidateUncertainty", "class_dropout")
         require_data(trainer, "ValidateUncertainty")
         conditional = bool(model.num_classes) and model.class_dropout > 0
         check_solver(self.solver, model.path, conditional)
@@ -93,10 +93,10 @@ class ValidateUncertainty(Callback):
     def _log(self, trainer: L.Trainer, samples: Samples) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=trainer.global_step)
-            if isinstance(logger, TensorBoardLogger) and self.validation is not None:
-                made = f"estimator {samples.estimator}, NFE {samples.nfe}"
-                figure = figures.validation_scatter(self.validation, made)
-                logger.experiment.add_figure("uncertainty/validation", figure)
+        if self.validation is not None:
+            made = f"estimator {samples.estimator}, NFE {samples.nfe}"
+            figure = figures.validation_scatter(self.validation, made, self.metrics)
+            log_figure(trainer, "uncertainty/validation", figure)
 
     @staticmethod
     def _shape(trainer: L.Trainer) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesdiff.report import figures
 from bayesdiff.report.loggers import Loggers, Sinks
+from bayesdiff.report.style import clear
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def new_report(folder: Path) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter
 
     for earlier in folder.glob(f"*{SUFFIX}"):
-        earlier.unlink()
+        earlier.unlink(missing_ok=True)
     return SummaryWriter(str(folder), filename_suffix=SUFFIX)
 
 
@@ -53,7 +54,7 @@ def report(
     loggers: Loggers | None,
     pdf: bool,
 ) -> Generator["Board"]:
-    """A report in place of an earlier one; what other loggers opened is closed after it.
+    """A report in place of an earlier one; what other loggers opened is closed, come what may.
 
     Args:
         folder: of TensorBoard.
@@ -66,9 +67,13 @@ def report(
         What to write to.
     """
     sinks = Sinks(loggers)
-    with new_report(folder) as writer:
-        yield Board(writer, sinks, hparams, pictures, pdf)
-    sinks.close(hparams)
+    try:
+        clear(pictures)
+        with new_report(folder) as writer:
+            yield Board(writer, sinks, hparams, pictures, pdf)
+        sinks.close(hparams)
+    finally:
+        sinks.give_up()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.runs.build import Run, plain
-from bayesdiff.runs.defaults import differences, named, words
+from bayesdiff.runs.defaults import damage_of, differences, named, words
 from bayesdiff.runs.fit_key import network_code
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
@@ -102,6 +102,7 @@ def overridden(
         uncertainty=estimator.name,
         laplace=posterior.structure,
         metrics=run.cfg.metrics.features,
+        corruption=damage_of(run.cfg) or "",
     )
 
 
@@ -112,7 +113,9 @@ def cell_words(run: Run, solver: Solver, estimator: Estimator, posterior: HeadPo
     told: dict[str, Any] = {"studies": list(run.studies)} if run.studies else {}
     told |= _of_posterior(posterior)
     left = [f"laplace.{name}" for name in (*_FITTED, "structure", "rank")]
-    left += [f"uncertainty.{name}" for name in WITHOUT_EFFECT]
+    # The chosen samples are in the key, by their numbers.
+    idle = set(WITHOUT_EFFECT) - {"labels", "numbers"}
+    left += [f"uncertainty.{name}" for name in idle]
     left += [f"metrics.{name}" for name in UNSCORED]
     told |= {
         name: value

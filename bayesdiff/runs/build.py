@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from bayesdiff.checks import UserError, at_least, positive, seed_of, share
-from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace.head import HeadGeometry
@@ -21,14 +20,15 @@ from bayesdiff.laplace.requirements import require_module
 from bayesdiff.machine.device import autocast_dtype, settle_threads
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
+from bayesdiff.options.targets import arguments, fitting
+from bayesdiff.options.trainer import check_interval, check_trainer, steps_and_epochs
+from bayesdiff.options.values import plain as plain
 from bayesdiff.report.loggers import check_loggers
-from bayesdiff.runs.defaults import run_folder, takes_weights
-from bayesdiff.runs.fit_key import fit_key
-from bayesdiff.runs.fit_key import plain as plain
-from bayesdiff.runs.targets import arguments, fitting
-from bayesdiff.runs.trainer_options import check_interval, check_trainer
+from bayesdiff.runs.defaults import run_folder
+from bayesdiff.runs.fit_key import fit_key, takes_weights
+from bayesdiff.runs.same_kind import differences, kind_of
 from bayesdiff.storage.atomic import check_writable
-from bayesdiff.storage.checkpoints import checkpoint_at, load_weights, note_of
+from bayesdiff.storage.checkpoints import checkpoint_at, load_weights, note_of, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Run:
         parent: what the training starts from (``init_from``): path, key of its run and weights.
         studies: that are asked for, each a ``Study``, by name.
         instead_of: the estimator that was asked for, where another one makes its few maps.
+        callbacks: those that are asked for, made and checked, until a training takes them.
     """
 
     cfg: DictConfig
@@ -58,11 +59,17 @@ class Run:
     parent: dict[str, Any] | None = None
     studies: Mapping[str, Any] = field(default_factory=dict)
     instead_of: str | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes the model knows, none for an unconditional model."""
         return self.data.data.classes if self.model.num_classes else ()
+
+    @property
+    def length(self) -> tuple[int, float]:
+        """Optimiser steps and epochs of the whole training."""
+        return steps_and_epochs(self.cfg.trainer, self.data.batches)
 
 
 def build(cfg: DictConfig) -> Run:
@@ -75,7 +82,7 @@ def build(cfg: DictConfig) -> Run:
         flip=cfg.data.flip,
         seed=cfg.seed,
     )
-    check_interval(cfg.trainer, images_per_epoch(data.data) // data.batch_size)
+    check_interval(cfg.trainer, data.batches)
     settle_threads(device, data.data.images[0].numel())
     model = build_model(cfg, data)
     parent = start_from(cfg, model)
@@ -110,7 +117,7 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     options = OmegaConf.create({"model": plain(cfg.model) | {"optimizer": optimizer}}).model
     net = build_network(cfg.net, images, classes)
     model = instantiate(options, net=net, path=path, num_classes=classes, _convert_="all")
-    require_module(model, "last-layer Laplace")
+    require_module(model, "last-layer Laplace", "class_dropout")
     HeadGeometry.of(model.net.head)
     try:
         instantiate(options.optimizer, _convert_="all")(model.parameters())
@@ -150,20 +157,17 @@ def start_from(cfg: DictConfig, model: GenerativeModel) -> dict[str, Any] | None
         return None
     if not cfg.fit:
         raise UserError("init_from begins a training and fit=false has none; use ckpt_path=")
-    path = checkpoint_at(cfg.init_from)
-    weights = load_weights(model, path)
-    there = note_of(path).get("config") or {}
-    odd = [n for n in ("path", "prediction") if _said(there, n) not in (None, _said(cfg, n))]
+    path = checkpoint_at(cfg.init_from, "init_from")
+    checkpoint, config = read_checkpoint(path), plain(cfg)
+    weights = load_weights(model, path, checkpoint)
+    odd = [name for name, *_ in differences(checkpoint, config, kind_of(config))]
     if odd and is_main_process():
         log.warning(
             "init_from=%s was trained with another %s, which these weights must now unlearn",
             *(path, " and ".join(odd)),
         )
-    return {"path": str(path.resolve()), "key": note_of(path).get("key"), "weights": weights}
-
-
-def _said(config: Any, name: str) -> Any:
-    return plain(config.get(name) if name == "path" else config.get("model", {}).get(name))
+    key = note_of(checkpoint).get("key")
+    return {"path": str(path), "key": key, "weights": weights}
 
 
 _GROUPS = (
@@ -214,7 +218,7 @@ def check_values(cfg: DictConfig) -> None:
         if not isinstance(value := OmegaConf.select(cfg, name), bool):
             raise UserError(f"{name} must be true or false, got {value!r}")
     positive("model.optimizer.lr", cfg.model.optimizer.lr)
-    for name in ("model.class_dropout", "net.dropout", "callbacks.ema.decay"):
+    for name in ("model.class_dropout", "net.dropout"):
         if (value := OmegaConf.select(cfg, name)) is not None:
             share(name, value)
     check_trainer(cfg.trainer)

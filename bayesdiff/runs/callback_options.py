@@ -1,8 +1,9 @@
 """The callbacks that a configuration asks for, made and checked before any work."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import lightning as L
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import (
@@ -13,60 +14,69 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
     WeightAveraging,
 )
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, share
 from bayesdiff.models import GenerativeModel
+from bayesdiff.options.spelling import near
+from bayesdiff.options.targets import arguments, class_of
+from bayesdiff.options.trainer import is_validated
 from bayesdiff.report.loggers import entries
 from bayesdiff.runs.build import Run
-from bayesdiff.spelling import near
 from bayesdiff.storage.checkpoints import BEST, LAST
 
-# What a GenerativeModel logs, beside the learning rates.
-_LOGGED = ("train/loss", "val/loss", "train/grad_norm")
+_KNOWN = ("lightning.", "bayesdiff.")
 
 
 def callbacks_of(run: Run, sharded: bool = False) -> list[Callback]:
-    """The callbacks that are asked for, averages first.
+    """The callbacks that are asked for, averages first, each for one training.
 
     Args:
-        run: gives their options, and the folder that checkpoints are kept in.
+        run: has them, as ``check_callbacks`` made them, or their options.
         sharded: whether the weights are split over processes, as averages then must be.
     """
-    return list(_named(run.cfg, run.folder / "checkpoints", sharded).values())
+    made = dict(run.callbacks) or _named(run.cfg, run.folder / "checkpoints")
+    run.callbacks.clear()  # they remember what they have seen
+    if not sharded:
+        return list(made.values())
+    from bayesdiff.runs.sharding import ShardedAveraging
+
+    return [
+        ShardedAveraging.of(c) if isinstance(c, EMAWeightAveraging) else c for c in made.values()
+    ]
 
 
-def check_callbacks(run: Run) -> None:
-    """Refuse callbacks that cannot be made, or that would fail or mislead once training runs.
+def check_callbacks(run: Run) -> dict[str, Callback]:
+    """Make the callbacks; refuse those that would fail or mislead once training runs.
+
+    Returns:
+        Them by their names in the configuration, averages first.
 
     Raises:
         UserError: one line with the name and the cure.
     """
     folder = run.folder / "checkpoints"
-    named = _named(run.cfg, folder, sharded=False)
-    averages = [name for name, c in named.items() if isinstance(c, WeightAveraging)]
-    if len(averages) > 1:
-        raise UserError(
-            f"callbacks.{averages[0]} and callbacks.{averages[1]} both average the weights, and a "
-            f"checkpoint holds one average; leave one out, as in callbacks.{averages[0]}=null"
-        )
+    named = _named(run.cfg, folder)
+    for kind, why in (
+        (WeightAveraging, "both average the weights, and a checkpoint holds one average"),
+        (ProgressBar, "are both progress bars, and a screen has room for one"),
+    ):
+        alike = [name for name, callback in named.items() if isinstance(callback, kind)]
+        if len(alike) > 1:
+            one, other = (f"callbacks.{name}" for name in alike[:2])
+            raise UserError(f"{one} and {other} {why}; leave one out, as in {one}=null")
     best = run.cfg.sample_from == "best"
     if best:
-        _check_best(run.cfg.trainer)
+        _check_best(run)
     for name, callback in named.items():
         if isinstance(callback, ModelCheckpoint):
             _check_checkpoint(name, callback, folder, best)
-        monitor = getattr(callback, "monitor", None)
-        if isinstance(monitor, str) and type(run.model) is GenerativeModel:
-            known = (*_LOGGED, *(f"{one}_{end}" for one in _LOGGED for end in ("step", "epoch")))
-            if monitor not in known and not monitor.startswith("lr-"):
-                raise UserError(
-                    f"callbacks.{name}.monitor={monitor} is never logged{near(monitor, _LOGGED)}; "
-                    f"choose from {', '.join(_LOGGED)}"
-                )
+    _check_monitors(run, named)
+    return named
 
 
-def _named(cfg: DictConfig, folder: Path, sharded: bool) -> dict[str, Callback]:
+def _named(cfg: DictConfig, folder: Path) -> dict[str, Callback]:
     """Callbacks by their names in the configuration.
 
     Raises:
@@ -76,8 +86,11 @@ def _named(cfg: DictConfig, folder: Path, sharded: bool) -> dict[str, Callback]:
     for name, options in (cfg.callbacks or {}).items():
         if not options:
             continue
+        kind = class_of(options) or Callback
+        if issubclass(kind, EMAWeightAveraging) and options.get("decay") is not None:
+            share(f"callbacks.{name}.decay", options.decay)
         try:
-            made = instantiate(options, **_place(options, folder), **_split(options, sharded))
+            made = instantiate(options, **_place(kind, options, folder))
         except InstantiationException as error:
             reason = " ".join(str(error.__cause__ or error).split())
             known = isinstance(error.__cause__, UserError)
@@ -98,18 +111,49 @@ def _named(cfg: DictConfig, folder: Path, sharded: bool) -> dict[str, Callback]:
     return {name: found[name] for name in first}
 
 
-def _check_best(trainer: DictConfig) -> None:
+def _check_best(run: Run) -> None:
     """Refuse to choose by a validation that there will not be.
 
     Raises:
         UserError: if there is none.
     """
-    every, epochs = trainer.get("check_val_every_n_epoch"), trainer.get("max_epochs") or -1
-    if trainer.get("limit_val_batches") == 0 or (every and 0 < epochs < every):
+    if not is_overridden("validation_step", run.model, L.LightningModule):
         raise UserError(
-            "sample_from=best chooses by the validation loss, and this training has none; "
-            "raise trainer.limit_val_batches or lower trainer.check_val_every_n_epoch"
+            f"sample_from=best chooses by val/loss, and {type(run.model).__name__} has no "
+            "validation_step that logs it; add one, or give sample_from=last"
         )
+    if not is_validated(run.cfg.trainer, run.data.batches):
+        raise UserError(
+            "sample_from=best chooses by the validation loss, and this training has none; raise "
+            "trainer.limit_val_batches, or lower trainer.check_val_every_n_epoch or "
+            "trainer.val_check_interval, or train for longer"
+        )
+
+
+def _check_monitors(run: Run, named: Mapping[str, Callback]) -> None:
+    """Refuse to watch what nobody logs, where everybody who logs something is known.
+
+    Raises:
+        UserError: one line with the name and the cure.
+    """
+    own = [c for c in named.values() if not type(c).__module__.startswith(_KNOWN)]
+    if type(run.model) is not GenerativeModel or own:
+        return
+    logged = ["train/loss"]
+    if is_validated(run.cfg.trainer, run.data.batches):
+        logged.append("val/loss")
+    if run.cfg.trainer.get("gradient_clip_val"):
+        logged.append("train/grad_norm")
+    rates = any(isinstance(callback, LearningRateMonitor) for callback in named.values())
+    for name, callback in named.items():
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(monitor, str) or monitor in logged:
+            continue
+        if not (rates and monitor.startswith("lr-")):
+            raise UserError(
+                f"callbacks.{name}.monitor={monitor} is never logged{near(monitor, logged)}; "
+                f"choose from {', '.join(logged)}"
+            )
 
 
 def _check_checkpoint(name: str, callback: ModelCheckpoint, folder: Path, best: bool) -> None:
@@ -122,7 +166,8 @@ def _check_checkpoint(name: str, callback: ModelCheckpoint, folder: Path, best: 
     written = {f"{callback.filename}{callback.FILE_EXTENSION}"}
     if callback.save_last:
         written.add(f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}")
-    here = callback.dirpath is not None and Path(callback.dirpath).resolve() == folder.resolve()
+    # Lightning's own place, where one takes none, may be this one.
+    here = callback.dirpath is None or Path(callback.dirpath).resolve() == folder.resolve()
     if here and written & own:
         raise UserError(
             f"callbacks.{name} would write over {min(written & own)}, which the run keeps itself; "
@@ -135,12 +180,8 @@ def _check_checkpoint(name: str, callback: ModelCheckpoint, folder: Path, best: 
         )
 
 
-def _place(callback: Any, folder: Path) -> dict[str, str]:
+def _place(kind: type, options: DictConfig, folder: Path) -> dict[str, str]:
     """The run's folder, for checkpoints that have no other place."""
-    named = callback._target_.endswith("ModelCheckpoint") and callback.get("dirpath") is None
-    return {"dirpath": str(folder)} if named else {}
-
-
-def _split(callback: Any, sharded: bool) -> dict[str, str]:
-    averages = callback._target_.endswith(f".{EMAWeightAveraging.__name__}")
-    return {"_target_": "bayesdiff.runs.sharding.ShardedAveraging"} if sharded and averages else {}
+    known = arguments(str(options.get("_target_")))
+    takes = issubclass(kind, ModelCheckpoint) and (known is None or "dirpath" in known)
+    return {"dirpath": str(folder)} if takes and options.get("dirpath") is None else {}

@@ -1,41 +1,57 @@
-"""Callbacks of a run: what keeps its weights, says where they are from, and ends it."""
+"""Callbacks of a run: what keeps its weights, and says where they are from."""
 
-import signal
-from datetime import timedelta
+import logging
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Timer
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.callback import LastLayerLaplace
+from bayesdiff.models import whole_of
+from bayesdiff.options.trainer import reached
 from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.stopping import SigtermHandler, is_cut, rule_of
 from bayesdiff.storage.artefacts import weights_key, write_atomic
 from bayesdiff.storage.checkpoints import BEST, LAST, load_weights, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+_ENDING = "ending.ckpt"  # of the last epoch, until callbacks have done what they do after it
 
 
 class RunCheckpoints(Checkpoint):
     """Keeps what resuming and sampling read, whatever other checkpoints are asked for.
 
     ``last.ckpt`` is written at the end of every epoch, and in the middle of one where a training
-    is cut: it then goes on with the next batch. ``best.ckpt`` is written where the validation loss
-    is lower than before.
+    is cut: it then goes on with the next batch. The one of the last epoch is put there only when
+    all callbacks have done what they do to the weights at the end, and says that the training is
+    finished. ``best.ckpt`` is written where the validation loss is lower than before.
 
     Args:
         folder: of both files.
         best: whether to keep the best one too.
+        sigterm: knows whether the process is told to end.
+
+    Attributes:
+        score: the lowest validation loss so far.
+        cut: whether the training stops before its end.
+        kept_step: of ``last.ckpt``.
+        ended: whether the training is finished and all of it kept.
     """
 
-    def __init__(self, folder: Path, best: bool = False) -> None:
-        self.folder, self.best = folder, best
+    def __init__(self, folder: Path, best: bool, sigterm: SigtermHandler) -> None:
+        self.folder, self.best, self.sigterm = folder, best, sigterm
         self.score: float | None = None
-        self.cut = False
+        self.cut = self.ended = False
         self.kept_step = 0
-        self._postponed = False
+        self._postponed = self._ending = False
 
     def state_dict(self) -> dict[str, Any]:
         """The best validation loss so far."""
@@ -45,127 +61,117 @@ class RunCheckpoints(Checkpoint):
         """Take it up again."""
         self.score = state_dict["score"]
 
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember where the training goes on from."""
+        self.kept_step = checkpoint["global_step"]
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say whether the training is finished, beside where the checkpoint is from."""
+        checkpoint.setdefault("bayesdiff", {})["finished"] = self._ending
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Keep the place where a training is cut in the middle of an epoch."""
-        if trainer.received_sigterm and trainer.world_size == 1:
-            trainer.should_stop = True
         trainer.should_stop = trainer.should_stop or self._postponed
-        if not _is_cut(trainer) or _ends_epoch(trainer):
-            return
-        if _accumulates(trainer):  # half a step cannot be kept
-            self._postponed, trainer.should_stop = True, False
-        else:
-            self._keep_place(trainer)
+        self._heed(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep better weights than before; the place, where a callback cuts the training here."""
-        if trainer.sanity_checking or self.cut:
+        """Keep better weights than before; the place, where a callback cuts the training here.
+
+        Raises:
+            UserError: if the weights are chosen by a validation loss that there is not.
+        """
+        if trainer.sanity_checking or self.cut or self._heed(trainer):
             return
-        if _is_cut(trainer) and not _ends_epoch(trainer):
-            if not _accumulates(trainer):
-                self._keep_place(trainer)
-            self.cut = True
+        if not self.best:
             return
         loss = trainer.callback_metrics.get("val/loss")
-        if self.best and loss is not None and (self.score is None or float(loss) < self.score):
+        if loss is None:
+            raise UserError(
+                f"sample_from=best chooses by val/loss, which {type(pl_module).__name__} does not "
+                "log; log it in validation_step, or give sample_from=last"
+            )
+        if self.score is None or float(loss) < self.score:
             self.score = float(loss)
             trainer.save_checkpoint(self.folder / BEST)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the end of every whole epoch."""
-        if not self.cut:
-            self._save(trainer)
+        """Keep the end of every whole epoch.
+
+        Raises:
+            SIGTERMException: where the process is told to end.
+        """
+        if self.cut:
+            return
+        self._ending = self._has_all(trainer)
+        if self._ending:
+            trainer.save_checkpoint(self.folder / _ENDING)
+            return
+        self._save(trainer)
+        if self.sigterm.received:
+            raise SIGTERMException
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep what a callback made of the weights after the last epoch, such as an average."""
-        model: Any = pl_module
-        if not self.finished(trainer) or model.whole() is not model:  # split ones are kept so
+        """Keep what callbacks made of the weights after the last epoch, such as an average.
+
+        Raises:
+            SIGTERMException: where the process is told to end.
+        """
+        if not self._ending:
             return
-        differ = False
-        if trainer.is_global_zero:
-            saved = read_checkpoint(self.folder / LAST)["state_dict"]
-            now = pl_module.state_dict()
+        ending, differ = self.folder / _ENDING, False
+        if whole_of(pl_module) is pl_module and trainer.is_global_zero:  # split ones are kept so
+            saved, now = read_checkpoint(ending)["state_dict"], pl_module.state_dict()
             differ = any(not torch.equal(saved[name], now[name].cpu()) for name in saved)
         if trainer.strategy.broadcast(differ):
-            self._save(trainer)
+            trainer.save_checkpoint(ending)
+        if trainer.is_global_zero:
+            if self.best and self.score is None:
+                log.warning("fit: nothing was validated, and the last step counts as the best")
+                write_atomic(self.folder / BEST, partial(shutil.copyfile, ending))
+            ending.replace(self.folder / LAST)
+        trainer.strategy.barrier()
+        self.kept_step, self.ended = trainer.global_step, True
+        if self.sigterm.received:
+            raise SIGTERMException
 
-    def finished(self, trainer: L.Trainer) -> bool:
+    def _has_all(self, trainer: L.Trainer) -> bool:
         """Whether the training has done what was asked for, or a rule of its own has ended it."""
-        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
         progress: Any = trainer.fit_loop.epoch_progress.current
-        done = progress.processed
-        whole = 0 < epochs <= done and not self.cut
-        return whole or 0 < steps <= trainer.global_step or rule_of(trainer) is not None
+        limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+        done = reached(limits, progress.processed, trainer.global_step)
+        return done or rule_of(trainer) is not None
 
-    def _keep_place(self, trainer: L.Trainer) -> None:
+    def _heed(self, trainer: L.Trainer) -> bool:
+        """Keep the place where the training stops here, and say whether it does.
+
+        Raises:
+            SIGTERMException: where the process is told to end.
+        """
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or self._has_all(trainer):
+            return False  # the end of the epoch is kept
+        cut = is_cut(trainer)
+        if not cut and not self.sigterm.received:
+            return False
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if done % trainer.accumulate_grad_batches:  # half a step cannot be kept
+            if cut:
+                self._postponed, trainer.should_stop = True, False
+            return False
         self.cut = True
         self._save(trainer)
+        if self.sigterm.received:
+            raise SIGTERMException
+        return True
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.folder / LAST)
         self.kept_step = trainer.global_step
-
-
-def rule_of(trainer: L.Trainer) -> str | None:
-    """Name of the rule that has ended the training, None where something else did, or nothing.
-
-    Rules are Lightning's ``EarlyStopping``, and every callback that says so: it sets its attribute
-    ``ended_training`` to true with ``trainer.should_stop``. Both are part of the training's key.
-    """
-    if not trainer.should_stop or not trainer.fit_loop._can_stop_early:
-        return None
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        stopped = isinstance(callback, EarlyStopping) and (
-            callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
-        )
-        if stopped or getattr(callback, "ended_training", False):
-            return type(callback).__name__
-    return None
-
-
-def cut_by(trainer: L.Trainer) -> str:
-    """What stopped a training that is not finished, in words for its user."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if trainer.received_sigterm:
-        return "SIGTERM"
-    for callback in callbacks:
-        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
-            return "trainer.max_time" if isinstance(callback, RunTime) else "a Timer callback"
-    others = [type(c).__name__ for c in callbacks if not type(c).__module__.startswith(_KNOWN)]
-    return f"trainer.should_stop{' of ' + ' or '.join(others) if others else ''}"
-
-
-_KNOWN = ("lightning.", "bayesdiff.")
-
-
-def _is_cut(trainer: L.Trainer) -> bool:
-    can_stop = trainer.should_stop and trainer.fit_loop._can_stop_early
-    return bool(can_stop and rule_of(trainer) is None)
-
-
-def _ends_epoch(trainer: L.Trainer) -> bool:
-    return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
-
-
-def _accumulates(trainer: L.Trainer) -> bool:
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    return bool(done % trainer.accumulate_grad_batches) and not _ends_epoch(trainer)
-
-
-class RunTime(Timer):
-    """``trainer.max_time`` of one command: the next one has as much again."""
-
-    def __init__(self, duration: timedelta) -> None:
-        super().__init__(duration, verbose=False)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing that a checkpoint should hold."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin anew."""
 
 
 class PosteriorAtEnd(Callback):
@@ -181,7 +187,7 @@ class PosteriorAtEnd(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit it for the weights that are sampled from."""
-        if self.checkpoints.finished(trainer):
+        if self.checkpoints.ended:
             if self.checkpoints.best:
                 load_weights(pl_module, self.checkpoints.folder / BEST)
             self.laplace.discard_others(weights_key(pl_module))
@@ -207,19 +213,6 @@ class WholeCheckpoints(TorchCheckpointIO):
         write_atomic(Path(path), write)
 
 
-class EndsWhenTold(Callback):
-    """Makes SIGTERM end several processes as Ctrl-C does.
-
-    Lightning's own answer talks to the other processes from inside the signal, where they may
-    already be talking of something else: then all of them wait for ever.
-    """
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the place of Lightning's handler, which it removes after the training."""
-        if trainer.world_size > 1:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 class Provenance(Callback):
     """Writes into every checkpoint which run it is of, and with what configuration."""
 
@@ -228,7 +221,6 @@ class Provenance(Callback):
             "key": run.key,
             "config": plain(run.cfg),
             "data": run.data.data.fingerprint,
-            "classes": list(run.classes),
             "parent": run.parent,
         }
 

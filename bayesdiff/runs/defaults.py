@@ -12,13 +12,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bayesdiff.runs.trainer_options import weighty
+from bayesdiff.options.trainer import weighty
+from bayesdiff.options.values import CONFIGS, leaves
+from bayesdiff.report.series import plain_number, short_names
+from bayesdiff.runs.fit_key import displays, takes_weights
+from bayesdiff.storage.atomic import file_name
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 # Where files are, what is shown, and how the work is done: nothing a run is told apart by.
 _ASIDE = re.compile(
-    r"(output_dir|run_dir|ckpt_path|init_from|fit|dry_run|process_timeout|logger|objective|direction)(\.|$)"
-    r"|.*\b_(target|partial|convert)_$|callbacks\.progress|uncertainty\.few_maps"
+    r"(output_dir|run_dir|ckpt_path|init_from|fit|dry_run|process_timeout|logger|report|objective|direction)(\.|$)"
+    r"|.*\b_(target|partial|convert)_$|uncertainty\.few_maps"
 )
 _MOST = 72  # signs of all settings in a name
 _VALUE = 16  # of one value
@@ -49,21 +52,26 @@ def shipped(choices: tuple[tuple[str, str], ...]) -> Mapping[str, Any]:
     return leaves(cfg)
 
 
-def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name, interpolations resolved; a list is one value."""
-    node: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    if not isinstance(node, Mapping) or not node:
-        return {prefix: node} if prefix else {}
-    return {
-        name: value
-        for key, each in node.items()
-        for name, value in leaves(each, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+def is_aside(name: str, cfg: DictConfig) -> bool:
+    """Whether an option says where files are, what is shown, or how work is done.
+
+    No runs are told apart by it.
+
+    Args:
+        name: with its dots.
+        cfg: whose option it is; a callback is looked up there.
+    """
+    return bool(_ASIDE.match(name)) or _shows(name, cfg)
 
 
-def is_aside(name: str) -> bool:
-    """Whether an option says where files are, or how work is done, and tells no runs apart."""
-    return bool(_ASIDE.match(name))
+def _shows(name: str, cfg: DictConfig) -> bool:
+    """Whether it is of a callback that a training's key leaves out."""
+    parts = name.split(".")
+    if parts[0] != "callbacks" or len(parts) < 2:
+        return False
+    place = ".".join(parts[:2])
+    target = OmegaConf.select(cfg, f"{place}._target_") or shipped(()).get(f"{place}._target_")
+    return displays({"_target_": target})
 
 
 def differences(cfg: DictConfig, **choices: str) -> dict[str, Any]:
@@ -79,13 +87,43 @@ def differences(cfg: DictConfig, **choices: str) -> dict[str, Any]:
     if not there:
         return {}
     nothing = object()
-    given = {name: value for name, value in leaves(cfg).items() if not is_aside(name)}
+    given = leaves(cfg)
     return {
         name: value
-        for name, value in given.items()
-        if there.get(name.partition(".")[0], nothing) is not None
+        for name, value in {**given, **_gone(there, given)}.items()
+        if not is_aside(name, cfg)
+        and there.get(name.partition(".")[0], nothing) is not None
         and there.get(name, nothing) != value
+        and (name.partition(".")[0] != "callbacks" or value is not None or _begins(there, name))
     }
+
+
+def _begins(names: Iterable[str], start: str) -> bool:
+    return any(name.startswith(f"{start}.") for name in names)
+
+
+def _gone(there: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, None]:
+    """What was taken out of the shipped configuration, as null, which switches it off as well.
+
+    Options of another class that stands in the place of theirs are not missed.
+    """
+    parents = {name[:at] for name in given for at in _dots(name)}
+    found: dict[str, None] = {}
+    for name in there:
+        for at in (*_dots(name), len(name)):
+            part, target = name[:at], f"{name[:at]}._target_"
+            if part in given:
+                break
+            if part not in parents:
+                found[part] = None
+                break
+            if target in there and given.get(target) != there[target]:
+                break
+    return found
+
+
+def _dots(name: str) -> list[int]:
+    return [at for at, sign in enumerate(name) if sign == "."]
 
 
 def preset(group: str, options: Any) -> str:
@@ -107,11 +145,9 @@ def words(values: Mapping[str, Any], names: Iterable[str] = ()) -> str:
         values: by dotted name, in the order of their weight; the last part of a name is written.
         names: all that could be there; the whole name is written where two end alike.
     """
-    ends = [name.rpartition(".")[2] for name in {*names, *values}]
     text, left = "", 0
-    for name, value in values.items():
-        end = name.rpartition(".")[2]
-        word = f"-{_safe(end if ends.count(end) == 1 else name)}_{_safe(_short(value))[:_VALUE]}"
+    for name, value in zip(short_names(list(values), names), values.values(), strict=True):
+        word = f"-{_safe(name)}_{_safe(_short(value))[:_VALUE]}"
         fits = len(text) + len(word) <= _MOST
         text, left = text + word * fits, left + (not fits)
     return text + f"-and_{left}_more" * bool(left)
@@ -135,7 +171,7 @@ _TELLING = (
     r"model\.optimizer\.lr", "seed", r"trainer\..+", r"model\.(?!seed$|optimizer\.lr$).+",
     r"path\..+", r"net\..+", r"data\.(batch_size|flip)", "sample_from",
     r"data\.source\.(?!name$|root$|test_root$|source$|download$).+",
-    r"callbacks\.(?!progress|samples|checkpoint|learning_rate).+",
+    r"callbacks\..+",
 )  # fmt: skip
 
 
@@ -146,9 +182,10 @@ LEARNT = re.compile(
 )
 
 
-def takes_weights(cfg: DictConfig) -> bool:
-    """Whether a run takes the weights of a file and trains nothing of its own."""
-    return not cfg.fit and cfg.ckpt_path != "last"
+def damage_of(cfg: DictConfig) -> str | None:
+    """Name of the known damage to the training data, None where there is none."""
+    target = OmegaConf.select(cfg, "data.source.corruption._target_")
+    return target and str(target).rpartition(".")[2]
 
 
 def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
@@ -160,7 +197,7 @@ def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
         family: of the path.
         key: of the training.
     """
-    damage = str(OmegaConf.select(cfg, "data.source.corruption._target_") or "").rpartition(".")[2]
+    damage = damage_of(cfg) or ""
     found = differences(cfg, data=str(cfg.data.get("name")), model=family, corruption=damage)
     learnt = {f"trainer.{name}" for name in weighty(cfg.trainer, validated=True)}
     found = {k: v for k, v in found.items() if k in learnt or not k.startswith("trainer.")}
@@ -174,7 +211,7 @@ def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
 
 def _short(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return plain_number(value)
     if isinstance(value, list | tuple):
         return "_".join(map(_short, value))
     if isinstance(value, bool):
@@ -183,4 +220,4 @@ def _short(value: Any) -> str:
 
 
 def _safe(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII).strip("_") or "_"
+    return file_name(text).strip("_") or "_"

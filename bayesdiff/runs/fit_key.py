@@ -1,12 +1,14 @@
-"""The key of a training: everything that its weights depend on, and nothing else."""
+"""The key of a run's weights: everything that they depend on, and nothing else."""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from bayesdiff.runs.trainer_options import weighty
+from bayesdiff.options.targets import class_of, taken
+from bayesdiff.options.trainer import weighty
+from bayesdiff.options.values import plain
 from bayesdiff.storage.artefacts import key_of
 from bayesdiff.storage.source_code import ARITHMETIC, code_of
 
@@ -17,62 +19,78 @@ _DISPLAY = frozenset({
     "SampleGrid", "Snapshots", "OnExceptionCheckpoint", "TrainingProgress",
 })  # fmt: skip
 _OURS = ("lightning.", "bayesdiff.", "pytorch_lightning.")
+# Options of the model that only a training reads.
+_LEARNING = ("optimizer", "warmup_steps", "class_dropout", "time_sampling")
 
 
 def fit_key(cfg: DictConfig, fingerprint: str, parent: str | None = None) -> str:
-    """Content key of everything the trained weights depend on, devices left out.
+    """Content key of everything the weights depend on, devices left out.
+
+    Weights that are taken from a file depend on it, and on nothing that only a training reads.
 
     Args:
         cfg: whole configuration.
         fingerprint: of the data.
         parent: key of the weights that the training starts from, see ``init_from``.
     """
-    callbacks = learning_callbacks(cfg)
-    best = cfg.sample_from == "best"
-    validated = best or not all(map(_heedless, callbacks))
     parts: dict[str, Any] = {
         "arithmetic": ARITHMETIC,
-        "data": [fingerprint, cfg.data.batch_size, cfg.data.flip],
         "seed": cfg.seed,
-        "model": plain(cfg.model),
-        "net": plain(cfg.net),
+        "net": taken(cfg.net),
         "path": plain(cfg.path),
-        "trainer": weighty(cfg.trainer, validated),
+    }
+    if takes_weights(cfg):
+        model = {k: v for k, v in plain(cfg.model).items() if k not in _LEARNING}
+        parts |= {"data": [fingerprint], "model": model, "code": _code(model, cfg.net, cfg.path)}
+        parts["checkpoint"] = hashlib.sha256(Path(cfg.ckpt_path).read_bytes()).hexdigest()
+        return key_of(parts)
+    callbacks = learning_callbacks(cfg)
+    best = cfg.sample_from == "best"
+    parts |= {
+        "data": [fingerprint, cfg.data.batch_size, cfg.data.flip],
+        "model": plain(cfg.model) | {"optimizer": taken(cfg.model.optimizer)},
+        "trainer": weighty(cfg.trainer, best or not all(map(_heedless, callbacks))),
         "callbacks": callbacks,
-        "code": code_of(*map(plain, (cfg.model, cfg.net, cfg.path, cfg.trainer)), callbacks),
+        "code": _code(cfg.model, cfg.net, cfg.path, cfg.trainer, callbacks),
     }
     if best:
         parts["sample_from"] = "best"
     if parent is not None:
         parts["parent"] = parent
-    if not cfg.fit and cfg.ckpt_path != "last":
-        # A checkpoint from elsewhere has a folder of its own, whatever the options say.
-        parts["checkpoint"] = hashlib.sha256(Path(cfg.ckpt_path).read_bytes()).hexdigest()
     return key_of(parts)
+
+
+def takes_weights(cfg: DictConfig) -> bool:
+    """Whether a run takes the weights of a file and trains nothing of its own."""
+    return not cfg.fit and cfg.ckpt_path != "last"
 
 
 def network_code(cfg: DictConfig) -> list[Any]:
     """What code features and predictions depend on, beside the weights."""
-    return [ARITHMETIC, code_of(*map(plain, (cfg.model, cfg.net, cfg.path)))]
+    return [ARITHMETIC, _code(cfg.model, cfg.net, cfg.path)]
+
+
+def _code(*options: Any) -> dict[str, str]:
+    return code_of(*map(plain, options))
 
 
 def learning_callbacks(cfg: DictConfig) -> list[Any]:
     """Options of the callbacks that may change what is learnt, whatever they are called here."""
     given = [plain(options) for options in (cfg.callbacks or {}).values() if options]
-    return [options for options in given if not _displays(options)]
+    return [options for options in given if not displays(options)]
 
 
-def _displays(options: dict[str, Any]) -> bool:
-    name = str(options.get("_target_"))
-    return name.startswith(_OURS) and name.rpartition(".")[2] in _DISPLAY
+def displays(options: dict[str, Any]) -> bool:
+    """Whether a callback shows, keeps or times what is learnt, and changes nothing of it."""
+    return _ours(options) in _DISPLAY
 
 
 def _heedless(options: dict[str, Any]) -> bool:
     """Whether a callback does the same whatever the validation finds."""
-    name = str(options.get("_target_"))
-    return name.startswith(_OURS) and name.rpartition(".")[2] == "EMAWeightAveraging"
+    return _ours(options) == "EMAWeightAveraging"
 
 
-def plain(cfg: Any) -> Any:
-    """A configuration node as plain values."""
-    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+def _ours(options: dict[str, Any]) -> str | None:
+    """Name of Lightning's or this package's class that a callback is; None for a user's own."""
+    made = class_of(options)
+    return made.__name__ if made and f"{made.__module__}.".startswith(_OURS) else None

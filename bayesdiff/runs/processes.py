@@ -5,10 +5,16 @@ import logging
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from omegaconf import DictConfig
 
 from bayesdiff.checks import UserError, at_least, positive
 from bayesdiff.machine.ranks import rank, start
+from bayesdiff.options.targets import class_of
 from bayesdiff.runs.build import choose_device, plain
 
 _SHARDING = "bayesdiff.runs.sharding.FullyShard"
@@ -60,8 +66,12 @@ def check_strategy(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.strategy={strategy} cannot share the stages; use trainer=ddp or fsdp"
         )
-    targets = {k: str(c.get("_target_")) for k, c in (cfg.callbacks or {}).items() if c}
-    odd = [k for k, t in targets.items() if "Averag" in t and ".EMAWeightAveraging" not in t]
+    kinds = {k: class_of(options) for k, options in (cfg.callbacks or {}).items() if options}
+    averages = (WeightAveraging, StochasticWeightAveraging)
+    odd = [
+        k for k, kind in kinds.items()
+        if kind and issubclass(kind, averages) and kind is not EMAWeightAveraging
+    ]  # fmt: skip
     if name == _SHARDING and odd:
         raise UserError(
             f"callbacks.{odd[0]} cannot average weights that are split over processes; "

@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from bayesdiff.cli import explain, mendable
+from bayesdiff.cli import mendable
 
 NAME = "run.log"
 _FORMAT = logging.Formatter(
@@ -125,6 +125,6 @@ def _line(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, SystemExit):
         return f"ended: {error.code}"
-    if mendable(error) is not None:
-        return f"error: {explain(error)}"
+    if (line := mendable(error)) is not None:
+        return f"error: {line}"
     return "".join(traceback.format_exception(error)).rstrip()

@@ -10,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.runs.address import overridden
 from bayesdiff.runs.build import Run, plain
-from bayesdiff.runs.defaults import LEARNT, is_aside, preset, takes_weights
+from bayesdiff.runs.defaults import LEARNT, damage_of, is_aside, preset
+from bayesdiff.runs.fit_key import takes_weights
 from bayesdiff.solvers import Solver
-from bayesdiff.storage.checkpoints import note_of
+from bayesdiff.storage.checkpoints import note_at
 from bayesdiff.uncertainty import Estimator
 
 # Groups that the standing columns name already.
@@ -26,7 +27,7 @@ def settings(
     cfg = this.cfg
     standing = {
         "data": this.data.data.name,
-        "corruption": _damage(cfg),
+        "corruption": damage_of(cfg),
         "model": this.model.path.family,
         "prediction": this.model.prediction,
         "net": preset("net", cfg.net),
@@ -54,7 +55,7 @@ def _learnt(cfg: DictConfig) -> dict[str, Any]:
     """How the weights were trained; None where a file of weights does not say."""
     config: Any = plain(cfg)
     if takes_weights(cfg):
-        config = note_of(Path(cfg.ckpt_path)).get("config") or {}
+        config = note_at(Path(cfg.ckpt_path)).get("config") or {}
     names = {
         "lr": "model.optimizer.lr",
         "epochs": "trainer.max_epochs",
@@ -74,7 +75,7 @@ def typed(cfg: DictConfig) -> dict[str, Any]:
     words = [str(word) for word in HydraConfig.get().overrides.task]
     for override in OverridesParser.create().parse_overrides(words):
         key = override.get_key_element().lstrip("+~").partition("@")[0]
-        if is_aside(key) or key in _NAMED or override.is_delete():
+        if is_aside(key, cfg) or key in _NAMED or override.is_delete():
             continue
         value = OmegaConf.select(cfg, key)
         if OmegaConf.is_dict(value):
@@ -82,11 +83,6 @@ def typed(cfg: DictConfig) -> dict[str, Any]:
         chosen = key not in cfg and "." not in key  # a group with no place, such as experiment
         found[key] = override.get_value_string() if chosen else plain(value)
     return found
-
-
-def _damage(cfg: DictConfig) -> str | None:
-    target = OmegaConf.select(cfg, "data.source.corruption._target_")
-    return target and str(target).rpartition(".")[2]
 
 
 def _group(group: str, options: DictConfig, name: str) -> dict[str, Any]:

@@ -106,6 +106,13 @@ class ShardedModel(GenerativeModel):
 class ShardedAveraging(EMAWeightAveraging):
     """Lightning's moving average for a ``ShardedModel``, split in the same way."""
 
+    @classmethod
+    def of(cls, average: EMAWeightAveraging) -> Self:
+        """The same average of split weights."""
+        twin: Any = copy.copy(average)
+        twin.__class__ = cls
+        return twin
+
     @property
     def state_key(self) -> str:
         """The parent's, so that a training may go on under another strategy."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from bayesdiff.storage.artefacts import read_arrays, read_json, write_arrays, wr
 from bayesdiff.uncertainty import Estimator, Samples, Starts, starts_of
 from bayesdiff.uncertainty.chosen import check_export
 from bayesdiff.uncertainty.memory import images_at_once
+from bayesdiff.uncertainty.stored import from_arrays, to_arrays
 
 if TYPE_CHECKING:  # these import torch-fidelity, which costs seconds
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -115,7 +116,7 @@ def make_maps(
     barrier()
     if stored is not None:
         log.info("uncertainty: %d maps made before", len(stored["images"]))
-        return _from_arrays(stored)
+        return from_arrays(stored)
     # Fitted on the run's own seed, so that the pools of a study share what is fitted.
     ready = estimator.fit(starts(run, solver), posterior, run.folder)
     start_of = starts(run, solver, seed)
@@ -133,7 +134,7 @@ def make_maps(
         samples.in_unit_range() if ready.units == "unit" else samples, numbers=chosen
     )
     if rank() == 0:
-        write_arrays(path, key, _to_arrays(samples))
+        write_arrays(path, key, to_arrays(samples))
     return samples
 
 
@@ -175,22 +176,6 @@ def _share(mine: dict[int, Samples]) -> dict[int, Samples]:
     gathered: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(gathered, mine)
     return {number: part for parts in gathered for number, part in parts.items()}
-
-
-def _to_arrays(samples: Samples) -> dict[str, Tensor | None]:
-    values: dict[str, Any] = {f.name: getattr(samples, f.name) for f in fields(Samples)}
-    values["nfe"] = torch.tensor(samples.nfe)
-    for name in ("estimator", "units"):
-        values[name] = torch.tensor(list(values[name].encode()), dtype=torch.uint8)
-    return values
-
-
-def _from_arrays(arrays: dict[str, Tensor]) -> Samples:
-    values: dict[str, Any] = {"labels": None, **arrays}
-    values["nfe"] = int(arrays["nfe"])
-    for name in ("estimator", "units"):
-        values[name] = bytes(arrays[name].tolist()).decode()
-    return Samples(**values)
 
 
 def check_metrics(cfg: DictConfig, run: Run) -> None:

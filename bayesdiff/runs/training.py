@@ -3,62 +3,24 @@
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from hydra.utils import instantiate
-from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from omegaconf import OmegaConf
-
 from bayesdiff.checks import UserError
-from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.laplace.callback import LastLayerLaplace
-from bayesdiff.machine.ranks import barrier, world_size
-from bayesdiff.models import GenerativeModel
-from bayesdiff.report.loggers import Loggers, close
-from bayesdiff.runs.build import Run, is_main_process, plain, precision
-from bayesdiff.runs.callback_options import callbacks_of
-from bayesdiff.runs.callbacks import (
-    EndsWhenTold,
-    PosteriorAtEnd,
-    Provenance,
-    RunCheckpoints,
-    RunTime,
-    WholeCheckpoints,
-    cut_by,
-    rule_of,
-)
-from bayesdiff.runs.trainer_options import duration, steps_and_epochs
-from bayesdiff.storage.artefacts import read_json, write_atomic, write_json, write_text
-from bayesdiff.storage.atomic import named_disk
-from bayesdiff.storage.checkpoints import (
-    BEST,
-    LAST,
-    load_weights,
-    note_of,
-    read_checkpoint,
-    require_guidance,
-    require_options,
-)
+from bayesdiff.machine.ranks import barrier
+from bayesdiff.options.trainer import reached
+from bayesdiff.runs.build import Run, is_main_process, plain
+from bayesdiff.runs.same_kind import kind_of, require_guidance, require_options
+from bayesdiff.runs.stopping import cut_by, rule_of
+from bayesdiff.runs.trainer import how_far, train
+from bayesdiff.storage.artefacts import read_json, write_atomic, write_json
+from bayesdiff.storage.checkpoints import BEST, LAST, load_weights, note_of, read_checkpoint
 from bayesdiff.storage.locks import together
 
 log = logging.getLogger(__name__)
-
-# Lightning's remarks on its own code, on a short epoch, and on a resume, which is wanted here.
-_NOISE = (
-    r".*isinstance\(treespec, LeafSpec\)",
-    r"The number of training batches",
-    r"Checkpoint directory .* exists and is not empty",
-    r"The dirpath has changed",
-)
-# Parts of the configuration that a training's own loggers are given.
-_SHOWN = ("seed", "data", "model", "net", "path", "trainer")
-_PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
 def fit(run: Run, laplace: LastLayerLaplace) -> str:
@@ -70,12 +32,13 @@ def fit(run: Run, laplace: LastLayerLaplace) -> str:
     Raises:
         UserError: if the checkpoint is missing, unreadable, of another run, or training diverges.
     """  # noqa: DOC502 - raised one level down
-    last = run.folder / "checkpoints" / "last.ckpt"
+    last = run.folder / "checkpoints" / LAST
     if not run.cfg.fit:
         own = run.cfg.ckpt_path == "last"
         path = last.with_name(chosen(run)) if own else Path(run.cfg.ckpt_path)
-        require_same_kind(run, path)
-        return load_weights(run.model, path)
+        checkpoint = read_checkpoint(path)
+        require_same_kind(run, path, checkpoint)
+        return load_weights(run.model, path, checkpoint)
     with together(run.folder / "fit.json"):
         return _finish(run, laplace, last)
 
@@ -92,62 +55,64 @@ def _finish(run: Run, laplace: LastLayerLaplace, last: Path) -> str:
             f"{sampled} is not the checkpoint that fit.json beside it names; delete {run.folder} "
             "to train again, or give fit=false ckpt_path=... to use it as it is"
         )
-    resume = resume_from(run, last)
-    found: dict[str, Any] = {"key": run.key, "checkpoint": sampled.name, "parent": run.parent}
-    kept = None if resume is None else read_checkpoint(resume)
-    if resume is not None and kept is not None and is_finished(run, kept):
-        # Stopped between the last epoch and fit.json. Lightning would now train nothing and leave
-        # the raw weights in place of the averaged ones.
-        if resume != last and is_main_process():
-            write_atomic(last, partial(shutil.copyfile, resume))
-        found |= {"epochs": kept["epoch"] + 1, "steps": kept["global_step"]}
-    else:
-        found |= _trained(run, laplace, resume, last)
+    resume, kept = resume_from(run, last)
+    measured: dict[str, Any] = {}
+    if resume is not None and resume != last and is_main_process() and is_finished(kept):
+        write_atomic(last, partial(shutil.copyfile, resume))
+    # A finished one was stopped before fit.json: Lightning would train nothing, and leave the raw
+    # weights in place of the averaged ones.
+    if not is_finished(kept):
+        measured = _trained(run, laplace, resume, kept.get("global_step", 0))
+        kept = {}
     barrier()
-    weights = load_weights(run.model, sampled)
+    kept = kept or read_checkpoint(last)
+    weights = load_weights(run.model, sampled, kept if sampled == last else None)
     if is_main_process():
-        write_json(run.folder / "fit.json", found | {"weights": weights})
+        found = {"key": run.key, "checkpoint": sampled.name, "parent": run.parent}
+        write_json(
+            run.folder / "fit.json", found | record_of(run, kept) | measured | {"weights": weights}
+        )
     return weights
 
 
+def record_of(run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``fit.json`` says of a finished training, whoever finished it."""
+    ended = note_of(checkpoint).get("ended")
+    best = chosen(run) == BEST
+    return {
+        "epochs": _epochs_of(checkpoint),
+        "steps": checkpoint["global_step"],
+        **({"ended_by": ended} if ended else {}),
+        **({"best_val_loss": _best_loss_of(checkpoint)} if best else {}),
+    }
+
+
 def _trained(
-    run: Run, laplace: LastLayerLaplace, resume: Path | None, last: Path
+    run: Run, laplace: LastLayerLaplace, resume: Path | None, begun: int
 ) -> dict[str, Any]:
-    """Train to the end and return what is to be remembered of it.
+    """Train to the end, from step ``begun``, and return what was measured.
 
     Raises:
         UserError: if something cut the training before its end; the same command continues.
     """
     started = time.perf_counter()
     trainer, checkpoints = train(run, laplace, resume)
-    if not checkpoints.finished(trainer):
+    far = how_far(run, trainer, checkpoints)
+    if not checkpoints.ended:
         why = cut_by(trainer)
         cure = "; the same command continues"
         if why == "trainer.max_time":
             cure += ", without trainer.max_time to the end"
         elif "should_stop" in why:
             cure += "; a rule that ends trainings sets ended_training = True beside should_stop"
-        raise UserError(f"training cut at {progress(run, trainer, checkpoints)} by {why}{cure}")
-    ended = rule_of(trainer)
-    if ended:
-        log.info("fit: ended at %s by %s", progress(run, trainer, checkpoints), ended)
+        raise UserError(f"training cut at {far} by {why}{cure}")
+    if ended := rule_of(trainer):
+        log.info("fit: ended at %s by %s", far, ended)
     return {
-        "epochs": trainer.current_epoch,
-        "steps": trainer.global_step,
-        **({"ended_by": ended} if ended else {}),
-        **({"best_val_loss": checkpoints.score} if checkpoints.best else {}),
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(time.perf_counter() - started, 1),  # of this command
+        "steps_in_seconds": trainer.global_step - begun,
         **{name: float(value) for name, value in trainer.callback_metrics.items()},
     }
-
-
-def progress(run: Run, trainer: L.Trainer, checkpoints: RunCheckpoints) -> str:
-    """How far a training is, and from where it would go on, as "7 of 440 steps"."""
-    batches = images_per_epoch(run.data.data) // run.data.batch_size
-    total = steps_and_epochs(run.cfg.trainer, batches)[0]
-    kept = checkpoints.kept_step
-    place = "" if kept == trainer.global_step else f" (the checkpoint is that of step {kept})"
-    return f"{trainer.global_step} of {total} steps{place}"
 
 
 def chosen(run: Run) -> str:
@@ -169,40 +134,34 @@ def weights_in_words(run: Run) -> str:
     )
 
 
-def is_finished(run: Run, checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has all that was asked for, or a rule of the run's own ended it."""
-    trainer, loop = run.cfg.trainer, checkpoint["loops"]["fit_loop"]
-    epochs, steps = trainer.get("max_epochs") or -1, trainer.get("max_steps") or -1
-    done = loop["epoch_progress"]["current"]["processed"]
-    if (checkpoint.get("bayesdiff") or {}).get("ended"):
-        return True
-    return 0 < epochs <= done or 0 < steps <= checkpoint["global_step"]
+def is_finished(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a training is finished, and this is what its callbacks left at the very end."""
+    return bool(note_of(checkpoint).get("finished"))
 
 
-def require_same_kind(run: Run, path: Path) -> None:
+def require_same_kind(run: Run, path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose network is another one, which no shape would betray."""
     config = plain(run.cfg)
-    net = [f"net.{name}" for name in config["net"] if name != "dropout"]
-    require_options(path, config, ("model.prediction", "path", *net))
-    require_guidance(path, config)
-    trained_on = note_of(path).get("data")
-    if trained_on not in (None, run.data.data.fingerprint):
+    require_options(path, checkpoint, config, kind_of(config))
+    require_guidance(path, checkpoint, config)
+    if note_of(checkpoint).get("data") not in (None, run.data.data.fingerprint):
         log.warning("%s was trained on other images than data=%s", path, run.cfg.data.name)
 
 
-def resume_from(run: Run, last: Path) -> Path | None:
-    """Checkpoint to continue: the one asked for, else this run's own interrupted one.
+def resume_from(run: Run, last: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Checkpoint to continue, and its content: the one asked for, else this run's own.
 
     Raises:
-        UserError: if it is asked for and missing, or is that of another run.
+        UserError: if it is asked for and missing, is that of another run, or cannot be continued.
     """
-    wanted = run.cfg.ckpt_path
-    path = last if wanted in (None, "last") else Path(wanted)
-    if wanted is None and not last.is_file():
-        return None
-    if wanted == "last" and not last.is_file():
+    asked = run.cfg.ckpt_path
+    path = last if asked in (None, "last") else Path(asked)
+    if asked is None and not last.is_file():
+        return None, {}
+    if asked == "last" and not last.is_file():
         raise UserError(f"ckpt_path=last but there is no {last}; leave ckpt_path out to begin")
-    note = note_of(path)
+    checkpoint = read_checkpoint(path)
+    note = note_of(checkpoint)
     if not note:
         raise UserError(
             f"checkpoint {path} has weights of another program, which cannot be continued; "
@@ -214,86 +173,43 @@ def resume_from(run: Run, last: Path) -> Path | None:
             f"checkpoint {path} is of run {key}, this is run {run.key}: other data, model or "
             "training options; give the options it was started with, or another run_dir"
         )
+    steps = checkpoint["global_step"]
+    done = reached(run.cfg.trainer, _epochs_of(checkpoint), steps) or note.get("ended")
+    if done and not is_finished(checkpoint):
+        raise UserError(
+            f"checkpoint {path} has all {steps} steps, but not what callbacks do to the weights "
+            f"after the last one; give fit=false ckpt_path={path} to take it as it is, or train "
+            "from an earlier one"
+        )
+    if chosen(run) == BEST and _best_loss_of(checkpoint) is not None:
+        _take_best(run, path, last.with_name(BEST))
     log.info("fit: continuing from %s", path)
-    return path
+    return path, checkpoint
 
 
-def train(
-    run: Run, laplace: LastLayerLaplace, ckpt_path: Path | None
-) -> tuple[L.Trainer, RunCheckpoints]:
-    """Run Lightning's trainer and return it, with what kept the checkpoints.
+def _take_best(run: Run, path: Path, own: Path) -> None:
+    """Bring the best checkpoint so far, which lies beside the one to continue, to its place.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C, which a sweep must not take for one failed cell.
+        UserError: if it is not there, or that of another run.
     """
-    if is_main_process():
-        write_text(run.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(run.cfg, resolve=True))
-    for remark in _NOISE:
-        warnings.filterwarnings("ignore", message=remark)
-    L.seed_everything(run.cfg.seed, workers=True, verbose=False)
-    model, options = shared_out(run)
-    checkpoints = RunCheckpoints(run.folder / "checkpoints", best=chosen(run) == BEST)
-    trainer = trainer_of(run, laplace, checkpoints, model is not run.model, options)
-    try:
-        with named_disk(run.folder):
-            trainer.fit(
-                model,
-                datamodule=run.data,
-                ckpt_path=None if ckpt_path is None else str(ckpt_path),
-                weights_only=True,
-            )
-    except SystemExit as error:  # Lightning's answer to Ctrl-C
-        log.warning("fit: interrupted at %s", progress(run, trainer, checkpoints))
-        raise KeyboardInterrupt from error
-    except Exception as error:
-        log.warning("fit: cut at %s by %r", progress(run, trainer, checkpoints), error)
-        raise
-    finally:
-        close(trainer.loggers)
-    return trainer, checkpoints
+    there = path.with_name(BEST)
+    if not there.is_file() or note_of(read_checkpoint(there)).get("key") != run.key:
+        raise UserError(
+            f"sample_from=best needs the {BEST} of this training beside {path}; put it there, or "
+            "train again in another run_dir"
+        )
+    if there.resolve() != own.resolve() and is_main_process():
+        write_atomic(own, partial(shutil.copyfile, there))
 
 
-def trainer_of(
-    run: Run,
-    laplace: LastLayerLaplace,
-    checkpoints: RunCheckpoints,
-    sharded: bool,
-    options: dict[str, Any],
-) -> L.Trainer:
-    """Lightning's trainer with all that is asked for, and what the run itself needs."""
-    callbacks = [*callbacks_of(run, sharded), Provenance(run), EndsWhenTold(), checkpoints]
-    if limit := duration(run.cfg.trainer.get("max_time")):
-        callbacks.append(RunTime(limit))
-    if not sharded:  # a split network is whole again only after the training
-        callbacks.append(PosteriorAtEnd(laplace, checkpoints))
-    loggers = Loggers(run.cfg.get("logger"), run.folder, run.folder.name, "training")
-    plugins = instantiate(run.cfg.trainer.get("plugins"), _convert_="all") or []
-    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-        plugins = [*plugins, WholeCheckpoints()]
-    profiler = run.cfg.trainer.get("profiler")
-    if profiler in _PROFILERS:  # Lightning's own would only say it where nobody listens
-        options["profiler"] = _PROFILERS[profiler](dirpath=run.folder, filename="profile")
-    trainer: L.Trainer = instantiate(
-        run.cfg.trainer,
-        callbacks=callbacks,
-        logger=loggers.begin({name: plain(run.cfg[name]) for name in _SHOWN}) or False,
-        default_root_dir=str(run.folder),
-        precision=precision(run.cfg, run.device),
-        max_time=None,
-        plugins=plugins,
-        _convert_="all",
-        **options,
-    )
-    return trainer
+def _epochs_of(checkpoint: Mapping[str, Any]) -> int:
+    """Epochs that the training has seen the end of."""
+    progress: dict[str, int] = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return progress["processed"]
 
 
-def shared_out(run: Run) -> tuple[GenerativeModel, dict[str, Any]]:
-    """What is trained, and options of the trainer: how several processes share it."""
-    strategy = run.cfg.trainer.get("strategy", "auto")
-    if isinstance(strategy, str):
-        return run.model, {}
-    if world_size() == 1:  # nothing to split
-        return run.model, {"strategy": "auto"}
-    from bayesdiff.runs.sharding import ShardedModel
-
-    return ShardedModel.of(run.model), {}
+def _best_loss_of(checkpoint: Mapping[str, Any]) -> float | None:
+    """The lowest validation loss until then."""
+    states: dict[str, dict[str, float | None]] = checkpoint.get("callbacks") or {}
+    return states.get("RunCheckpoints", {}).get("score")

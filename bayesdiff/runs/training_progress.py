@@ -1,5 +1,6 @@
 """How far a training is, where no bar shows it: without a terminal, in ``run.log``."""
 
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ProgressBar
 
 from bayesdiff.machine.progress import stage
+from bayesdiff.options.trainer import steps_and_epochs
 
 
 class TrainingProgress(Callback):
@@ -74,5 +76,18 @@ class TrainingProgress(Callback):
         self._open.close()
 
     def _note(self, trainer: L.Trainer) -> str:
-        text = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+        text = f"epoch {trainer.current_epoch + 1}"
+        if (epochs := _epochs(trainer)) is not None:
+            text += f" of {epochs}"
         return text if self._loss is None else f"{text}, loss {float(self._loss):.3g}"
+
+
+def _epochs(trainer: L.Trainer) -> int | None:
+    """Epochs of the whole training, the last one of which may be cut; None without an end."""
+    names = ("max_epochs", "max_steps", "accumulate_grad_batches")
+    batches = trainer.num_training_batches
+    if batches == float("inf"):
+        return None
+    options = {name: getattr(trainer, name) for name in names}
+    steps, epochs = steps_and_epochs(options, int(batches))
+    return math.ceil(epochs) if steps > 0 else None

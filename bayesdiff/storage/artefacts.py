@@ -23,8 +23,17 @@ BROKEN_NPZ = (
 
 def key_of(*parts: Any) -> str:
     """16 hex digits that change with any value in the parts (anything JSON can hold)."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    text = json.dumps(_same_numbers(parts), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _same_numbers(value: Any) -> Any:
+    """The same for 1 and 1.0, which a command line may give for one another."""
+    if isinstance(value, Mapping):
+        return {key: _same_numbers(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_same_numbers(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def weights_key(model: nn.Module) -> str:
@@ -78,11 +87,11 @@ def write_arrays(path: Path, key: str, arrays: Mapping[str, Tensor | None]) -> N
     )
 
 
-def read_arrays(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors of an npz made from ``key``; None if it is missing, broken or of another key."""
+def read_arrays(path: Path, key: str | None = None) -> dict[str, Tensor] | None:
+    """The tensors of an npz; None if it is missing, broken, or made from another ``key``."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) != key:
+            if key is not None and str(file["key"]) != key:
                 return None
             return {name: torch.from_numpy(file[name]) for name in file.files if name != "key"}
     except BROKEN_NPZ:

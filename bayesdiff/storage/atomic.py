@@ -30,6 +30,17 @@ def _machine() -> str:
 _MACHINE = _machine()
 
 
+def file_name(text: str, fill: str = "_", *, ascii_only: bool = True) -> str:
+    """``text`` as a part of a file's name: letters, digits and ``_.+-``, ``fill`` for all else.
+
+    Args:
+        text: such as a class name or a setting.
+        fill: between what is left.
+        ascii_only: whether to keep only what no shell and no command line of Hydra quotes.
+    """
+    return re.sub(r"[^\w.+-]+", fill, text, flags=re.ASCII if ascii_only else 0)
+
+
 @contextmanager
 def named_disk(place: Path) -> Generator[None, None, None]:
     """Turn an error of the disk, whoever raises it, into one line that names the place.

@@ -2,9 +2,9 @@
 
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 _NESTED = (
     "state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights",
 )  # fmt: skip
-_AVERAGED = ("ema", "averag", "shadow")
+# Words of a name: state_dict_ema, netEMA and shadow_params are averages, semantic is none.
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_AVERAGED = re.compile(r"ema|shadow|averag.*", re.IGNORECASE)
 _DEPTH = 3  # dictionaries within each other
 
 
@@ -34,17 +36,31 @@ def sampled_checkpoint(folder: Path) -> Path:
     return folder / "checkpoints" / str(record.get("checkpoint", LAST))
 
 
-def checkpoint_at(path: str | Path) -> Path:
-    """The checkpoint that a path names, a file or the folder of a finished run.
+def checkpoint_at(path: str | Path, option: str, own: Path | None = None) -> Path:
+    """The checkpoint that an option names, by a file or by the folder of a finished run.
+
+    Args:
+        path: of the file or folder.
+        option: whose value it is, for the message.
+        own: folder of the present run, which need not be finished yet.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or the run has not finished: its checkpoint changes as it
+            goes on.
     """
     path = Path(path)
-    found = sampled_checkpoint(path) if path.is_dir() else path
-    if not found.is_file():
-        raise UserError(f"no checkpoint at {found}; train first, or correct the path")
-    return found
+    if not path.is_dir():
+        if path.is_file():
+            return path.resolve()
+        raise UserError(f"no checkpoint at {path}, which {option} names; correct the path")
+    last = sampled_checkpoint(path.resolve())
+    mine = own is not None and path.resolve() == own.resolve()
+    if not mine and not ((path / "fit.json").is_file() and last.is_file()):
+        raise UserError(
+            f"{path}, which {option} names, holds no finished training; finish it with its own "
+            "command, or name another one"
+        )
+    return last
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -57,13 +73,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, truncated, holds code, or has no weights.
     """
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; train first, or correct ckpt_path")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = _content(path)
     if isinstance(content, dict):
         for name, state in _states(content):
             if name not in ("", "state_dict"):
-                _say(path, name)
+                log.info("%s: its weights are those under %r", path, name)
             return content | {"state_dict": state} if name else {"state_dict": state}
     raise UserError(
         f"{path} has no weights: it is not a Lightning checkpoint or a state_dict of tensors; "
@@ -71,9 +85,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     )
 
 
-@cache  # a run reads a file several times
-def _say(path: Path, name: str) -> None:
-    log.info("%s: its weights are those under %r", path, name)
+def _content(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; train first, or correct ckpt_path")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def _states(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -102,7 +117,9 @@ def _states(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield "", content
 
 
-def _nested(content: dict[Any, Any], above: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _nested(
+    content: dict[Any, Any], above: str = "", depth: int = 1
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dictionary of tensors inside of another one.
 
     Yields:
@@ -113,8 +130,8 @@ def _nested(content: dict[Any, Any], above: str = "") -> Iterator[tuple[str, dic
         if isinstance(value, dict) and value:
             if all(map(torch.is_tensor, value.values())):
                 yield name, value
-            elif name.count(".") + 1 < _DEPTH:
-                yield from _nested(value, f"{name}.")
+            elif depth < _DEPTH:
+                yield from _nested(value, f"{name}.", depth + 1)
 
 
 def _names(found: Mapping[str, Any]) -> list[str]:
@@ -123,7 +140,7 @@ def _names(found: Mapping[str, Any]) -> list[str]:
 
 
 def _is_averaged(name: str) -> bool:
-    return any(word in name.lower() for word in _AVERAGED)
+    return any(map(_AVERAGED.fullmatch, _WORD.findall(name)))
 
 
 def _has_tensors(value: Any) -> bool:
@@ -162,72 +179,34 @@ def _read_torch(path: Path) -> Any:
         raise UserError(damaged) from error
 
 
-def note_of(path: Path) -> dict[str, Any]:
+def note_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of the run it is of: key, config, data; empty in others' files."""
-    note = read_checkpoint(path).get("bayesdiff")
+    note = checkpoint.get("bayesdiff")
     return note if isinstance(note, dict) else {}
 
 
-def require_options(path: Path, config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a checkpoint that was trained with other options, which no shape need betray.
-
-    Args:
-        path: of the checkpoint; those of other programs say nothing and are taken.
-        config: options here, nested.
-        names: of those that must be the same, such as ``model.prediction``; ``net`` is all of it.
+def note_at(path: Path) -> dict[str, Any]:
+    """``note_of`` a file whose weights have been read before.
 
     Raises:
-        UserError: if one is not.
-    """
-    there = note_of(path).get("config")
-    if not there:
-        return
-    for name in names:
-        one, other = (_leaves(values, name) for values in (config, there))
-        for leaf in one | other:
-            if one.get(leaf) != other.get(leaf):
-                raise UserError(
-                    f"checkpoint {path} was trained with {leaf}={other.get(leaf)}, not "
-                    f"{one.get(leaf)}; give the options it was trained with"
-                )
+        UserError: if it is missing, truncated, or holds code.
+    """  # noqa: DOC502 - raised one level down
+    content = _content(path)
+    return note_of(content) if isinstance(content, dict) else {}
 
 
-def require_guidance(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse guidance by an answer without class that the checkpoint never learnt.
-
-    Args:
-        path: of the checkpoint; those of other programs say nothing and are taken.
-        config: options here, nested.
-
-    Raises:
-        UserError: if its training hid no class.
-    """
-    guidance = config["solver"].get("guidance", 1)
-    learnt = (note_of(path).get("config") or {}).get("model", {})
-    if guidance != 1 and learnt.get("class_dropout") == 0:
-        raise UserError(
-            f"solver.guidance={guidance} needs a network that was trained with classes left out, "
-            f"and checkpoint {path} had model.class_dropout=0; use solver.guidance=1"
-        )
-
-
-def _leaves(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Values at ``name`` and below it, by their full names."""
-    value: Any = config
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    if not isinstance(value, Mapping):
-        return {name: value}
-    return {k: v for key in value for k, v in _leaves(config, f"{name}.{key}").items()}
-
-
-def load_weights(model: nn.Module, path: Path) -> str:
+def load_weights(model: nn.Module, path: Path, checkpoint: Mapping[str, Any] | None = None) -> str:
     """Load a checkpoint's (averaged) weights into the model and return their key.
+
+    Args:
+        model: takes them.
+        path: of the file.
+        checkpoint: its content, where it has been read already.
 
     Raises:
         UserError: if the checkpoint cannot be read, or belongs to another network.
     """  # noqa: DOC502 - raised one level down
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
     state, own = checkpoint["state_dict"], model.state_dict()
     if "bayesdiff" not in checkpoint and own.keys() != state.keys():
         state = _renamed(own, state, path)
@@ -266,8 +245,7 @@ def _renamed(
     whole = [start for start in starts if all(start + name in state for name in bare)]
     if not whole:
         return state
-    averaged = [start for start in whole if any(word in start.lower() for word in _AVERAGED)]
-    start = min(averaged or whole, key=len)
+    start = min([s for s in whole if _is_averaged(s)] or whole, key=len)
     unknown = [n for n in state if n.startswith(start) and n.removeprefix(start) not in bare]
     beside = [n for n in state if not n.startswith(start)]
     if unknown:

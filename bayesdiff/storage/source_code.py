@@ -3,16 +3,20 @@
 import ast
 import hashlib
 import inspect
+import logging
 import sys
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec, resolve_name
+from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from hydra.utils import get_object
+
+log = logging.getLogger(__name__)
 
 # Part of the key of every training, image and map. Raise it when this package makes other weights,
 # images or maps of the same options, beyond rounding: what exists is then made again.
@@ -25,11 +29,31 @@ _INSTALLED = tuple(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A file as it was when this process first saw its module loaded.
+
+    Attributes:
+        spec: of the module; reloading it makes another one.
+        key: of the content.
+        imports: modules that it names.
+    """
+
+    spec: Any
+    key: str
+    imports: tuple[str, ...]
+
+
+_loaded: dict[str, _Read] = {}
+_warned: set[tuple[str, str]] = set()
+
+
 def code_of(*options: Any) -> dict[str, str]:
     """Hashes of the user's own files that the options are made by, by the names of their modules.
 
     Those of the classes and functions, of their base classes, and of what these files import of
     the user's own, wherever in them; not this package and what is installed, which have versions.
+    A module that is loaded counts as what was in its file then: that is what runs.
 
     Args:
         options: plain values in any nesting; every ``_target_`` in them counts.
@@ -41,10 +65,30 @@ def code_of(*options: Any) -> dict[str, str]:
         path = _own_file(name)
         if path is None or name in found:
             continue
-        content = path.read_bytes()
-        found[name] = hashlib.sha256(content).hexdigest()[:16]
-        waiting += [*_defined_elsewhere(name), *_imported(name, path, content)]
+        read = _read(name, path)
+        found[name] = read.key
+        waiting += [*_defined_elsewhere(name), *read.imports]
     return dict(sorted(found.items()))
+
+
+def _read(name: str, path: Path) -> _Read:
+    """What this process runs, or will run, under a module's name."""
+    content = path.read_bytes()
+    key = hashlib.sha256(content).hexdigest()[:16]
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    there = _loaded.get(name)
+    if there is None or there.spec is not spec or name not in sys.modules:
+        there = _Read(spec, key, tuple(_imported(name, path, content)))
+        if name in sys.modules:
+            _loaded[name] = there
+    elif there.key != key and (name, key) not in _warned:
+        _warned.add((name, key))
+        log.warning(
+            "%s was edited after this process loaded it, which goes on with what it loaded; "
+            "the next command takes the edit",
+            path,
+        )
+    return there
 
 
 def _targets(value: Any) -> Iterator[str]:
@@ -79,18 +123,42 @@ def _modules_of(name: str) -> list[str]:
 def _own_file(name: str) -> Path | None:
     """The file of a module of the user's own."""
     module = sys.modules.get(name)
-    file = getattr(module, "__file__", None)
-    if module is None:  # imported later, inside of a function
-        try:
-            spec = find_spec(name)
-        except (ImportError, ValueError, AttributeError):
-            return None
-        file = spec.origin if spec and spec.has_location else None
+    # One that is not there is imported later, inside of a function.
+    file = getattr(module, "__file__", None) if module else _origin(name)
     path = Path(file).resolve() if file else None
     if path is None or not path.is_file() or path.is_relative_to(_PACKAGE):
         return None
     installed = {"site-packages", "dist-packages"} & set(path.parts)
     return None if installed or any(map(path.is_relative_to, _INSTALLED)) else path
+
+
+def _origin(name: str) -> str | None:
+    """Where a module would be loaded from; nothing is imported, not even its packages."""
+    places: list[str] | None = None
+    spec: Any = None
+    whole = ""
+    for part in name.split("."):
+        whole = f"{whole}.{part}" if whole else part
+        spec = _spec(whole, places)
+        if spec is not None and spec.has_location:
+            places = list(spec.submodule_search_locations or ())
+        else:  # a package without a file, whose spec needs its parents to be loaded
+            places = [
+                str(Path(place) / part) for place in (sys.path if places is None else places)
+            ]
+            places = [place for place in places if Path(place).is_dir()]
+    return spec.origin if spec is not None and spec.has_location else None
+
+
+def _spec(name: str, places: list[str] | None) -> Any:
+    """What an import of this name would load, by the finders that an import asks."""
+    for finder in sys.meta_path:
+        try:
+            if spec := finder.find_spec(name, places):
+                return spec
+        except Exception:  # a finder of anyone's: an import would meet the same
+            continue
+    return None
 
 
 def _defined_elsewhere(name: str) -> Iterator[str]:

@@ -1,24 +1,25 @@
 """Scores by which a run's own report chooses and sorts its images: ``report`` in the options."""
 
-from collections.abc import Mapping
-
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.machine.ranks import rank
-from bayesdiff.report.options import SUM, ReportOptions
+from bayesdiff.machine.ranks import barrier, rank
+from bayesdiff.report.options import SCORES_FILE, ReportOptions
+from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run, plain
-from bayesdiff.studies.scoring import ScoreOptions, doubts_of, seen_of
-from bayesdiff.studies.study import Setup, check_judge
+from bayesdiff.storage.artefacts import key_of, read_arrays, write_arrays
+from bayesdiff.storage.locks import together
+from bayesdiff.studies.scoring import Seen, judged
+from bayesdiff.studies.study import Setup, check_judge, scored
 from bayesdiff.uncertainty import Samples
 from bayesdiff.uncertainty.scores.likelihood import check_likelihood
-from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES, MAP_SCORES
+from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES, MAP_SCORES, map_score
 from bayesdiff.uncertainty.scores.of_members import CONFIDENCE_SCORES, MEMBER_SCORES
 
 NLL = "likelihood.bits_per_dim"
-# Of images and maps alone; the others read the model, its members or a classifier.
-_PLAIN = ("map", "image")
+# Kinds that a classifier of the data sees.
+JUDGED = ("classifier", "members", "real")
 NAMES = (
     *(f"map.{name}" for name in MAP_SCORES),
     *(f"image.{name}" for name in IMAGE_SCORES),
@@ -57,54 +58,83 @@ def check_report(run: Run) -> None:
             raise UserError(
                 f"unknown score report.{option}={name}; choose from {', '.join(NAMES)}"
             )
-        kind = name.partition(".")[0]
+        kind = kind_of(name)
         chosen = [k for k in ("numbers", "labels") if run.cfg.uncertainty.get(k) is not None]
         if chosen and kind in ("members", "likelihood"):
             raise UserError(
                 f"report.{option}={name} is known for samples 0, 1, ... alone; leave "
                 f"uncertainty.{chosen[0]} out, or sort by map.*, image.* or classifier.*"
             )
-        if kind in ("classifier", "members", "real"):
+        if kind in JUDGED:
             check_judge(run, f"report.{option}={name}")
         if name == NLL:
             check_likelihood(run.model, shown.likelihood_steps)
 
 
-def report_scores(at: Setup, samples: Samples) -> dict[str, Tensor]:
+def kind_of(name: str) -> str:
+    """The first part of a score's name: what it reads."""
+    return name.partition(".")[0]
+
+
+def kinds_of(run: Run) -> set[str]:
+    """Of the scores that the report asks for."""
+    return {kind_of(name) for name in options_of(run).scores}
+
+
+def report_scores(at: Address, samples: Samples) -> dict[str, Tensor]:
     """The scores ``(B,)`` that the report asks for; a higher number is more doubtful.
 
-    Every process takes part; the first one gets them.
-
-    Members, and the likelihood, are computed once and kept with the pools of the studies.
+    Every process takes part; the first one gets them. They are computed once and kept, exactly,
+    beside the figures; members and the likelihood are kept with the pools of the studies.
 
     Args:
-        at: the run with its posterior.
+        at: where the cell is, with its run.
         samples: the run's own.
     """
-    run, given = at.run, samples.in_model_range()
-    shown = options_of(run)
-    names = [name for name in shown.scores if name != SUM or name in shown.sorted_by]
-    if not names:
-        return {}
-    kinds = {name.partition(".")[0] for name in names}
-    found: Mapping[str, Tensor] = {
-        **{f"map.{k}": of(given.variance, given.images) for k, of in MAP_SCORES.items()},
-        **{f"image.{k}": of(given.images) for k, of in IMAGE_SCORES.items()},
+    path, key = at.folder / SCORES_FILE, scores_key(at.setup.run, at.maps)
+    with together(path):
+        kept = read_arrays(path, key)
+        barrier()  # nobody writes before everybody has looked
+        if kept is None:
+            kept = _computed(at.setup, samples.in_model_range())
+            if rank() == 0:
+                write_arrays(path, key, kept)
+    return kept
+
+
+def scores_key(run: Run, maps: str) -> str:
+    """What the report's scores come from.
+
+    Args:
+        run: with its options.
+        maps: key of the maps.
+    """
+    shown, kinds = options_of(run), kinds_of(run)
+    options = {
+        "members": shown.members if "members" in kinds else 0,
+        "likelihood_steps": shown.likelihood_steps if "likelihood" in kinds else 0,
+        "judge": [scored(run), run.data.data.fingerprint] if kinds & {*JUDGED} else None,
     }
-    if kinds - {*_PLAIN}:
-        asked = ScoreOptions(
-            members=shown.members if "members" in kinds else 0,
-            aleatoric_draws=0,
-            likelihood="likelihood" in kinds,
-            likelihood_steps=shown.likelihood_steps,
-        )
-        pool = at.pool(len(given.images), run.cfg.seed)
-        seen, _ = seen_of(pool, asked, given.images)
-        if rank():
-            return {}
-        known = kinds - {*_PLAIN, "likelihood"}
-        found = {
-            **found,
-            **(doubts_of(run, {"map": samples}, seen, run.cfg.seed) if known else seen.known),
-        }
-    return {name: found[name] for name in names}
+    return key_of(maps, shown.scores, options)
+
+
+def _computed(setup: Setup, samples: Samples) -> dict[str, Tensor]:
+    """The scores that are asked for and no others, of images in [-1, 1]."""
+    run = setup.run
+    shown, kinds, images = options_of(run), kinds_of(run), samples.images
+    found: dict[str, Tensor] = {}
+    for name in shown.scores:
+        kind, _, what = name.partition(".")
+        if kind == "map":
+            found[name] = map_score(samples, what)
+        elif kind == "image":
+            found[name] = IMAGE_SCORES[what](images)
+    pool = setup.pool(len(images), run.cfg.seed)
+    if NLL in shown.scores:
+        found[NLL] = pool.likelihood(images, shown.likelihood_steps)["bits_per_dim"]
+    members = pool.members(shown.members) if "members" in kinds else None
+    if rank():
+        return {}
+    if kinds & {*JUDGED}:
+        found |= judged(run, samples, Seen(members), [*kinds])
+    return {name: found[name] for name in shown.scores}

@@ -166,13 +166,9 @@ def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> D
         seen: everything else.
         seed: of the random score.
     """
-    from bayesdiff.metrics.features import extract
-
-    size = run.cfg.metrics.batch_size
     samples = next(iter(maps.values())).in_model_range()
-    images = to_uint8(samples.images)
     generator = torch.Generator().manual_seed(seed)
-    doubts: Doubts = {"random": torch.rand(len(images), generator=generator)}
+    doubts: Doubts = {"random": torch.rand(len(samples.images), generator=generator)}
     mask = _mask(run, seen.segmentation, samples.images)
     for name, made in maps.items():
         variance = made.in_model_range().variance
@@ -185,12 +181,30 @@ def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> D
     if noise is not None:  # a stochastic solver's own, of which the posterior knows nothing
         doubts["sampler_noise.sum"] = MAP_SCORES["sum"](noise, samples.images)
     doubts |= seen.known
+    doubts |= {f"image.{k}": of(samples.images) for k, of in IMAGE_SCORES.items()}
+    return doubts | judged(run, samples, seen)
+
+
+def judged(
+    run: Run,
+    samples: Samples,
+    seen: Seen,
+    kinds: Sequence[str] = ("classifier", "real", "members"),
+) -> Doubts:
+    """Scores ``(N,)`` of these kinds, by a classifier of another seed than the run's own."""
+    from bayesdiff.metrics.features import extract
+
     scorer, known = judge(run, run.cfg.metrics.seed + 1)
-    read = extract(scorer, images, size)
-    doubts |= doubts_of_images(samples.images, read.logits, samples.labels)
-    near = neighbours(read.features, torch.from_numpy(known.subset))
-    doubts |= {"real.realism": -near.realism, "real.rarity": near.rarity.nan_to_num(torch.inf)}
-    if seen.members is not None:
+    doubts: Doubts = {}
+    if {"classifier", "real"} & {*kinds}:
+        read = extract(scorer, to_uint8(samples.images), run.cfg.metrics.batch_size)
+        if "classifier" in kinds:
+            doubts |= _of_classes(read.logits, samples.labels)
+        if "real" in kinds:
+            near = neighbours(read.features, torch.from_numpy(known.subset))
+            rarity = near.rarity.nan_to_num(torch.inf)
+            doubts |= {"real.realism": -near.realism, "real.rarity": rarity}
+    if seen.members is not None and "members" in kinds:
         doubts |= _of_members(run, seen.members, scorer)
         doubts["members.joint"] = joint(doubts, samples.labels)
         for name, weights in seen.encoders.items():
@@ -209,10 +223,16 @@ def doubts_of_images(images: Tensor, logits: Tensor, labels: Tensor | None) -> D
         labels: ``(N,)`` that were asked for, or None.
     """
     doubts = {f"image.{name}": of(images) for name, of in IMAGE_SCORES.items()}
-    for name, confidence in CONFIDENCE_SCORES.items():
-        if labels is not None or name != "off_label":
-            doubts[f"classifier.{name}"] = confidence(logits, labels)
-    return doubts
+    return doubts | _of_classes(logits, labels)
+
+
+def _of_classes(logits: Tensor, labels: Tensor | None) -> Doubts:
+    """Scores of the classes that a classifier sees; ``off_label`` where one was asked for."""
+    return {
+        f"classifier.{name}": confidence(logits, labels)
+        for name, confidence in CONFIDENCE_SCORES.items()
+        if labels is not None or name != "off_label"
+    }
 
 
 def joint(doubts: Doubts, labels: Tensor | None) -> Tensor:

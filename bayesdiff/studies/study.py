@@ -19,11 +19,12 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.images import check_classifiable
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.ranks import barrier
+from bayesdiff.options.values import CONFIGS
 from bayesdiff.report import board
 from bayesdiff.report.layout import conditions_of
 from bayesdiff.report.loggers import Loggers
 from bayesdiff.runs.build import Run, plain
-from bayesdiff.runs.defaults import CONFIGS, is_aside, named
+from bayesdiff.runs.defaults import is_aside, named
 from bayesdiff.runs.stages import starts
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import finite, key_of, read_json, write_json, write_text
@@ -190,16 +191,17 @@ def studies_of(cfg: DictConfig) -> dict[str, Study]:
     """
     found: dict[str, Study] = {}
     for name, options in cfg.items():
-        if _makes_a_study(options):
+        if makes_a_study(options):
             study = found[str(name)] = instantiate(options, _convert_="all")
             with read_write(cfg), open_dict(cfg):
                 options.update(study.settled)
-        elif options is not None and name in _open_places():
+        elif options is not None and name in open_places():
             raise UserError(f"{name}={options} is no study; ask for one by experiment=...")
     return found
 
 
-def _makes_a_study(options: Any) -> bool:
+def makes_a_study(options: Any) -> bool:
+    """Whether a part of the configuration is a study with its options."""
     target = options.get("_target_") if isinstance(options, DictConfig) else None
     if not isinstance(target, str):
         return False
@@ -210,11 +212,11 @@ def _makes_a_study(options: Any) -> bool:
     return inspect.isclass(kind) and issubclass(kind, Study)
 
 
-def _open_places() -> set[str]:
+def open_places() -> set[str]:
     """Names that the shipped configuration leaves to studies."""
     path = CONFIGS / "train.yaml"
-    shipped: Any = OmegaConf.load(path) if path.is_file() else {}
-    return {str(k) for k, v in shipped.items() if v is None and not is_aside(str(k))}
+    shipped: Any = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    return {str(k) for k, v in shipped.items() if v is None and not is_aside(str(k), shipped)}
 
 
 def make_study(at: Setup, name: str, study: Study) -> Path:

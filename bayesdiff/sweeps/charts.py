@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayesdiff.metrics.seeds import mean_interval
-from bayesdiff.report.charts import log_ticks, plain_number, spans_decades
+from bayesdiff.report.charts import log_ticks, spans_decades
 from bayesdiff.report.layout import chart, fit
-from bayesdiff.report.style import look, style
-from bayesdiff.sweeps.series import (
+from bayesdiff.report.series import (
     SEED,
     Row,
     Values,
@@ -18,10 +17,12 @@ from bayesdiff.sweeps.series import (
     depends,
     distinct,
     finite,
+    plain_number,
     series,
     short_names,
     text_of,
 )
+from bayesdiff.report.style import look, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bayesdiff.report.charts import log_ticks
@@ -19,11 +17,12 @@ from bayesdiff.report.layout import (
     standard_deviation,
 )
 from bayesdiff.report.style import MAP_COLOURS, style
-from bayesdiff.storage.artefacts import BROKEN_NPZ
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from bayesdiff.uncertainty.samples import Samples
 
 MOST_CELLS = 24
 _IMAGES = 8
@@ -50,19 +49,11 @@ class CellMaps:
     maps: np.ndarray
 
     @classmethod
-    def read(cls, path: str | Path, name: str, count: int = _IMAGES) -> "CellMaps | None":
-        """From a cell's samples; None where there are none that can be read."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                images, variance = (
-                    torch.from_numpy(file[part][:count]) for part in ("images", "variance")
-                )
-                unit = "units" in file.files and bytes(file["units"].tolist()) == b"unit"
-        except BROKEN_NPZ:
-            return None
-        if unit:
-            images, variance = 2 * images - 1, 4 * variance
-        return cls(name, images, standard_deviation(variance))
+    def of(cls, samples: "Samples", name: str, count: int = _IMAGES) -> "CellMaps":
+        """The first of a cell's samples, as ``stored_samples`` gives them."""
+        return cls(
+            name, samples.images[:count].clone(), standard_deviation(samples.variance[:count])
+        )
 
     def shares_images(self, other: "CellMaps") -> bool:
         """Whether both cells drew the same images."""

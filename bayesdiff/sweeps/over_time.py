@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,10 +10,11 @@ import numpy as np
 from bayesdiff.report.charts import log_ticks, spans_decades
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
-from bayesdiff.storage.artefacts import BROKEN_NPZ
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from bayesdiff.uncertainty.samples import Samples
 
 MOST_CELLS = 14  # lines that can be told apart
 
@@ -34,15 +34,9 @@ class CellCurve:
     summed: np.ndarray
 
     @classmethod
-    def read(cls, path: str | Path, name: str) -> "CellCurve | None":
-        """From a cell's samples; None where there are none that can be read."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                times, summed = file["times"], file["summed"].astype(np.float64).mean(1)
-                unit = "units" in file.files and bytes(file["units"].tolist()) == b"unit"
-        except BROKEN_NPZ:
-            return None
-        return cls(name, times, 4 * summed if unit else summed)
+    def of(cls, samples: "Samples", name: str) -> "CellCurve":
+        """Of a cell's samples, as ``stored_samples`` gives them."""
+        return cls(name, samples.times.numpy(), samples.summed.double().mean(1).numpy())
 
 
 @style()

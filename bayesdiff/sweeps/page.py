@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from bayesdiff.machine.progress import duration
 from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.report import table
-from bayesdiff.sweeps.series import SEED, finite, text_of
+from bayesdiff.report.series import SEED, finite, text_of
 
 Row = Mapping[str, Any]
 
@@ -68,6 +69,7 @@ def page(
     conditions: Mapping[str, str],
     pictures: Mapping[str, Path],
     command: str,
+    others: Sequence[str] = (),
 ) -> str:
     """The page's HTML.
 
@@ -79,6 +81,7 @@ def page(
         conditions: names and values that all numbers depend on.
         pictures: files by heading; they are put into the page.
         command: that started the sweep.
+        others: further columns, before the figures.
     """
     title = "Sweep over " + ", ".join(keys) if len(rows) > 1 else "Sweep of one cell"
     failed = [row for row in rows if row["status"] != "done"]
@@ -86,7 +89,7 @@ def page(
     parts += [f"<pre>{escape(command)}</pre>"] if command else []
     parts += [_conditions(rows, failed, conditions), _failures(rows, failed)]
     parts += [_over_seeds(rows, keys, metrics)] if SEED in keys and len(keys) > 1 else []
-    parts += ["<h2>Cells</h2>", _cells(folder, rows, keys, metrics)]
+    parts += ["<h2>Cells</h2>", _cells(folder, rows, [*keys, *others], metrics)]
     parts += [
         '<p class="quiet">All metrics: <a href="sweep.csv">sweep.csv</a>. A number leads to its '
         "cell's pictures.</p>"
@@ -107,16 +110,10 @@ def _conditions(rows: Sequence[Row], failed: Sequence[Row], known: Mapping[str, 
     seconds = sum(float(row.get("seconds") or 0) for row in rows)
     told = dict(known)
     told["cells"] = f"{len(rows)}" + (f", {len(failed)} failed" if failed else "")
-    told["time"] = f"{_duration(seconds)} for all cells, one after the other"
+    told["time"] = f"{duration(seconds)} for all cells, one after the other"
     told["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in told.items())
     return f"<dl>{lines}</dl>"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
 def _failures(rows: Sequence[Row], failed: Sequence[Row]) -> str:

@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from bayesdiff.report import table
 from bayesdiff.report.layout import estimator_of
-from bayesdiff.report.style import CAPTIONS_FILE
-from bayesdiff.storage.artefacts import read_json, write_text
+from bayesdiff.report.options import SCORES_FILE
+from bayesdiff.report.style import clear
+from bayesdiff.storage.artefacts import read_arrays, read_json, write_text
+from bayesdiff.storage.atomic import file_name
+from bayesdiff.uncertainty.stored import stored_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from bayesdiff.report.sorted_sheet import Block
+    from bayesdiff.sweeps.maps import CellMaps
+    from bayesdiff.sweeps.over_time import CellCurve
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +39,7 @@ _MOST_KEYS = 8
 _MOST_ROWS = 200  # of the table in TensorBoard
 
 
-def write(folder: Path, rows: list[Row], command: str = "") -> None:
+def write(folder: Path, rows: list[Row], command: str = "", *, pdf: bool = True) -> None:
     """Everything that is said of a sweep.
 
     The table on the screen and as ``sweep.csv``; where cells are done ``sweep.png``, pictures in
@@ -41,6 +49,7 @@ def write(folder: Path, rows: list[Row], command: str = "") -> None:
         folder: of the sweep.
         rows: one for every cell, failed ones too.
         command: that started it.
+        pdf: whether each figure is there as PDF as well.
     """
     from bayesdiff.report import board
     from bayesdiff.sweeps import page
@@ -52,9 +61,9 @@ def write(folder: Path, rows: list[Row], command: str = "") -> None:
     others = [MAPS_BY] if any(MAPS_BY in row for row in flat) else []
     columns = [*keys, *others, *metrics, "status"]
     table.show(f"sweep: {folder / 'sweep.csv'}", flat, columns)
-    pictures = draw(folder, rows, flat, keys, metrics)
+    pictures = draw(folder, rows, flat, keys, metrics, pdf)
     conditions = conditions_of(rows)
-    text = page.page(folder, flat, keys, metrics, conditions, pictures, command)
+    text = page.page(folder, flat, keys, metrics, conditions, pictures, command, others)
     write_text(folder / "report.html", text)
     told = "\n\n".join(f"{name}: {value}" for name, value in conditions.items())
     shown = table.markdown(flat[:_MOST_ROWS], columns)
@@ -71,102 +80,111 @@ def command_of(task: Sequence[str], hydra: Sequence[str] = ()) -> str:
 
 def draw(
     folder: Path, rows: Sequence[Row], flat: Sequence[Row], keys: Sequence[str],
-    metrics: Sequence[str],
+    metrics: Sequence[str], pdf: bool = True,
 ) -> dict[str, Path]:  # fmt: skip
     """Save every figure of the sweep; names for a reader, and files."""
     from bayesdiff.report import figures
+    from bayesdiff.report.series import axis_keys
     from bayesdiff.sweeps.charts import sweep_figure
-    from bayesdiff.sweeps.series import axis_keys
 
-    for earlier in (folder / "figures").glob("*"):
-        if earlier.suffix in (".png", ".pdf") or earlier.name == CAPTIONS_FILE:
-            earlier.unlink()
+    clear(folder)
+    clear(folder / "figures")
     done = [row for row in flat if row["status"] == "done"]
     varied = [key for key in axis_keys(keys) if len({str(row[key]) for row in done}) > 1]
     made_from = ", ".join(f"{name} {text}" for name, text in conditions_of(rows).items())
-    pdf = not any("report.pdf=false" in row["overrides"] for row in rows)
     made: list[tuple[str, Path, Figure]] = []
     if varied and metrics:
         whole = sweep_figure(flat, keys, metrics, None, made_from)
         figures.save(whole, folder / "sweep.png", pdf=pdf)
     for place, key in enumerate(varied[:_MOST_KEYS] if metrics else []):
         figure = sweep_figure(flat, keys, metrics, key, made_from)
-        made.append((f"Metrics over {key}", Path(f"{place}_{_file_name(key)}.png"), figure))
-    if (curves := _over_time(rows, keys)) is not None:
-        made.append(("Uncertainty over time", Path("over_time.png"), curves))
-    tiles = _tiles(rows, keys)
-    if tiles is not None:
-        made.append(("Maps on the same noise", Path("maps.png"), tiles))
-    for score, figure in _sorted(rows, keys, made_from).items():
-        name = Path(f"sorted_{_file_name(score)}.png")
-        made.append((f"Images sorted by {score}", name, figure))
+        made.append((f"Metrics over {key}", Path(f"{place}_{file_name(key)[:60]}.png"), figure))
+    made += _of_samples(rows, keys, made_from)
     return {
         heading: figures.save(figure, folder / "figures" / name, pdf=pdf)
         for heading, name, figure in made
     }
 
 
-def _file_name(key: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in key)[:60]
-
-
 def _cell_name(row: Row, keys: Sequence[str]) -> str:
     """The swept values of a cell."""
-    from bayesdiff.sweeps.series import short_names, text_of
+    from bayesdiff.report.series import short_names, text_of
 
     values = flatten(row, keys)
     said = zip(short_names(keys), (text_of(values[key]) for key in keys), strict=True)
     return ", ".join(f"{key} {value}" for key, value in said)
 
 
-def _sorted(rows: Sequence[Row], keys: Sequence[str], conditions: str) -> "dict[str, Figure]":
-    """For each score that cells sort their images by: these images, a block for each cell."""
-    from bayesdiff.report.sorted_sheet import MOST_BLOCKS, Block, sorted_images
+def _of_samples(
+    rows: Sequence[Row], keys: Sequence[str], conditions: str
+) -> "list[tuple[str, Path, Figure]]":
+    """Figures of the cells' own images and maps: headings, names of files, figures."""
+    from bayesdiff.report import sorted_sheet
+    from bayesdiff.sweeps import maps as sweep_maps
+    from bayesdiff.sweeps import over_time as sweep_over_time
 
     done = [row for row in rows if row["status"] == "done" and row.get("samples")]
-    blocks: dict[str, list[Block]] = {}
-    for row in done[:MOST_BLOCKS]:
-        known = read_json(Path(row["folder"]) / "image-scores.json") or {}
-        for score, values in known.items():
-            block = Block.read(row["samples"], _cell_name(row, keys), values)
-            blocks.setdefault(score, []).extend([block] if block else [])
-    more = len(done) - MOST_BLOCKS
+    curves, maps, blocks = _read(done, keys)
+    made: list[tuple[str, Path, Figure]] = []
+    if curves:
+        said = _said_of(done[: sweep_over_time.MOST_CELLS])
+        figure = sweep_over_time.over_time_figure(curves, len(done) - len(curves), said)
+        made.append(("Uncertainty over time", Path("over_time.png"), figure))
+    if maps:
+        said = _said_of(done[: sweep_maps.MOST_CELLS])
+        figure = sweep_maps.map_tiles(maps, len(done) - len(maps), said)
+        made.append(("Maps on the same noise", Path("maps.png"), figure))
+    more = len(done) - sorted_sheet.MOST_BLOCKS
     conditions += f"; {more} more cells are not shown" if more > 0 else ""
-    return {
-        score: sorted_images(each, conditions, score) for score, each in blocks.items() if each
-    }
+    for score, each in blocks.items():
+        name = Path(f"sorted_{file_name(score)[:60]}.png")
+        sheet = sorted_sheet.sorted_images(each, conditions, score)
+        made.append((f"Images sorted by {score}", name, sheet))
+    return made
 
 
-def _over_time(rows: Sequence[Row], keys: Sequence[str]) -> "Figure | None":
-    """The summed variance of the first cells over t in one plot, None where no cell has it."""
-    from bayesdiff.sweeps.over_time import MOST_CELLS, CellCurve, over_time_figure
+def _read(
+    done: Sequence[Row], keys: Sequence[str]
+) -> "tuple[list[CellCurve], list[CellMaps], dict[str, list[Block]]]":
+    """What the figures show of the first cells that can be read, each file opened once."""
+    from bayesdiff.report import sorted_sheet
+    from bayesdiff.sweeps import maps as sweep_maps
+    from bayesdiff.sweeps import over_time as sweep_over_time
 
-    done = [row for row in rows if row["status"] == "done" and row.get("samples")]
-    shown = [(row["samples"], _cell_name(row, keys)) for row in done[:MOST_CELLS]]
-    found = [curve for each in shown if (curve := CellCurve.read(*each)) is not None]
-    if not found:
-        return None
-    known = conditions_of(done[:MOST_CELLS])
-    kept = [f"{name} {known[name]}" for name in ("data", "estimator", "NFE") if name in known]
-    return over_time_figure(found, len(done) - len(found), ", ".join(kept))
-
-
-def _tiles(rows: Sequence[Row], keys: Sequence[str]) -> "Figure | None":
-    """Maps of the first cells, None where no cell has any."""
-    from bayesdiff.sweeps.maps import MOST_CELLS, CellMaps, map_tiles
-
-    done = [row for row in rows if row["status"] == "done" and row.get("samples")]
-    cells = []
-    for row in done[:MOST_CELLS]:
+    curves: list[CellCurve] = []
+    maps: list[CellMaps] = []
+    blocks: dict[str, list[Block]] = {}
+    most = (sweep_over_time.MOST_CELLS, sweep_maps.MOST_CELLS, sorted_sheet.MOST_BLOCKS)
+    for place, row in enumerate(done[: max(most)]):
+        samples = stored_samples(row["samples"])
+        if samples is None:
+            continue
         name = _cell_name(row, keys)
-        name = "\n".join(textwrap.wrap(name, 34, max_lines=4, placeholder=" …"))
-        cells.append(CellMaps.read(row["samples"], name))
-    found = [cell for cell in cells if cell is not None]
-    if not found:
-        return None
-    shown = conditions_of(done[:MOST_CELLS])
-    kept = [f"{name} {shown[name]}" for name in ("data", "estimator", "NFE") if name in shown]
-    return map_tiles(found, len(done) - len(found), ", ".join(kept))
+        if place < most[0]:
+            curves.append(sweep_over_time.CellCurve.of(samples, name))
+        if place < most[1]:
+            lines = textwrap.wrap(name, 34, max_lines=4, placeholder=" …")
+            maps.append(sweep_maps.CellMaps.of(samples, "\n".join(lines)))
+        for score, values in (_sorted_by(row) if place < most[2] else {}).items():
+            if len(values) == len(samples.images):
+                block = sorted_sheet.Block(name, samples.images, values)
+                blocks.setdefault(score, []).append(block)
+    return curves, maps, blocks
+
+
+def _sorted_by(row: Row) -> "dict[str, Tensor]":
+    """The scores by which the cell's own report sorts its images."""
+    folder = Path(row["folder"])
+    asked = (read_json(folder / "metrics.json") or {}).get("report") or {}
+    known = read_arrays(folder / SCORES_FILE) or {}
+    return {name: known[name] for name in asked.get("sorted_by") or () if name in known}
+
+
+def _said_of(rows: Sequence[Row]) -> str:
+    """The conditions that a figure of few cells has room for."""
+    known = conditions_of(rows)
+    kept = [f"{name} {known[name]}" for name in ("data", "estimator", "NFE") if name in known]
+    return ", ".join(kept)
 
 
 def conditions_of(rows: Sequence[Row]) -> dict[str, str]:

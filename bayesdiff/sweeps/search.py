@@ -16,9 +16,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from bayesdiff.checks import UserError, at_least, seed_of
-from bayesdiff.storage.artefacts import write_json
+from bayesdiff.storage.artefacts import key_of, read_json, write_json
 from bayesdiff.storage.locks import alone
-from bayesdiff.sweeps.objective import DEFAULT, Direction, check_objective, direction_of
+from bayesdiff.sweeps.objective import DEFAULT, Direction, check_objective, direction_of, name_of
 
 if TYPE_CHECKING:  # of the extra ``sweep``
     from hydra.core.override_parser.types import Override
@@ -183,11 +183,32 @@ class Search:
 
         if value is None or not math.isfinite(value):
             study.tell(trial.number, state=TrialState.FAIL)
-            log.warning("trial %d failed", trial.number)
+            self._explain(trial)
             return
         study.tell(trial.number, value)
         what = trial.number, self.objective, value, study.best_value
         log.info("trial %d: %s %.4g, best %.4g", *what)
+
+    def _explain(self, trial: "FrozenTrial") -> None:
+        """Say why a trial has no value.
+
+        Raises:
+            UserError: if its cell is done and has no such metric: no other will have it either.
+        """
+        key = key_of(sorted([*self.fixed, *self.cell(trial)]))
+        row = read_json(self.folder / "cells" / f"{key}.json") or {}
+        metrics = row.get("metrics", {})
+        if row.get("status") != "done":
+            log.warning("trial %d failed", trial.number)
+        elif name := name_of(self.objective, metrics):
+            log.warning(
+                "trial %d: %s is %s, no value to compare", trial.number, name, metrics[name]
+            )
+        else:
+            raise UserError(
+                f"objective={self.objective} is no metric of trial {trial.number}, which is done; "
+                f"it has {', '.join(metrics)}"
+            )
 
     def close(self, study: "Study") -> None:
         """Say which trial is best, and keep it as ``best.json``."""

@@ -19,8 +19,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.checks import UserError
+from bayesdiff.options.local_paths import settle
 from bayesdiff.runs import run_log
-from bayesdiff.runs.local_paths import settle
 from bayesdiff.storage.artefacts import key_of, read_json, write_json
 from bayesdiff.storage.atomic import check_writable
 from bayesdiff.sweeps.objective import DEFAULT, value_of
@@ -67,12 +67,7 @@ def run_cell(cfg: DictConfig) -> float | None:
         write_json(Path(folder) / "cells" / f"{key_of(sorted(overrides))}.json", row)
     elif row["status"] == "failed":
         sys.exit(f"error: {row['error']}")
-    objective = cfg.get("objective", DEFAULT)
-    value = value_of(objective, metrics)
-    if value is None and metrics and "objective" in cfg:
-        near = [name for name in metrics if name[:4] == objective[:4]]
-        log.warning("cell %d has no %s; it has %s", number, objective, ", ".join(near or metrics))
-    return value
+    return value_of(cfg.get("objective", DEFAULT), metrics)
 
 
 class SweepReport(Callback):
@@ -102,15 +97,20 @@ class SweepReport(Callback):
         """Write the table and the report; exit with 1 if a cell failed."""
         if config.dry_run:
             return dry_run.end(config)
+        from bayesdiff.storage.locks import alone
         from bayesdiff.sweeps import report
 
         folder = Path(os.environ.pop(_FOLDER))
         os.environ.pop(dry_run.FOLDER, None)
-        rows = [row for path in (folder / "cells").glob("[!.]*.json") if (row := read_json(path))]
-        rows.sort(key=lambda row: row["number"])
-        if rows:
-            given = config.hydra.overrides
-            report.write(folder, rows, report.command_of(given.task, given.hydra))
+        given = config.hydra.overrides
+        pdf = bool(OmegaConf.select(config, "report.pdf", default=True))
+        with alone(folder / "report.html"):  # another process may end the same sweep
+            there = (folder / "cells").glob("[!.]*.json")
+            rows = [row for path in there if (row := read_json(path))]
+            rows.sort(key=lambda row: row["number"])
+            if rows:
+                command = report.command_of(given.task, given.hydra)
+                report.write(folder, rows, command, pdf=pdf)
         failed = [row for row in rows if row["status"] != "done"]
         if failed:
             lines = "; ".join(f"cell {row['number']}: {row['error']}" for row in failed)
@@ -178,10 +178,6 @@ def check_engines(config: DictConfig) -> None:
         raise UserError(
             "hydra/launcher=submitit_slurm needs SLURM and there is no srun here; start it on the "
             "cluster, or use hydra/launcher=submitit_local or joblib"
-        )
-    if config.get("dry_run") and sweeper.endswith("OptunaSearch"):
-        raise UserError(
-            "dry_run=true cannot know cells that a search has yet to propose; leave it out"
         )
     if config.hydra.launcher.get("n_jobs") == 0:
         raise UserError("hydra.launcher.n_jobs=0 starts no worker; give 1 or more, or -1 for all")

@@ -66,11 +66,6 @@ class Samples:
     spatial: Tensor | None = None
 
     @property
-    def scores(self) -> Tensor:
-        """One number per image, ``(B,)``: its variance summed over channels and pixels."""
-        return self.variance.flatten(1).sum(1)
-
-    @property
     def over_time(self) -> dict[str, Tensor]:
         """Statistics of the maps at ``times``, each ``(S, B)``.
 

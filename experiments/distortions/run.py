@@ -33,7 +33,6 @@ from bayesdiff.report.layout import chart, picture, put, sheet
 from bayesdiff.report.style import look, style
 from bayesdiff.runs.build import build
 from bayesdiff.runs.stages import judge
-from bayesdiff.script import Asked
 from bayesdiff.storage.artefacts import (
     finite,
     key_of,
@@ -42,6 +41,7 @@ from bayesdiff.storage.artefacts import (
     write_json,
     write_text,
 )
+from bayesdiff.studies.script import Asked
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -23,9 +23,9 @@ from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import COLOURS, style
-from bayesdiff.script import Asked
 from bayesdiff.storage.artefacts import finite, read_json, write_json, write_text
 from bayesdiff.studies.repair.figures import line
+from bayesdiff.studies.script import Asked
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

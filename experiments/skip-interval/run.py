@@ -25,9 +25,9 @@ from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.training import fit
-from bayesdiff.script import Asked
 from bayesdiff.storage.artefacts import finite, write_json, write_text
 from bayesdiff.studies.image_pool import ImagePool
+from bayesdiff.studies.script import Asked
 from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published
 
 HERE = Path(__file__).parent

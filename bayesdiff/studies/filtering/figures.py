@@ -5,11 +5,22 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bayesdiff.report.charts import three_digits
 from bayesdiff.report.figures import ceiling
-from bayesdiff.report.layout import GAP, cell_size, chart, picture, put, sheet, standard_deviation
+from bayesdiff.report.layout import (
+    GAP,
+    cell_size,
+    chart,
+    descending,
+    picture,
+    put,
+    sheet,
+    standard_deviation,
+    without_score,
+)
 from bayesdiff.report.style import MAP_COLOURS, look, style
 
 if TYPE_CHECKING:
@@ -186,11 +197,12 @@ def _legend(figure: "Figure", looks: Mapping[str, Mapping[str, Any]]) -> None:
 
 @style()
 def kept_and_discarded(
-    samples: "Samples", doubt: Tensor, score: str, conditions: str = ""
+    samples: "Samples", scores: Tensor, score: str, conditions: str = ""
 ) -> "Figure":
     """The least doubtful images on the left, the most doubtful on the right, with their maps."""
-    count = min(_SHOWN, len(doubt) // 2)
-    order = doubt.argsort()
+    left_out = int(scores.isnan().sum())
+    order = torch.from_numpy(descending(scores)[: len(scores) - left_out][::-1].copy())
+    count = min(_SHOWN, len(order) // 2)
     columns = min(_COLUMNS, count)
     size = cell_size(samples.images, 44)
     side = columns * (2 * (size[0] + GAP) + 8)
@@ -201,8 +213,8 @@ def kept_and_discarded(
     )
     caption = (
         f"The {count} images with the lowest and the {count} with the highest {score} of "
-        f"{len(doubt)}, each with its map beside it and its score below. Maps: standard "
-        f"deviation, one colour scale for all. {conditions}"
+        f"{len(scores)}, each with its map beside it and its score below. Maps: standard "
+        f"deviation, one colour scale for all. {without_score(left_out)}{conditions}"
     )
     left, gap, top = 12, 28, 34
     width, height = left + 2 * side + gap + 96, top + -(-count // columns) * tall + 6
@@ -212,7 +224,7 @@ def kept_and_discarded(
     for place, (name, indices) in enumerate(groups):
         x = left + place * (side + gap)
         axes.text(x, top - 10, name, weight="bold", va="bottom")
-        drawn = _with_maps(axes, samples, doubt, indices.tolist(), (x, top), size, high)
+        drawn = _with_maps(axes, samples, scores, indices.tolist(), (x, top), size, high)
     bar = axes.inset_axes((left + 2 * side + gap, top, 14, min(height - top - 12, 240)),
                           transform=axes.transData)  # fmt: skip
     figure.colorbar(drawn, cax=bar, extend="max").set_label("standard deviation")
@@ -222,7 +234,7 @@ def kept_and_discarded(
 def _with_maps(
     axes: "Axes",
     samples: "Samples",
-    doubt: Tensor,
+    scores: Tensor,
     indices: Sequence[int],
     at: tuple[int, int],
     size: tuple[int, int],
@@ -240,7 +252,7 @@ def _with_maps(
         scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": high}
         drawn = put(axes, of, x + size[0] + GAP, y, size, **scale)
         middle = x + size[0] + GAP / 2
-        value = three_digits(float(doubt[index]))
+        value = three_digits(float(scores[index]))
         axes.text(middle, y + size[1] + 3, value, ha="center", va="top", size=8)
     return drawn
 

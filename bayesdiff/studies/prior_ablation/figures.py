@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from bayesdiff.report.charts import plain_number
 from bayesdiff.report.layout import GAP, chart, put, sheet, standard_deviation
+from bayesdiff.report.series import plain_number
 from bayesdiff.report.style import COLOURS, MAP_COLOURS, look, style
 
 if TYPE_CHECKING:

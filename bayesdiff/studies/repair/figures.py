@@ -26,6 +26,7 @@ OF_PICKS = (
 _IMAGES = 8  # rows of a grid
 _EACH = 4  # alternatives of every way in it
 _CELL = 40
+_FRESH = "fresh"  # the way that leaves no trajectory in its middle
 
 
 def line(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
@@ -71,9 +72,8 @@ def every(
     rows = [row for row in results["draws"] if row["way"] in ways]
     for number, time in enumerate(dict.fromkeys(row["time"] for row in rows)):
         yield f"repair/draws_from_{time:.3g}", grid(results, drawn, ways, number, time, conditions)
-    if "fresh" in drawn:
-        one = {"images": drawn["images"], "draws": drawn["fresh"][:, None, None]}
-        yield "repair/fresh", grid(results, one, ["fresh"], 0, 0.0, conditions)
+    if _FRESH in drawn:
+        yield "repair/fresh", fresh_grid(results, drawn, conditions)
     yield "repair/quality_over_diversity", quality_over_diversity(results, score, conditions)
     yield "repair/success_and_harm", success_and_harm(results, score, conditions)
 
@@ -97,22 +97,61 @@ def grid(
         time: where the images were left.
         conditions: of the run, for the caption.
     """
-    images, draws = drawn["images"][:_IMAGES], drawn["draws"][:_IMAGES, number, :, :_EACH]
-    size = width, height = cell_size(images, _CELL)
+    draws = drawn["draws"][:_IMAGES, number, :, :_EACH]
     part = "region" in drawn and not bool(drawn["region"].all())
-    blocks = [("image", images[:, None])]
-    blocks += [("region", drawn["region"][:_IMAGES, None] * 255)] if part else []
+    blocks = [("region", drawn["region"][:_IMAGES, None] * 255)] if part else []
     blocks += [(way.replace("_", " "), draws[:, place]) for place, way in enumerate(ways)]
-    left, head, wide = 26, 22, 3 * GAP
+    caption = (
+        f"{_images(results, len(draws))}, and {draws.shape[2]} alternatives of each by every way, "
+        f"from t = {time:.3g}; {_conditions(results, ways)}. {conditions}"
+    )
+    title = "Images drawn anew from the middle of their trajectories"
+    return _grid(results, drawn["images"], blocks, title, caption)
+
+
+@style()
+def fresh_grid(
+    results: Mapping[str, Any], drawn: Mapping[str, Tensor], conditions: str = ""
+) -> "Figure":
+    """The first images in order, each with other whole samples of its class.
+
+    Args:
+        results: for the conditions.
+        drawn: images and fresh samples.
+        conditions: of the run, for the caption.
+    """
+    draws = drawn[_FRESH][:_IMAGES, :_EACH]
+    caption = (
+        f"{_images(results, len(draws))}, and {draws.shape[1]} fresh samples of each one's class: "
+        f"other whole images, from other noise, under the trained weights. {conditions}"
+    )
+    title = "Images and fresh samples of their classes"
+    return _grid(results, drawn["images"], [(_FRESH, draws)], title, caption)
+
+
+def _images(results: Mapping[str, Any], count: int) -> str:
+    """Which images a grid shows, to begin its caption with."""
+    chosen = results["conditions"].get("images")
+    return f"The first {count} images, {'none picked' if chosen is None else 'picked by number'}"
+
+
+def _grid(
+    results: Mapping[str, Any],
+    images: Tensor,
+    blocks: Sequence[tuple[str, Tensor]],
+    title: str,
+    caption: str,
+) -> "Figure":
+    """Blocks of pixels ``(N, n, C, H, W)`` beside their images, a row with its number for each."""
+    images = images[:_IMAGES]
+    size = width, height = cell_size(images, _CELL)
+    numbers = results["conditions"].get("images") or range(len(images))
+    left, head, wide = 12 + 8 * max(len(str(number)) for number in numbers), 22, 3 * GAP
+    blocks = [("image", images[:, None]), *blocks]
     places, x = [], left
     for _, block in blocks:
         places.append(x)
         x += max(block.shape[1] * (width + GAP), 8 * 6) + wide
-    caption = (
-        f"The first {len(images)} images, none picked, and {draws.shape[2]} alternatives of each "
-        f"by every way, from t = {time:.3g}; {_conditions(results)}. {conditions}"
-    )
-    title = "Images drawn anew from the middle of their trajectories"
     figure, axes = sheet(x, head + len(images) * (height + GAP) + 8, title, caption)
     for (name, block), at in zip(blocks, places, strict=True):
         axes.text(at, head - 8, name, size=8, va="bottom")
@@ -121,9 +160,9 @@ def grid(
             for column, one in enumerate(cells):
                 pixels = picture(one.double() / 255, "unit")
                 put(axes, pixels, at + column * (width + GAP), y, size)
-    for row in range(len(images)):
+    for row, number in zip(range(len(images)), numbers, strict=False):
         middle = head + row * (height + GAP) + height / 2
-        axes.text(left - 6, middle, str(row), ha="right", va="center", size=8)
+        axes.text(left - 6, middle, str(number), ha="right", va="center", size=8)
     return figure
 
 
@@ -137,9 +176,8 @@ def quality_over_diversity(
         f"{found['num_images']} images, {found['draws']} alternatives of each; "
         f"{_conditions(results)}. Feature distance: between alternatives of one image; quality: "
         "the judge's probability of the class asked for; "
-        f"best: by {score} of another classifier. The larger a dot, the later the images were "
-        "left; bars: 95 % over images; dotted: the images themselves. "
-        f"{conditions}"
+        f"best: by {score} of another classifier. {_dots(results)}Bars: 95 % over images; dotted: "
+        f"the images themselves. {conditions}"
     )
     figure, axes = chart(940, 380, "Quality against diversity", caption, 1, 2, sharey=True)
     times = sorted({row["time"] for row in results["draws"]})
@@ -178,6 +216,8 @@ def success_and_harm(results: Mapping[str, Any], score: str, conditions: str = "
         f"class, those right afterwards; harm: of the other {count - wrong}, those wrong "
         f"afterwards. Bars: 95 % over images. {conditions}"
     )
+    along = "time the images were left at"
+    along += "; 0: fresh samples" if _FRESH in _ways(results) else ""
     figure, axes = chart(940, 360, "Images mended and images spoiled", caption, 1, 2)
     rows = [row for row in results["picks"] if (row["score"], row["among"]) == (score, "all")]
     for panel, name in zip(axes[0], ("success", "harm"), strict=True):
@@ -185,7 +225,7 @@ def success_and_harm(results: Mapping[str, Any], score: str, conditions: str = "
             own = [row for row in rows if row["way"] == way and _there(row[name])]
             x = [row["time"] + 0.006 * (place - 2) for row in own]
             _with_bars(panel, x, own, name, way, place)
-        panel.set(title=name, xlabel="time the images were left at", ylabel="share of them")
+        panel.set(title=name, xlabel=along, ylabel="share of them")
         times = [row["time"] for row in rows]
         panel.set(xlim=(min(times) - 0.05, max(times) + 0.05))
         panel.set_ylim(bottom=0)
@@ -214,8 +254,19 @@ def _ways(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["way"] for row in results["draws"]))
 
 
-def _conditions(results: Mapping[str, Any]) -> str:
-    found = results["conditions"]
+def _dots(results: Mapping[str, Any]) -> str:
+    """How the size of a dot reads, where there are times."""
+    if _ways(results) == [_FRESH]:
+        return ""
+    return "The larger a dot, the later the images were left. "
+
+
+def _conditions(results: Mapping[str, Any], shown: Sequence[str] | None = None) -> str:
+    """What is drawn anew, by the ways that are shown; None for all."""
+    found, ways = results["conditions"], _ways(results) if shown is None else shown
+    fresh = "fresh: other whole samples of the class of each image, from other noise"
+    if list(ways) == [_FRESH]:
+        return fresh
     share = f"{found['region_share']:.0%} of the pixels"
     kinds = {None: "the whole image", "map": f"the {share} most uncertain on its map"}
     region = found["region"]
@@ -225,4 +276,5 @@ def _conditions(results: Mapping[str, Any]) -> str:
         where = f"a box of its own for each image, {share}"
     else:
         where = f"the box {region}, {share}"
-    return f"drawn anew: {where}; variance: {found['estimator']}"
+    said = f"drawn anew: {where}; variance: {found['estimator']}"
+    return f"{said}; {fresh}" if _FRESH in ways else said

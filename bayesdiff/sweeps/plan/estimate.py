@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from bayesdiff.data.corruption import images_per_epoch
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.report.sample_grid import SampleGrid
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.callback_options import callbacks_of
-from bayesdiff.runs.trainer_options import steps_and_epochs
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
+from bayesdiff.studies.report_scores import JUDGED, kinds_of, options_of
 from bayesdiff.studies.study import with_effect
 from bayesdiff.sweeps.plan.probe import Counts, Probe, count, seconds_of
 from bayesdiff.uncertainty import Estimator, Samples
@@ -78,7 +77,7 @@ class Estimates:
     def training(self, run: Run, *_: Any) -> float:
         """All optimiser steps, the validation after every epoch, and the grids of samples."""
         cfg, data = run.cfg, run.data
-        steps, epochs = steps_of(run)
+        steps, epochs = run.length
         batch, test = int(cfg.data.batch_size), len(data.data.test_images)
         seconds = steps * self.probe(run).training_step
         checked = min(_VALIDATED, test)
@@ -151,10 +150,29 @@ class Estimates:
         evaluations = self.counts(run, solver, estimator).check
         return estimator.validate_images * evaluations * self.evaluation(run, 64)
 
+    def image_scores(self, run: Run, solver: Solver, estimator: Estimator) -> float:
+        """Members, the likelihood and the classifier behind the report's scores.
+
+        The classifier is of another seed than the one that judges.
+        """
+        shown, kinds = options_of(run), kinds_of(run)
+        seconds, evaluations = 0.0, 0
+        if "members" in kinds:
+            evaluations += shown.members * self.counts(run, solver, estimator).image
+        if "likelihood" in kinds:
+            # Of four stages each, and a derivative takes about as long as two evaluations.
+            evaluations += 3 * 4 * shown.likelihood_steps
+        if kinds & {*JUDGED}:
+            seen = 1 + shown.members * ("members" in kinds)
+            seconds += self.classifier(run)
+            seconds += seen * estimator.map_count * self.probe(run).classifier[1]
+        return seconds + estimator.map_count * evaluations * self.evaluation(run, 64)
+
     def report(self, run: Run, solver: Solver, estimator: Estimator) -> float:
         """Pictures and events, drawn once for samples of this size and thrown away."""
-        shape = tuple(run.data.data.images.shape[1:])
-        key = "report", shape, min(estimator.map_count, 64), solver.num_steps
+        shape, shown = tuple(run.data.data.images.shape[1:]), options_of(run)
+        size = min(estimator.map_count, 64)
+        key = "report", shape, size, solver.num_steps, shown.pdf, len(shown.sorted_by)
         return self.once(key, lambda: _pictures(run, solver, estimator))
 
     def memory(self, run: Run, solver: Solver, estimator: Estimator) -> float:
@@ -179,12 +197,6 @@ class Estimates:
         )
         own = 0 if run.device.type == "cuda" else 1024 * _resident()
         return (max(stages) + own) / GIB
-
-
-def steps_of(run: Run) -> tuple[int, float]:
-    """Optimiser steps and epochs of the whole training."""
-    batches = images_per_epoch(run.data.data) // int(run.cfg.data.batch_size)
-    return steps_and_epochs(run.cfg.trainer, batches)
 
 
 def _resident() -> int:
@@ -246,7 +258,10 @@ def _pictures(run: Run, solver: Solver, estimator: Estimator) -> float:
     )
     with TemporaryDirectory() as folder:
         place = Path(folder) / "tensorboard"
-        call = lambda: board.write(place, samples, {}, {}, run.classes)  # noqa: E731
+        shown = options_of(run)
+        scores = {name: torch.rand(size) for name in shown.scores}
+        given: dict[str, Any] = {"scores": scores, "options": shown}
+        call = lambda: board.write(place, samples, {}, {}, run.classes, **given)  # noqa: E731
         return seconds_of(call, torch.device("cpu"), 1)
 
 

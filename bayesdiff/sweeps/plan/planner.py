@@ -13,6 +13,7 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.machine.progress import duration
 from bayesdiff.pipeline import prepare
 from bayesdiff.report import table
+from bayesdiff.report.options import SCORES_FILE
 from bayesdiff.runs.address import (
     Address,
     images_key,
@@ -22,8 +23,9 @@ from bayesdiff.runs.address import (
     scores_path,
 )
 from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.cell_report import is_made
 from bayesdiff.runs.stages import starts
-from bayesdiff.runs.training import chosen
+from bayesdiff.runs.training import chosen, is_finished
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import (
     key_of,
@@ -31,6 +33,8 @@ from bayesdiff.storage.artefacts import (
     read_json,
 )
 from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
+from bayesdiff.studies.report_scores import kinds_of
+from bayesdiff.studies.report_scores import scores_key as scores_of_report
 from bayesdiff.studies.study import scored, with_effect
 from bayesdiff.sweeps.plan.estimate import Estimates, schedule
 from bayesdiff.sweeps.report import flatten, swept_keys
@@ -40,7 +44,7 @@ from bayesdiff.uncertainty.sensitivities.refined import Refined
 from bayesdiff.uncertainty.sensitivities.refiner_file import load, path_of
 
 STAGES = ("training", "curvature", "images", "classifier", "scores", "refiner", "maps",
-          "validation", "report")  # fmt: skip
+          "validation", "image_scores", "report")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _works(
         check = key_of(key, estimator.validate_images, estimator.validate_members)
         studies = [images_key(run, known), *(plain(run.cfg[name]) for name in run.studies)]
         report = key_of(key, scored(run), estimator.validate and check, studies)
-        made = dict.fromkeys(("refiner", "maps", "validation", "report"), False)
+        made = dict.fromkeys(("refiner", "maps", "validation", "image_scores", "report"), False)
     else:
         estimator = with_block(estimator, laplace.block)
         at = Address.of(run, solver, estimator, posterior, known)
@@ -118,7 +122,8 @@ def _works(
         made = {
             "maps": has_key(at.samples_path, at.maps),
             "validation": has_key(at.checked_path, at.checked),
-            "report": has_key(at.folder / "metrics.json", at.cell),
+            "report": is_made(run, at.folder, at.cell),
+            "image_scores": has_key(at.folder / SCORES_FILE, scores_of_report(run, key)),
         }
         if isinstance(estimator, Refined):
             refiner = estimator.key(starts(run, solver)([0]), posterior)
@@ -128,6 +133,8 @@ def _works(
     works.append(Work("maps", key, made["maps"]))
     if estimator.validate:
         works.append(Work("validation", check, made["validation"]))
+    if kinds_of(run) - {"map", "image"}:  # the others take longer than a look
+        works.append(Work("image_scores", scores_of_report(run, key), made["image_scores"]))
     return [*works, Work("report", report, made["report"])]
 
 
@@ -159,9 +166,8 @@ def trained(run: Run) -> tuple[Work, str | None]:
         return Work("training", str(run.folder), True), load_weights(run.model, sampled)
     share = 1.0
     if last.is_file():
-        loops = read_checkpoint(last).get("loops", {})
-        done = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
-        share -= done.get("processed", 0) / max(1, run.cfg.trainer.get("max_epochs") or 1)
+        kept = read_checkpoint(last)
+        share -= 1 if is_finished(kept) else kept["global_step"] / run.length[0]
     return Work("training", str(run.folder), False, min(max(share, 0.0), 1.0)), None
 
 

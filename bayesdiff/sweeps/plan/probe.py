@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from bayesdiff.data.module import to_model_range
@@ -20,6 +21,7 @@ from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.models import GenerativeModel
+from bayesdiff.options.targets import taken
 from bayesdiff.runs.build import Run, precision
 from bayesdiff.solvers import Field, Solver
 from bayesdiff.uncertainty import Estimator, Starts, starts_of
@@ -94,7 +96,9 @@ class Probe:
         """Seconds of an optimiser step at the real batch size, gradients and weights included."""
         run, model = self.run, copy.deepcopy(self.model).train()
         x_1, labels = self.batch(run.cfg.data.batch_size)
-        optimizer = model._optimizer(model.parameters())
+        optimizer = instantiate(taken(run.cfg.model.optimizer), _convert_="all")(
+            model.parameters()
+        )
         mixed = "bf16" in precision(run.cfg, run.device)
 
         def context() -> AbstractContextManager[Any]:
@@ -102,7 +106,7 @@ class Probe:
             return torch.autocast(kind, torch.bfloat16) if mixed else nullcontext()
 
         def step() -> None:
-            t = model.times(torch.rand(len(x_1), device=x_1.device))
+            t = model.path.last_time * torch.rand(len(x_1), device=x_1.device)
             x_t, target = model.corrupt(x_1, torch.randn_like(x_1), t)
             optimizer.zero_grad()
             with context():

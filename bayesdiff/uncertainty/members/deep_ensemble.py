@@ -2,7 +2,7 @@
 
 import glob
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,12 +12,13 @@ from omegaconf import OmegaConf
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
+from bayesdiff.runs.same_kind import require_guidance, require_options
 from bayesdiff.storage.artefacts import weights_key
 from bayesdiff.storage.checkpoints import (
+    checkpoint_at,
     load_weights,
     note_of,
-    require_guidance,
-    require_options,
+    read_checkpoint,
     sampled_checkpoint,
 )
 from bayesdiff.uncertainty.estimator import Training
@@ -69,20 +70,21 @@ class DeepEnsemble(NetworkMembers):
 
         Raises:
             UserError: one line that names the member and the cure.
-        """
+        """  # noqa: DOC502 - raised one level down
         config: Any = OmegaConf.to_container(run.cfg, resolve=True)
-        paths = self._checkpoints(run.folder)
-        for path in paths:
-            require_options(path, config, _ALIKE)
-            require_guidance(path, config)
-            data, here = note_of(path).get("data"), run.data.data.fingerprint
+
+        def check(path: Path, checkpoint: dict[str, Any]) -> None:
+            require_options(path, checkpoint, config, _ALIKE)
+            require_guidance(path, checkpoint, config)
+            data, here = note_of(checkpoint).get("data"), run.data.data.fingerprint
             if data is not None and data != here:
                 raise UserError(
                     f"checkpoint {path} was trained on other images ({data}, not {here}); "
                     "members of an ensemble must share their data"
                 )
-            _remark(path, config)
-        self._load(run.model, paths)
+            _remark(path, checkpoint, config)
+
+        self._load(run.model, self._checkpoints(run.folder), check)
 
     def sources(self, run: Training) -> list[Any]:
         """The members' weights: a member that was trained again makes other maps."""
@@ -111,8 +113,18 @@ class DeepEnsemble(NetworkMembers):
             )
         return others
 
-    def _load(self, own: GenerativeModel, paths: Sequence[Path]) -> dict[str, GenerativeModel]:
+    def _load(
+        self,
+        own: GenerativeModel,
+        paths: Sequence[Path],
+        check: Callable[[Path, dict[str, Any]], None] = lambda *_: None,
+    ) -> dict[str, GenerativeModel]:
         """Networks of the checkpoints, by the keys of their weights.
+
+        Args:
+            own: the run's own network.
+            paths: of the others.
+            check: refuses one.
 
         Raises:
             UserError: if two of them are the same.
@@ -120,8 +132,9 @@ class DeepEnsemble(NetworkMembers):
         found: dict[str, GenerativeModel] = {}
         read: dict[str, Path] = {}
         for path in paths:
-            model = twin(own)
-            key = load_weights(model, path)
+            model, checkpoint = twin(own), read_checkpoint(path)
+            check(path, checkpoint)
+            key = load_weights(model, path, checkpoint)
             if key in found:
                 raise UserError(
                     f"{path} and {read[key]} in uncertainty.members hold the same weights; "
@@ -149,8 +162,10 @@ class DeepEnsemble(NetworkMembers):
                     f"uncertainty.members names {pattern}, where nothing is; "
                     "give run folders or checkpoints"
                 )
-            found |= dict.fromkeys(_checkpoint(Path(match), folder) for match in matches)
-        own = None if folder is None else _last(folder)
+            found |= dict.fromkeys(
+                checkpoint_at(m, "uncertainty.members", folder) for m in matches
+            )
+        own = None if folder is None else sampled_checkpoint(folder.resolve())
         others = [path for path in found if path != own]
         if not others:
             raise UserError(
@@ -160,30 +175,9 @@ class DeepEnsemble(NetworkMembers):
         return others
 
 
-def _remark(path: Path, config: Any) -> None:
+def _remark(path: Path, checkpoint: Any, config: Any) -> None:
     """Say where a member is of a longer or shorter training, as a trial run that a pattern met."""
-    there = (note_of(path).get("config") or {}).get("trainer", {}).get("max_epochs")
+    there = (note_of(checkpoint).get("config") or {}).get("trainer", {}).get("max_epochs")
     here = config["trainer"].get("max_epochs")
     if there is not None and there != here:
         log.warning("deep ensemble: %s had %s epochs, this run has %s", path, there, here)
-
-
-def _last(folder: Path) -> Path:
-    return sampled_checkpoint(folder.resolve())
-
-
-def _checkpoint(path: Path, own: Path | None) -> Path:
-    """The checkpoint at ``path``, a file or the folder of a finished run.
-
-    Raises:
-        UserError: if the folder holds no finished training.
-    """
-    if path.is_file():
-        return path.resolve()
-    mine = own is not None and path.resolve() == own.resolve()
-    if not mine and not ((path / "fit.json").is_file() and _last(path).is_file()):
-        raise UserError(
-            f"{path} in uncertainty.members holds no finished training; finish it with its own "
-            "command, or leave it out"
-        )
-    return _last(path)

@@ -11,7 +11,7 @@ from bayesdiff.checks import UserError, at_least, share
 from bayesdiff.laplace.gram import head_matrix
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.solvers import Field
+from bayesdiff.solvers import Field, Solver
 from bayesdiff.uncertainty.members.base import Members, Outputs
 from bayesdiff.uncertainty.members.ensemble import MemberField
 from bayesdiff.uncertainty.samples import Trajectory
@@ -57,6 +57,16 @@ class MCDropout(Members):
             raise UserError(
                 f"unknown uncertainty.mask {self.mask!r}; choose from {', '.join(MASKS)}"
             )
+
+    def check(self, solver: Solver) -> None:
+        """Refuse masks that leave nothing out, whose maps would be zero everywhere.
+
+        Raises:
+            UserError: for them, and for a skip interval beyond the solver's steps.
+        """
+        super().check(solver)
+        if self.p == 0:
+            raise UserError("uncertainty.p=0 leaves no feature out; give a probability above 0")
 
     @property
     def count(self) -> int:

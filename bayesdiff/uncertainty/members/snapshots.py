@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from bayesdiff.checks import at_least
+from bayesdiff.models import whole_of
+from bayesdiff.options.targets import class_of
 from bayesdiff.storage.checked_file import load_checked, save_checked
 
 log = logging.getLogger(__name__)
@@ -48,9 +50,7 @@ class Snapshots(Callback):
         epochs = trainer.current_epoch + 1
         if epochs % self.every:
             return
-        # Of a user's own module there is no other form than the whole one.
-        whole: Any = getattr(pl_module, "whole", lambda: pl_module)
-        model = whole()
+        model = whole_of(pl_module)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -85,7 +85,7 @@ def planned_snapshots(callbacks: Any, max_epochs: int | None) -> int:
         max_epochs: of the training; None or -1 where steps bound it.
     """
     for options in (callbacks or {}).values():
-        if options and str(options.get("_target_")).endswith(".Snapshots"):
+        if options and class_of(options) is Snapshots:
             made = Snapshots(**{k: v for k, v in options.items() if k != "_target_"})
             if not max_epochs or max_epochs < 0:
                 return made.keep
@@ -107,7 +107,7 @@ def note_missing_snapshots(folder: Path, callbacks: Any, max_epochs: int | None)
     Args:
         folder: of the run.
         callbacks: as for ``planned_snapshots``.
-        max_epochs: the same.
+        max_epochs: of the training; None or -1 where steps bound it.
     """
     done = (folder / "fit.json").is_file() and not snapshots_of(folder)
     if done and planned_snapshots(callbacks, max_epochs):

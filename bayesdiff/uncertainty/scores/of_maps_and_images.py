@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least, positive, share
 from bayesdiff.data.module import to_uint8
+
+if TYPE_CHECKING:
+    from bayesdiff.uncertainty.samples import Samples
 
 MapScore = Callable[[Tensor, Tensor], Tensor]
 ImageScore = Callable[[Tensor], Tensor]
@@ -215,6 +219,12 @@ MAP_SCORES: dict[str, MapScore] = {
     "map_variance": _of_map(map_variance),
     "top_mean": _of_map(top_mean),
 }
+
+
+def map_score(samples: "Samples", name: str) -> Tensor:
+    """A score of ``MAP_SCORES`` for all samples, ``(N,)``, whatever units they are stored in."""
+    given = samples.in_model_range()
+    return MAP_SCORES[name](given.variance, given.images)
 
 
 def total_variation(images: Tensor) -> Tensor:

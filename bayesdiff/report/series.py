@@ -1,7 +1,7 @@
 """Cells of a sweep by what they have in common, and swept values as numbers and labels."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -18,10 +18,16 @@ def axis_keys(swept_keys: Sequence[str]) -> list[str]:
     return [key for key in swept_keys if key != SEED] or list(swept_keys)
 
 
-def short_names(keys: Sequence[str]) -> list[str]:
-    """Last parts of dotted keys, whole keys where these would be the same."""
+def short_names(keys: Sequence[str], among: Iterable[str] = ()) -> list[str]:
+    """Last parts of dotted keys, whole keys where two end alike.
+
+    Args:
+        keys: each once.
+        among: further keys that could be there.
+    """
+    every = [key.rpartition(".")[2] for key in {*keys, *among}]
     ends = [key.rpartition(".")[2] for key in keys]
-    return [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
+    return [end if every.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
 
 
 def series(
@@ -74,7 +80,12 @@ def finite(value: Any) -> bool:
 def text_of(value: Any) -> str:
     """A swept value as a label: ``10.0`` and ``10`` are the same value."""
     found = number(value)
-    return str(value) if found is None else f"{found:g}".replace("e+0", "e").replace("e-0", "e-")
+    return str(value) if found is None else plain_number(found, 6)
+
+
+def plain_number(value: float, digits: int = 4) -> str:
+    """``0.02``, ``500`` or ``1e5``: few digits, and short."""
+    return f"{value:.{digits}g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
 def distinct(rows: Sequence[Row], key: str) -> list[Any]:

@@ -3,14 +3,15 @@
 import inspect
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from bayesdiff.checks import UserError
-from bayesdiff.runs.fit_key import plain
-from bayesdiff.spelling import near
+from bayesdiff.options.spelling import near
+from bayesdiff.options.values import plain
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +32,27 @@ def fitting(options: DictConfig, place: str, written_for: Callable[..., Any]) ->
         UserError: for an option of neither target.
     """
     values: dict[str, Any] = plain(options)
-    known = arguments(str(values.get("_target_")))
-    if known is None:
-        return values
-    extra = [name for name in values if not name.startswith("_") and name not in known]
+    used = taken(options)
+    extra = [name for name in values if name not in used]
     for name in extra:
         if name not in inspect.signature(written_for).parameters:
+            known = arguments(str(values["_target_"])) or ()
             raise UserError(
                 f"{place}.{name} is no option of {values['_target_']}{near(name, known)}"
             )
     if extra:
         left = ", ".join(f"{place}.{name}" for name in extra)
         log.info("%s: not taken by %s and left out", left, values["_target_"])
-    return {name: value for name, value in values.items() if name not in extra}
+    return used
+
+
+def taken(options: Any) -> dict[str, Any]:
+    """Those of the options, plain, that their target takes; all where that cannot be known."""
+    values: dict[str, Any] = plain(options)
+    known = arguments(str(values.get("_target_")))
+    if known is None:
+        return values
+    return {k: v for k, v in values.items() if k.startswith("_") or k in known}
 
 
 def arguments(target: str) -> set[str] | None:
@@ -55,3 +64,14 @@ def arguments(target: str) -> set[str] | None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return {parameter.name for parameter in parameters}
+
+
+def class_of(options: Any) -> type | None:
+    """The class that options make, whatever name they give it; None for a function, or nothing."""
+    try:
+        made = get_object(str(options.get("_target_")))
+    except Exception:  # instantiate says what is wrong with it
+        return None
+    while isinstance(made, partial):
+        made = made.func
+    return made if isinstance(made, type) else None

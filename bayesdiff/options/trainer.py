@@ -3,13 +3,16 @@
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from bayesdiff.checks import UserError, at_least, positive
-from bayesdiff.spelling import near
+from bayesdiff.options.spelling import near
+from bayesdiff.options.targets import class_of
+from bayesdiff.options.values import plain
 
 # What the pipeline gives the Trainer itself, and what to use instead.
 SUPPLIED = {
@@ -43,9 +46,8 @@ def weighty(trainer: DictConfig, validated: bool) -> dict[str, Any]:
         trainer: all options.
         validated: whether a callback, or the choice of the weights, depends on the validation.
     """
-    plain: Any = OmegaConf.to_container(trainer, resolve=True)
     left_out = _HARMLESS if validated else _HARMLESS | _VALIDATION
-    return {name: value for name, value in plain.items() if name not in left_out}
+    return {name: value for name, value in plain(trainer).items() if name not in left_out}
 
 
 def check_trainer(trainer: DictConfig) -> None:
@@ -75,7 +77,8 @@ def check_trainer(trainer: DictConfig) -> None:
     for name in ("check_val_every_n_epoch", "min_epochs", "min_steps", "accumulate_grad_batches"):
         if (value := trainer.get(name)) is not None:
             at_least(f"trainer.{name}", value)
-    duration(trainer.get("max_time"))
+    time_limit(trainer.get("max_time"))
+    _check_plugins(plain(trainer.get("plugins")))
     _check_construction(trainer)
 
 
@@ -118,6 +121,23 @@ def _check_refused(trainer: DictConfig) -> None:
             f"trainer.num_nodes={trainer.num_nodes} is not offered: all stages share one machine; "
             "use trainer.devices"
         )
+
+
+def _check_plugins(plugins: Any) -> None:
+    """Refuse another writer of checkpoints, which this program could not read or find half of.
+
+    Raises:
+        UserError: one line with the name and the cure.
+    """
+    from lightning.pytorch.plugins import CheckpointIO
+
+    for options in plugins if isinstance(plugins, list) else [plugins]:
+        made = class_of(options) if isinstance(options, dict) else None
+        if made is not None and issubclass(made, CheckpointIO):
+            raise UserError(
+                f"trainer.plugins={options['_target_']} writes checkpoints, and the run's own "
+                "writer puts them there whole or not at all; leave it out"
+            )
 
 
 def check_interval(trainer: DictConfig, batches: int) -> None:
@@ -181,7 +201,7 @@ def _check_construction(trainer: DictConfig) -> None:
         raise UserError(f"trainer does not work: {reason}; correct its options") from error
 
 
-def batches_per_epoch(trainer: DictConfig, batches: int) -> int:
+def batches_per_epoch(trainer: Mapping[Any, Any], batches: int) -> int:
     """Batches of one epoch, of which there are ``batches`` without any limit."""
     for name in ("limit_train_batches", "overfit_batches"):
         limit = trainer.get(name)
@@ -190,8 +210,11 @@ def batches_per_epoch(trainer: DictConfig, batches: int) -> int:
     return max(1, batches)
 
 
-def steps_and_epochs(trainer: DictConfig, batches: int) -> tuple[int, float]:
-    """Optimiser steps and epochs of a whole training; ``batches`` as above."""
+def steps_and_epochs(trainer: Mapping[Any, Any], batches: int) -> tuple[int, float]:
+    """Optimiser steps and epochs of a whole training; ``batches`` as above.
+
+    A training that neither bounds has steps below 0.
+    """
     each = math.ceil(
         batches_per_epoch(trainer, batches) / (trainer.get("accumulate_grad_batches") or 1)
     )
@@ -201,29 +224,62 @@ def steps_and_epochs(trainer: DictConfig, batches: int) -> tuple[int, float]:
     return each * epochs, float(epochs)
 
 
-def duration(value: Any) -> timedelta | None:
+def reached(trainer: Mapping[Any, Any], epochs: int, steps: int) -> bool:
+    """Whether so many epochs or steps are all that the options ask for."""
+    most, all_steps = trainer.get("max_epochs") or -1, trainer.get("max_steps") or -1
+    return 0 < most <= epochs or 0 < all_steps <= steps
+
+
+def is_validated(trainer: Mapping[Any, Any], batches: int) -> bool:
+    """Whether a training of ``batches`` without limit gets as far as its first validation.
+
+    One by the clock counts as reached: nobody knows.
+    """
+    if trainer.get("limit_val_batches") == 0:
+        return False
+    interval, every = trainer.get("val_check_interval"), trainer.get("check_val_every_n_epoch", 1)
+    steps, _ = steps_and_epochs(trainer, batches)
+    each, batches = (
+        trainer.get("accumulate_grad_batches") or 1,
+        batches_per_epoch(trainer, batches),
+    )
+    epochs, rest = divmod(steps, math.ceil(batches / each))
+    seen = epochs * batches + min(rest * each, batches)
+    if interval is None:
+        interval = batches
+    elif isinstance(interval, float):
+        interval = max(1, int(batches * interval))
+    if not isinstance(interval, int):
+        return True
+    return interval <= seen if every is None else (every - 1) * batches + interval <= seen
+
+
+def time_limit(value: Any) -> timedelta | None:
     """``trainer.max_time`` as Lightning's users write it, and as HH:MM:SS or seconds.
 
     Raises:
         UserError: for anything else.
     """
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value, resolve=True)
+    value = plain(value)
     if value is None:
         return None
-    found = None
-    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        found = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        found = timedelta(seconds=value)
-    elif isinstance(value, dict):
-        try:
-            found = timedelta(**{str(name): part for name, part in value.items()})
-        except TypeError:
-            found = None
+    try:
+        found = _timedelta(value)
+    except (TypeError, ValueError, OverflowError):  # not a number, or more than there is time
+        found = None
     if found is None or found <= timedelta(0):
         raise UserError(
             f"trainer.max_time={value!r} is no duration; give HH:MM:SS, DD:HH:MM:SS or seconds"
         )
     return found
+
+
+def _timedelta(value: Any) -> timedelta | None:
+    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return timedelta(seconds=value)
+    if isinstance(value, dict):
+        return timedelta(**{str(name): part for name, part in value.items()})
+    return None
