@@ -10,9 +10,9 @@ from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.runs.build import build
 from bayesdiff.runs.defaults import damage_of, differences, named, preset, words
-from bayesdiff.runs.same_kind import require_guidance
 from bayesdiff.runs.settings import _learnt
 from bayesdiff.storage.checkpoints import read_checkpoint
+from bayesdiff.storage.same_kind import require_guidance
 
 BARE = ("output_dir=/nowhere/that/is",)
 

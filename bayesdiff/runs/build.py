@@ -26,9 +26,9 @@ from bayesdiff.options.values import plain as plain
 from bayesdiff.report.loggers import check_loggers
 from bayesdiff.runs.defaults import run_folder
 from bayesdiff.runs.fit_key import fit_key, takes_weights
-from bayesdiff.runs.same_kind import differences, kind_of
 from bayesdiff.storage.atomic import check_writable
 from bayesdiff.storage.checkpoints import checkpoint_at, load_weights, note_of, read_checkpoint
+from bayesdiff.storage.same_kind import differences, kind_of
 
 log = logging.getLogger(__name__)
 

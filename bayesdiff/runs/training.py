@@ -13,12 +13,12 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.machine.ranks import barrier
 from bayesdiff.options.trainer import reached
 from bayesdiff.runs.build import Run, is_main_process, plain
-from bayesdiff.runs.same_kind import kind_of, require_guidance, require_options
 from bayesdiff.runs.stopping import cut_by, rule_of
 from bayesdiff.runs.trainer import how_far, train
 from bayesdiff.storage.artefacts import read_json, write_atomic, write_json
 from bayesdiff.storage.checkpoints import BEST, LAST, load_weights, note_of, read_checkpoint
 from bayesdiff.storage.locks import together
+from bayesdiff.storage.same_kind import kind_of, require_guidance, require_options
 
 log = logging.getLogger(__name__)
 

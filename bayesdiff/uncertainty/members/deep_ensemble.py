@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
-from bayesdiff.runs.same_kind import require_guidance, require_options
 from bayesdiff.storage.artefacts import weights_key
 from bayesdiff.storage.checkpoints import (
     checkpoint_at,
@@ -21,6 +20,7 @@ from bayesdiff.storage.checkpoints import (
     read_checkpoint,
     sampled_checkpoint,
 )
+from bayesdiff.storage.same_kind import require_guidance, require_options
 from bayesdiff.uncertainty.estimator import Training
 from bayesdiff.uncertainty.members.base import NetworkMembers, twin
 from bayesdiff.uncertainty.samples import Starts
