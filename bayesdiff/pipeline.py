@@ -21,7 +21,7 @@ from bayesdiff.options.local_paths import settle
 from bayesdiff.report import table
 from bayesdiff.report.layout import estimator_of
 from bayesdiff.runs import run_log
-from bayesdiff.runs.address import Address, scores_key, scores_path, settings_of
+from bayesdiff.runs.address import Address, scores_key, scores_path
 from bayesdiff.runs.build import Run, build, check_groups, is_main_process, plain
 from bayesdiff.runs.callback_options import check_callbacks
 from bayesdiff.runs.cell_report import report
@@ -29,6 +29,7 @@ from bayesdiff.runs.chosen_estimator import settle_estimator
 from bayesdiff.runs.fit_key import network_code
 from bayesdiff.runs.processes import check_devices, launch
 from bayesdiff.runs.settings import settings
+from bayesdiff.runs.setup import Setup, settings_of
 from bayesdiff.runs.stages import (
     check_metrics,
     make_images,
@@ -41,7 +42,7 @@ from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.storage.locks import alone, together
 from bayesdiff.studies.report_scores import check_report, report_scores
-from bayesdiff.studies.study import Setup, headlines_of, make_study, studies_of
+from bayesdiff.studies.study import headlines_of, make_study, studies_of, study_key
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
 from bayesdiff.uncertainty.members.block_ensemble import check_block_ensemble, with_block
@@ -98,7 +99,9 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
         posterior = laplace.fit(this.model, this.data.data)
     estimator = with_block(estimator, laplace.block)
     made_by = this, solver, estimator, posterior
-    at = Address.of(*made_by, weights)
+    setup = Setup(*made_by, weights, settings(this, posterior, solver, estimator))
+    keys = [study_key(setup, name, study) for name, study in this.studies.items()]
+    at = Address.of(setup, keys)
     images, folder = None, at.folder
     if cfg.metrics.num_images:
         with together(at.images_path):
@@ -115,7 +118,6 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
         path = scores_path(this, at.images)
         with together(path), stage("scores"):
             scores = make_scores(this, images, path, scores_key(this, at.images))
-    setup = replace(at.setup, settings=settings(this, posterior, solver, estimator))
     studies = make_studies(setup)
     result = Result(
         folder, at.samples_path, {}, setup.settings, studies, weights_in_words(this),

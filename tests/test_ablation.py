@@ -26,6 +26,7 @@ from bayesdiff.laplace.evidence_grid import (
 )
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.report import board
+from bayesdiff.report.evidence import evidence_figure
 from bayesdiff.report.layout import chart
 from bayesdiff.solvers import Euler, Heun
 from bayesdiff.studies.prior_ablation import figures
@@ -207,7 +208,7 @@ def test_the_curve_holds_the_run_and_the_maximum(tmp_path):
         curve.prior_precision.min() <= 1e-5
         and curve.prior_precision.max() > 1e3 * curve.best[0] / 10
     )
-    figure = figures.evidence_figure(curve)
+    figure = evidence_figure(curve)
     labels = [line.get_label() for line in figure.axes[0].lines]
     assert f"best: prior_precision {best.prior_precision:.4g}" in labels
     assert "this run: prior_precision 0.01" in labels

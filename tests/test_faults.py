@@ -260,7 +260,8 @@ def test_a_disk_that_writers_of_other_languages_find_full(tmp_path):
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     script = (
-        "import os, sys; from pathlib import Path; from bayesdiff.storage.atomic import write_atomic\n"
+        "import os, sys; from pathlib import Path\n"
+        "from bayesdiff.storage.atomic import write_atomic\n"
         "write_atomic(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), 9))"
     )
     target, other = tmp_path / "a.npz", tmp_path / "a-b.npz"

@@ -13,10 +13,11 @@ from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.report import board
+from bayesdiff.runs.setup import Setup
 from bayesdiff.studies.head_chain import head_chain
 from bayesdiff.studies.head_chain.comparison import ChainTest, measure, sds
 from bayesdiff.studies.head_chain.head_chain import HeadChain
-from bayesdiff.studies.study import Place, Setup, study_key
+from bayesdiff.studies.study import Place, study_key
 
 SMALL = (
     "experiment=head_chain",

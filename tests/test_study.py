@@ -12,12 +12,14 @@ from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.report import board
 from bayesdiff.runs.address import maps_settings, scores_key
+from bayesdiff.runs.setup import Setup
 from bayesdiff.studies import image_pool as pools
 from bayesdiff.studies import study
 from bayesdiff.studies.filtering.filtering import Filtering
+from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.interpolation.interpolation import Interpolation
 from bayesdiff.studies.repair.repair import Repair
-from bayesdiff.studies.study import Report, Setup, Study, conditions, study_key
+from bayesdiff.studies.study import Report, Study, conditions, study_key
 from bayesdiff.uncertainty import Ensemble, Refined
 
 ALL = (
@@ -223,7 +225,7 @@ def test_a_pool_smaller_than_the_maps_that_are_validated_is_made(
     run.model.load_state_dict(torch.load(copied.checkpoint, weights_only=True)["state_dict"])
     posterior = laplace.fit(run.model.eval(), run.data.data)
     at = Setup(run, solver, estimator, posterior, "x")
-    assert len(at.pool(5, 3).maps(estimator).images) == 5
+    assert len(ImagePool.of(at, 5, 3).maps(estimator).images) == 5
     assert study.with_effect(run.cfg.uncertainty).keys() & {"validate", "num_images"} == {
         "num_images"
     }

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bayesdiff.report import figures
+from bayesdiff.report.evidence import evidence_figure
 from bayesdiff.report.layout import conditions, conditions_of
 from bayesdiff.report.loggers import Loggers
 from bayesdiff.report.options import SUM, SUM_IN_WORDS, SUM_UNIT, ReportOptions
 from bayesdiff.report.sorted_sheet import Block, sorted_images
 from bayesdiff.report.writer import Curves, flat, new_report, report
-from bayesdiff.studies.prior_ablation.figures import evidence_figure
 from bayesdiff.uncertainty.scores.of_maps_and_images import map_score
 
 if TYPE_CHECKING:

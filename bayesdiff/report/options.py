@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from omegaconf import DictConfig, OmegaConf
+
 from bayesdiff.checks import UserError, at_least, listed
+from bayesdiff.options.values import plain
 
 # The sum of an image's variances; like in all scores of maps, negative ones count as 0.
 SUM = "map.sum"
@@ -63,3 +66,19 @@ class ReportOptions:
     def scores(self) -> list[str]:
         """Every score that a figure asks for, each once."""
         return list(dict.fromkeys([self.chosen_by, *self.sorted_by]))
+
+
+def options_of(cfg: DictConfig) -> ReportOptions:
+    """What the figures of a run with this configuration show.
+
+    Raises:
+        UserError: for an option that there is not, or a value of no use.
+    """
+    given = plain(OmegaConf.select(cfg, "report", default={})) or {}
+    unknown = set(given) - set(ReportOptions.__dataclass_fields__)
+    if unknown:
+        raise UserError(
+            f"unknown option report.{min(unknown)}; there are "
+            f"{', '.join(ReportOptions.__dataclass_fields__)}"
+        )
+    return ReportOptions(**given)

@@ -1,5 +1,6 @@
 """Where the artefacts of one cell are, and the keys of what they came from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,10 @@ from typing import Any
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.defaults import damage_of, differences, named, words
-from bayesdiff.runs.fit_key import network_code
+from bayesdiff.runs.setup import UNSCORED, Setup, sampled_from, scored, settings_of, with_effect
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
 from bayesdiff.storage.source_code import code_of
-from bayesdiff.studies.study import UNSCORED, Setup, scored, study_key, with_effect
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.chosen import sample_numbers
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
@@ -34,7 +34,7 @@ class Address:
         maps: key of the maps.
         checked: key of the comparison, None where none is asked for.
         cell: key of all numbers of the cell.
-        setup: what studies work with, still without the settings that they show.
+        setup: what the cell works with.
     """
 
     folder: Path
@@ -47,26 +47,21 @@ class Address:
     cell: str
     setup: Setup
 
-    @property
-    def made_from(self) -> str:
-        """Key of the network, the solver and the posterior."""
-        return self.setup.made_from
-
     @classmethod
-    def of(
-        cls, run: Run, solver: Solver, estimator: Estimator, posterior: HeadPosterior, weights: str
-    ) -> "Address":
-        """Of the cell with these trained weights and this posterior."""
+    def of(cls, setup: Setup, studies: Sequence[str] = ()) -> "Address":
+        """Of the cell with this setup.
+
+        Args:
+            setup: what the cell works with.
+            studies: keys of those that are asked for.
+        """
+        run, solver, estimator, posterior = setup.quartet
         name = f"{solver.name}-{estimator.name}"
-        sampled = sampled_from(run, weights)
-        images = images_key(run, weights)
+        images = images_key(run, setup.weights)
         told, sources = maps_settings(run, estimator), estimator.sources(run)
-        maps = key_of(*sampled, settings_of(posterior), told, *sources)
+        maps = key_of(*sampled_from(run, setup.weights), settings_of(posterior), told, *sources)
         asked = key_of(maps, estimator.validate_images, estimator.validate_members)
         checked = asked if estimator.validate else None
-        made_from = key_of(*sampled, settings_of(posterior))
-        setup = Setup(run, solver, estimator, posterior, made_from)
-        studies = [study_key(setup, name, study) for name, study in run.studies.items()]
         cell = key_of(maps, images, scored(run), checked, *studies)
         return cls(
             folder=named(run.folder, name, cell_words(run, solver, estimator, posterior), cell),
@@ -150,14 +145,6 @@ def images_key(run: Run, weights: str) -> str:
     return key_of(*sampled_from(run, weights), run.cfg.metrics.num_images)
 
 
-def sampled_from(run: Run, weights: str) -> list[Any]:
-    """All that samples of these weights depend on, apart from their numbers."""
-    cfg = run.cfg
-    # The same weights make other images where they are to predict something else.
-    options = [cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
-    return [weights, *options, *network_code(cfg), code_of(plain(cfg.solver))]
-
-
 def images_path(run: Run, solver: Solver, key: str) -> Path:
     """Where the images with this key are."""
     return run.folder / f"images-{solver.name}-{key[:8]}.npz"
@@ -171,8 +158,3 @@ def scores_path(run: Run, key: str) -> Path:
 def scores_key(run: Run, images: str) -> str:
     """What the scores of the images with this key come from."""
     return key_of(images, scored(run), run.data.data.fingerprint)
-
-
-def settings_of(posterior: HeadPosterior) -> list[Any]:
-    """What the posterior depends on, with words like ``mle`` resolved."""
-    return [posterior.curvature.source, *posterior.settings]

@@ -10,11 +10,11 @@ from torch import Tensor
 from bayesdiff.laplace.evidence_grid import EvidenceCurve
 from bayesdiff.metrics.validation import Validation
 from bayesdiff.report.loggers import Loggers
+from bayesdiff.report.options import options_of
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.storage.artefacts import read_json, weights_key, write_json, write_text
 from bayesdiff.storage.atomic import named_disk
-from bayesdiff.studies.report_scores import options_of
 from bayesdiff.uncertainty import Samples
 
 # In the place of a report's options while it is made.
@@ -85,7 +85,7 @@ def report(
             at.folder / "tensorboard",
             *(samples, metrics, settings, run.classes),
             scores=scores,
-            options=options_of(run),
+            options=options_of(run.cfg),
             validation=validation,
             evidence=evidence,
             loggers=loggers,

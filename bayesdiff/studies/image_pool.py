@@ -13,6 +13,7 @@ from torch import Tensor
 from bayesdiff.data.module import to_uint8
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.runs.build import Run
+from bayesdiff.runs.setup import Setup
 from bayesdiff.runs.stages import Rows, made_rows, make_maps, starts
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
@@ -52,6 +53,12 @@ class ImagePool:
     seed: int
     folder: Path
     made_from: str
+
+    @classmethod
+    def of(cls, at: Setup, count: int, seed: int) -> "ImagePool":
+        """Samples 0 ... count - 1 of a seed, which all studies of a cell share."""
+        folder = at.run.folder / "pools"
+        return cls(at.run, at.solver, at.posterior, count, seed, folder, at.made_from)
 
     def maps(self, estimator: Estimator) -> Samples:
         """Images with their maps under an estimator."""

@@ -1,17 +1,18 @@
 """Scores by which a run's own report chooses and sorts its images: ``report`` in the options."""
 
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from bayesdiff.checks import UserError
 from bayesdiff.machine.ranks import barrier, rank
-from bayesdiff.report.options import SCORES_FILE, ReportOptions
+from bayesdiff.report.options import SCORES_FILE, options_of
 from bayesdiff.runs.address import Address
-from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.build import Run
+from bayesdiff.runs.setup import Setup, scored
 from bayesdiff.storage.artefacts import key_of, read_arrays, write_arrays
 from bayesdiff.storage.locks import together
+from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.scoring import Seen, judged
-from bayesdiff.studies.study import Setup, check_judge, scored
+from bayesdiff.studies.study import check_judge
 from bayesdiff.uncertainty import Samples
 from bayesdiff.uncertainty.scores.likelihood import check_likelihood
 from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES, MAP_SCORES, map_score
@@ -29,29 +30,13 @@ NAMES = (
 )
 
 
-def options_of(run: Run) -> ReportOptions:
-    """What the figures of this run show.
-
-    Raises:
-        UserError: for an option that there is not, or a value of no use.
-    """
-    given = plain(OmegaConf.select(run.cfg, "report", default={})) or {}
-    unknown = set(given) - set(ReportOptions.__dataclass_fields__)
-    if unknown:
-        raise UserError(
-            f"unknown option report.{min(unknown)}; there are "
-            f"{', '.join(ReportOptions.__dataclass_fields__)}"
-        )
-    return ReportOptions(**given)
-
-
 def check_report(run: Run) -> None:
     """Refuse, before any work, scores that could not be computed.
 
     Raises:
         UserError: for an unknown score, or one that needs what the run lacks.
     """
-    shown = options_of(run)
+    shown = options_of(run.cfg)
     for name in shown.scores:
         option = "chosen_by" if name == shown.chosen_by else "sorted_by"
         if name not in NAMES or (name == "classifier.off_label" and not run.model.num_classes):
@@ -78,7 +63,7 @@ def kind_of(name: str) -> str:
 
 def kinds_of(run: Run) -> set[str]:
     """Of the scores that the report asks for."""
-    return {kind_of(name) for name in options_of(run).scores}
+    return {kind_of(name) for name in options_of(run.cfg).scores}
 
 
 def report_scores(at: Address, samples: Samples) -> dict[str, Tensor]:
@@ -109,7 +94,7 @@ def scores_key(run: Run, maps: str) -> str:
         run: with its options.
         maps: key of the maps.
     """
-    shown, kinds = options_of(run), kinds_of(run)
+    shown, kinds = options_of(run.cfg), kinds_of(run)
     options = {
         "members": shown.members if "members" in kinds else 0,
         "likelihood_steps": shown.likelihood_steps if "likelihood" in kinds else 0,
@@ -121,7 +106,7 @@ def scores_key(run: Run, maps: str) -> str:
 def _computed(setup: Setup, samples: Samples) -> dict[str, Tensor]:
     """The scores that are asked for and no others, of images in [-1, 1]."""
     run = setup.run
-    shown, kinds, images = options_of(run), kinds_of(run), samples.images
+    shown, kinds, images = options_of(run.cfg), kinds_of(run), samples.images
     found: dict[str, Tensor] = {}
     for name in shown.scores:
         kind, _, what = name.partition(".")
@@ -129,7 +114,7 @@ def _computed(setup: Setup, samples: Samples) -> dict[str, Tensor]:
             found[name] = map_score(samples, what)
         elif kind == "image":
             found[name] = IMAGE_SCORES[what](images)
-    pool = setup.pool(len(images), run.cfg.seed)
+    pool = ImagePool.of(setup, len(images), run.cfg.seed)
     if NLL in shown.scores:
         found[NLL] = pool.likelihood(images, shown.likelihood_steps)["bits_per_dim"]
     members = pool.members(shown.members) if "members" in kinds else None

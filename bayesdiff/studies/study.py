@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import check_classifiable
-from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.ranks import barrier
 from bayesdiff.options.values import CONFIGS
 from bayesdiff.report import board
@@ -25,63 +24,19 @@ from bayesdiff.report.layout import conditions_of
 from bayesdiff.report.loggers import Loggers
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.defaults import is_aside, named
-from bayesdiff.runs.stages import starts
+from bayesdiff.runs.setup import Setup
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import finite, key_of, read_json, write_json, write_text
 from bayesdiff.storage.source_code import code_of
-from bayesdiff.studies.image_pool import ImagePool
-from bayesdiff.uncertainty import Estimator, Starts
-from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+from bayesdiff.uncertainty import Estimator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
-# Options of ``metrics`` that change no score.
-UNSCORED = ("batch_size", "export")
-# How a study's work is cut up, and which of the run's own samples get a map.
+# How a study's work is cut up.
 _CUT = ("batch_size", "max_memory")
-_OF_THE_RUN = ("num_images", "times", "units")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a study works with.
-
-    Attributes:
-        run: with its trained model.
-        solver: of the samples.
-        estimator: the run's own.
-        posterior: of the head.
-        made_from: key of the network, the solver and the posterior.
-        settings: of the run, flat, as tables and loggers have them.
-    """
-
-    run: Run
-    solver: Solver
-    estimator: Estimator
-    posterior: HeadPosterior
-    made_from: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def starts(self) -> Starts:
-        """Starts of the run's own samples."""
-        return starts(self.run, self.solver)
-
-    def pool(self, count: int, seed: int) -> ImagePool:
-        """Samples 0 ... count - 1 of a seed, which all studies share."""
-        folder = self.run.folder / "pools"
-        return ImagePool(
-            self.run, self.solver, self.posterior, count, seed, folder, self.made_from
-        )
-
-    @property
-    def of_maps(self) -> list[Any]:
-        """What any sample's map by the run's own estimator comes from, beside ``made_from``."""
-        options = with_effect(self.run.cfg.uncertainty, *_OF_THE_RUN)
-        return [options, code_of(options), *self.estimator.sources(self.run)]
 
 
 @dataclass(frozen=True)
@@ -260,16 +215,6 @@ def check_judge(run: Run, name: str) -> None:
             f"{name} is judged by a classifier of the training data, which corruption= damages; "
             "leave the corruption out, or see experiments/known-corruption for a clean judge"
         )
-
-
-def with_effect(options: Any, *without: str) -> dict[str, Any]:
-    """Options of an estimator, without these and those that change no map."""
-    return {k: v for k, v in plain(options).items() if k not in (*WITHOUT_EFFECT, *without)}
-
-
-def scored(run: Run) -> dict[str, Any]:
-    """Options of ``metrics`` that change a score of given images, their number not among them."""
-    return {k: v for k, v in plain(run.cfg.metrics).items() if k not in (*UNSCORED, "num_images")}
 
 
 def conditions(settings: Mapping[str, Any]) -> str:

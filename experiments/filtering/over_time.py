@@ -21,12 +21,13 @@ from bayesdiff.metrics.subsets import pool
 from bayesdiff.report import figures
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
-from bayesdiff.runs.address import Address
+from bayesdiff.runs.setup import Setup
 from bayesdiff.runs.stages import judge
 from bayesdiff.runs.training import fit
 from bayesdiff.storage.artefacts import finite, read_json, write_json
 from bayesdiff.studies.filtering.gains import gains
 from bayesdiff.studies.filtering.profile import profile
+from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ def of_model(model: str, *more: str) -> list[dict[str, Any]]:
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
     posterior = laplace.fit(run.model, run.data.data)
-    setup = Address.of(run, solver, own, posterior, weights).setup
+    setup = Setup(run, solver, own, posterior, weights)
     extractor, reference = judge(run)
     tables = []
     for seed in wanted.seeds:
-        made = setup.pool(wanted.num_images, seed)
+        made = ImagePool.of(setup, wanted.num_images, seed)
         samples = made.maps(own).in_model_range()
         labels = samples.labels
         assert labels is not None  # filtering asks for classes

@@ -23,7 +23,7 @@ from bayesdiff.metrics.selection import top_recall
 from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
-from bayesdiff.runs.address import Address
+from bayesdiff.runs.setup import Setup
 from bayesdiff.runs.training import fit
 from bayesdiff.storage.artefacts import finite, write_json, write_text
 from bayesdiff.studies.image_pool import ImagePool
@@ -75,8 +75,7 @@ def summed_maps(cfg: DictConfig) -> dict[str, dict[str, Tensor]]:
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
     posterior = laplace.fit(run.model, run.data.data)
-    made_from = Address.of(run, solver, own, posterior, weights).made_from
-    pool = ImagePool(run, solver, posterior, IMAGES, seed, run.folder / "pools", made_from)
+    pool = ImagePool.of(Setup(run, solver, own, posterior, weights), IMAGES, seed)
 
     def summed(estimator: Estimator) -> Tensor:
         return pool.maps(estimator).variance.double().flatten(1).sum(1)

@@ -21,6 +21,7 @@ from bayesdiff.metrics.selection import kept_count
 from bayesdiff.metrics.subsets import pool
 from bayesdiff.report import table
 from bayesdiff.runs.build import Run
+from bayesdiff.runs.setup import Setup, scored
 from bayesdiff.runs.stages import judge
 from bayesdiff.solvers import Solver
 from bayesdiff.studies.filtering import figures as pictures
@@ -28,8 +29,9 @@ from bayesdiff.studies.filtering.choice import choice
 from bayesdiff.studies.filtering.gains import NAMES, SCORES, VALUES, Row, gains
 from bayesdiff.studies.filtering.profile import PROFILE, profile
 from bayesdiff.studies.filtering.rules import RULE_NAMES, factor_of, rule_gains
+from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.scoring import ScoreOptions, check_scores, doubts_of, seen_of
-from bayesdiff.studies.study import Place, Report, Setup, Study, check_judge, conditions, scored
+from bayesdiff.studies.study import Place, Report, Study, check_judge, conditions
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.memory import images_at_once
 
@@ -160,7 +162,7 @@ class Filtering(ScoreOptions, Study):
         tables: list[Judged] = []
         shown: Shown | None = None
         for seed in self.seeds:
-            made = at.pool(self.num_images, seed)
+            made = ImagePool.of(at, self.num_images, seed)
             by_name = {at.estimator.name: at.estimator, **self.maps}
             maps = {name: made.maps(each).in_model_range() for name, each in by_name.items()}
             own = maps[at.estimator.name]

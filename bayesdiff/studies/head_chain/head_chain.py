@@ -23,11 +23,12 @@ from bayesdiff.report import table
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.fit_key import network_code
 from bayesdiff.runs.processes import check_devices
+from bayesdiff.runs.setup import Setup
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import read_arrays, weights_key, write_arrays
 from bayesdiff.studies.head_chain.comparison import ChainTest, measure
 from bayesdiff.studies.head_chain.figures import posterior_and_chains
-from bayesdiff.studies.study import Place, Report, Setup, Study, conditions, without
+from bayesdiff.studies.study import Place, Report, Study, conditions, without
 from bayesdiff.uncertainty import Estimator
 
 _PREDICTED = 20  # images that predictions are compared on

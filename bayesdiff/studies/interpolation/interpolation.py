@@ -19,10 +19,11 @@ from bayesdiff.machine.ranks import rank
 from bayesdiff.metrics.agreement import Figures, mean, with_intervals
 from bayesdiff.report import table
 from bayesdiff.runs.build import Run
+from bayesdiff.runs.setup import Setup
 from bayesdiff.runs.stages import Rows, made_rows
 from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.studies.interpolation import figures as pictures
-from bayesdiff.studies.study import Place, Report, Setup, Study, conditions
+from bayesdiff.studies.study import Place, Report, Study, conditions
 from bayesdiff.uncertainty import Estimator, Samples, Starts
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.restart import with_state

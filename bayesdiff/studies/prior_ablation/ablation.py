@@ -24,11 +24,12 @@ from bayesdiff.machine.progress import track
 from bayesdiff.machine.ranks import gather_rows, rank, world_size
 from bayesdiff.metrics.agreement import agreement, pixel_ranks, spearman
 from bayesdiff.runs.build import Run
+from bayesdiff.runs.setup import Setup
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import finite, write_arrays
 from bayesdiff.studies.prior_ablation import figures as pictures
 from bayesdiff.studies.prior_ablation.maps import GridMaps, GridOptions
-from bayesdiff.studies.study import Place, Report, Setup, Study, conditions, without
+from bayesdiff.studies.study import Place, Report, Study, conditions, without
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.memory import images_at_once
 

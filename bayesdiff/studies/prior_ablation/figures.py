@@ -1,4 +1,4 @@
-"""Figures of the evidence, and of a grid of sigma_noise and prior_precision."""
+"""Figures of a grid of sigma_noise and prior_precision."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from bayesdiff.report.evidence import mark_eigenvalues
 from bayesdiff.report.layout import GAP, chart, put, sheet, standard_deviation
 from bayesdiff.report.series import plain_number
 from bayesdiff.report.style import COLOURS, MAP_COLOURS, look, style
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from bayesdiff.laplace.evidence_grid import EvidenceCurve
 
 _PANELS = (
     ("total_variance", "log10 summed variance"),
@@ -23,53 +23,6 @@ _PANELS = (
     ("pixel_rank", "rank of pixels"),
     ("evidence", "log10 of evidence lost"),
 )
-
-
-@style()
-def evidence_figure(curve: "EvidenceCurve", conditions: str = "") -> "Figure":
-    """Log evidence and effective parameters over prior_precision, with what matters marked.
-
-    Args:
-        curve: of a posterior.
-        conditions: what it is of, for the caption.
-    """
-    low, high = curve.eigenvalues
-    known = (
-        "below them the prior decides nothing, above them everything"
-        if low > 0
-        else "where they are 0 the prior decides alone"
-    )
-    caption = (
-        f"sigma_noise {curve.sigma_noise:.4g}. The head's precision from the data has eigenvalues "
-        f"from {low:.3g} to {high:.3g} (dashed): {known}."
-    )
-    caption += f" {conditions}." if conditions else ""
-    figure, panels = chart(640, 520, "Evidence of the prior", caption, 2, 1, sharex=True)
-    taus, (top, bottom) = curve.prior_precision.numpy(), panels[:, 0]
-    evidence = curve.log_evidence.numpy()
-    top.plot(taus, evidence)
-    for (tau, value), name, place in ((curve.best, "best", 1), (curve.own, "this run", 2)):
-        how = look(place) | {"linestyle": "none", "markersize": 7}
-        top.plot(tau, value, label=f"{name}: prior_precision {tau:.4g}", **how)
-    # A prior far too strong costs without bounds and would flatten all else.
-    left = evidence[np.isfinite(evidence)][:1]
-    floor = min([*left.tolist(), curve.own[1]])
-    room = 0.08 * (curve.best[1] - floor) or 1.0
-    top.set(ylabel="log evidence", ylim=(floor - room, curve.best[1] + room), xscale="log")
-    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    bottom.plot(taus, curve.effective_parameters.numpy() / curve.parameters)
-    _mark_eigenvalues(bottom, curve.eigenvalues, (taus.min(), taus.max()))
-    bottom.set(xlabel="prior_precision", ylabel="effective\nparameters over P", ylim=(-0.03, 1.05))
-    return figure
-
-
-def _mark_eigenvalues(
-    axes: "Axes", ends: Sequence[float], limits: tuple[float, float] | None = None
-) -> None:
-    """Thin lines at the smallest and the largest eigenvalue, where they lie on the axis."""
-    for value in ends:
-        if value > 0 and (limits is None or limits[0] <= value <= limits[1]):
-            axes.axvline(value, color="0.4", linewidth=0.8, linestyle="--")
 
 
 @style()
@@ -210,7 +163,7 @@ def over_prior(studies: Mapping[str, Mapping[str, Any]], conditions: str = "") -
                 how = look(place) | {"markevery": max(1, len(taus) // 8)}
                 axes.plot(taus, values, label=key.replace("_rank", "s"), **how)
             axes.set(xscale="log", ylabel=label if column == 0 else "")
-            _mark_eigenvalues(axes, results["eigenvalues"], (taus.min(), taus.max()))
+            mark_eigenvalues(axes, results["eigenvalues"], (taus.min(), taus.max()))
         _mark_priors(panels[0, column], results, taus)
         panels[0, column].set_title(name)
         panels[1, column].set_yscale("log")

@@ -10,7 +10,7 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least, listed, seed_of, share
 from bayesdiff.data.module import to_uint8
 from bayesdiff.studies.repair.alternatives import WAYS, Origin, fresh_noise, resample
-from bayesdiff.uncertainty.regions import Region, boxes_of, mask_of, region_of
+from bayesdiff.studies.repair.regions import Region, boxes_of, mask_of, region_of
 from bayesdiff.uncertainty.restart import fresh_start
 from bayesdiff.uncertainty.samples import Samples, Trajectory
 from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES, MAP_SCORES

@@ -14,13 +14,15 @@ from bayesdiff.checks import UserError
 from bayesdiff.machine.ranks import rank
 from bayesdiff.report import table
 from bayesdiff.runs.build import Run
+from bayesdiff.runs.setup import Setup, scored
 from bayesdiff.runs.stages import Rows, made_rows, make_maps
 from bayesdiff.solvers import Solver, time_grid
+from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.repair import figures as pictures
 from bayesdiff.studies.repair.alternatives import Origin, weight_draws
 from bayesdiff.studies.repair.redraw import FRESH, RedrawOptions, redraw
 from bayesdiff.studies.repair.results import results_of
-from bayesdiff.studies.study import Place, Report, Setup, Study, check_judge, conditions, scored
+from bayesdiff.studies.study import Place, Report, Study, check_judge, conditions
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples
 from bayesdiff.uncertainty.members.base import Members
 from bayesdiff.uncertainty.memory import images_at_once
@@ -119,7 +121,7 @@ class Repair(RedrawOptions, Study):
         """The images with their maps, and their variances at the times."""
         timed = replace(at.estimator, times=self.times)
         if self.numbers is None:
-            return at.pool(self.num_images, at.run.cfg.seed).maps(timed).in_model_range()
+            return ImagePool.of(at, self.num_images, at.run.cfg.seed).maps(timed).in_model_range()
         given = at.run, at.solver, timed, at.posterior, place.folder / "maps.npz", place.key
         return make_maps(*given, numbers=self.numbers).in_model_range()
 

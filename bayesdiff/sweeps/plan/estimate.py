@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import torch
 
 from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.report.options import options_of
 from bayesdiff.report.sample_grid import SampleGrid
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.callback_options import callbacks_of
+from bayesdiff.runs.setup import with_effect
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
-from bayesdiff.studies.report_scores import JUDGED, kinds_of, options_of
-from bayesdiff.studies.study import with_effect
+from bayesdiff.studies.report_scores import JUDGED, kinds_of
 from bayesdiff.sweeps.plan.probe import Counts, Probe, count, seconds_of
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.memory import GIB, activation_bytes, images_at_once
@@ -155,7 +156,7 @@ class Estimates:
 
         The classifier is of another seed than the one that judges.
         """
-        shown, kinds = options_of(run), kinds_of(run)
+        shown, kinds = options_of(run.cfg), kinds_of(run)
         seconds, evaluations = 0.0, 0
         if "members" in kinds:
             evaluations += shown.members * self.counts(run, solver, estimator).image
@@ -170,7 +171,7 @@ class Estimates:
 
     def report(self, run: Run, solver: Solver, estimator: Estimator) -> float:
         """Pictures and events, drawn once for samples of this size and thrown away."""
-        shape, shown = tuple(run.data.data.images.shape[1:]), options_of(run)
+        shape, shown = tuple(run.data.data.images.shape[1:]), options_of(run.cfg)
         size = min(estimator.map_count, 64)
         key = "report", shape, size, solver.num_steps, shown.pdf, len(shown.sorted_by)
         return self.once(key, lambda: _pictures(run, solver, estimator))
@@ -258,7 +259,7 @@ def _pictures(run: Run, solver: Solver, estimator: Estimator) -> float:
     )
     with TemporaryDirectory() as folder:
         place = Path(folder) / "tensorboard"
-        shown = options_of(run)
+        shown = options_of(run.cfg)
         scores = {name: torch.rand(size) for name in shown.scores}
         given: dict[str, Any] = {"scores": scores, "options": shown}
         call = lambda: board.write(place, samples, {}, {}, run.classes, **given)  # noqa: E731

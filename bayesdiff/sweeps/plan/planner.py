@@ -24,6 +24,7 @@ from bayesdiff.runs.address import (
 )
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.cell_report import is_made
+from bayesdiff.runs.setup import Setup, scored, with_effect
 from bayesdiff.runs.stages import starts
 from bayesdiff.runs.training import chosen, is_finished
 from bayesdiff.solvers import Solver
@@ -35,7 +36,7 @@ from bayesdiff.storage.artefacts import (
 from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
 from bayesdiff.studies.report_scores import kinds_of
 from bayesdiff.studies.report_scores import scores_key as scores_of_report
-from bayesdiff.studies.study import scored, with_effect
+from bayesdiff.studies.study import study_key
 from bayesdiff.sweeps.plan.estimate import Estimates, schedule
 from bayesdiff.sweeps.report import flatten, swept_keys
 from bayesdiff.uncertainty import Estimator
@@ -117,7 +118,9 @@ def _works(
         made = dict.fromkeys(("refiner", "maps", "validation", "image_scores", "report"), False)
     else:
         estimator = with_block(estimator, laplace.block)
-        at = Address.of(run, solver, estimator, posterior, known)
+        setup = Setup(run, solver, estimator, posterior, known)
+        keys = [study_key(setup, name, study) for name, study in run.studies.items()]
+        at = Address.of(setup, keys)
         key, refiner, check, report = at.maps, at.maps, str(at.checked), at.cell
         made = {
             "maps": has_key(at.samples_path, at.maps),

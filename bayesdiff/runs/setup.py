@@ -1,0 +1,86 @@
+"""What one cell works with: the records and objects that travel together through a run."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.options.values import plain
+from bayesdiff.runs.build import Run
+from bayesdiff.runs.fit_key import network_code
+from bayesdiff.runs.stages import starts
+from bayesdiff.solvers import Solver
+from bayesdiff.storage.artefacts import key_of
+from bayesdiff.storage.source_code import code_of
+from bayesdiff.uncertainty import Estimator, Starts
+from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+
+# Options of ``metrics`` that change no score.
+UNSCORED = ("batch_size", "export")
+# Which of the run's own samples get a map.
+_OF_THE_RUN = ("num_images", "times", "units")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a cell and its studies work with.
+
+    Attributes:
+        run: with its trained model.
+        solver: of the samples.
+        estimator: the run's own.
+        posterior: of the head.
+        weights: key of the trained weights.
+        settings: of the run, flat, as tables and loggers have them.
+    """
+
+    run: Run
+    solver: Solver
+    estimator: Estimator
+    posterior: HeadPosterior
+    weights: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quartet(self) -> tuple[Run, Solver, Estimator, HeadPosterior]:
+        """The four in their usual order."""
+        return self.run, self.solver, self.estimator, self.posterior
+
+    @cached_property
+    def made_from(self) -> str:
+        """Key of the network, the solver and the posterior."""
+        return key_of(*sampled_from(self.run, self.weights), settings_of(self.posterior))
+
+    @property
+    def starts(self) -> Starts:
+        """Starts of the run's own samples."""
+        return starts(self.run, self.solver)
+
+    @property
+    def of_maps(self) -> list[Any]:
+        """What any sample's map by the run's own estimator comes from, beside ``made_from``."""
+        options = with_effect(self.run.cfg.uncertainty, *_OF_THE_RUN)
+        return [options, code_of(options), *self.estimator.sources(self.run)]
+
+
+def sampled_from(run: Run, weights: str) -> list[Any]:
+    """All that samples of these weights depend on, apart from their numbers."""
+    cfg = run.cfg
+    # The same weights make other images where they are to predict something else.
+    options = [cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
+    return [weights, *options, *network_code(cfg), code_of(plain(cfg.solver))]
+
+
+def settings_of(posterior: HeadPosterior) -> list[Any]:
+    """What the posterior depends on, with words like ``mle`` resolved."""
+    return [posterior.curvature.source, *posterior.settings]
+
+
+def with_effect(options: Any, *without: str) -> dict[str, Any]:
+    """Options of an estimator, without these and those that change no map."""
+    return {k: v for k, v in plain(options).items() if k not in (*WITHOUT_EFFECT, *without)}
+
+
+def scored(run: Run) -> dict[str, Any]:
+    """Options of ``metrics`` that change a score of given images, their number not among them."""
+    return {k: v for k, v in plain(run.cfg.metrics).items() if k not in (*UNSCORED, "num_images")}
