@@ -42,7 +42,7 @@ from bayesdiff.solvers import Solver, time_grid
 from bayesdiff.solvers.step import check_solver
 from bayesdiff.storage.locks import alone, together
 from bayesdiff.studies.report_scores import check_report, report_scores
-from bayesdiff.studies.study import headlines_of, make_study, studies_of, study_key
+from bayesdiff.studies.study import headlines_of, make_study, studies_of, study_keys
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
 from bayesdiff.uncertainty.members.block_ensemble import check_block_ensemble, with_block
@@ -100,9 +100,8 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
     estimator = with_block(estimator, laplace.block)
     made_by = this, solver, estimator, posterior
     setup = Setup(*made_by, weights, settings(this, posterior, solver, estimator))
-    keys = [study_key(setup, name, study) for name, study in this.studies.items()]
-    at = Address.of(setup, keys)
-    images, folder = None, at.folder
+    at = Address.of(setup, study_keys(setup))
+    images = None
     if cfg.metrics.num_images:
         with together(at.images_path):
             images = make_images(this, solver, cfg.metrics.num_images, at.images_path, at.images)
@@ -120,12 +119,12 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
             scores = make_scores(this, images, path, scores_key(this, at.images))
     studies = make_studies(setup)
     result = Result(
-        folder, at.samples_path, {}, setup.settings, studies, weights_in_words(this),
+        at.folder, at.samples_path, {}, setup.settings, studies, weights_in_words(this),
         headlines_of(studies),
     )  # fmt: skip
     shown = report_scores(at, samples)
     if rank() == 0:
-        with alone(folder / "metrics.json"), stage("report"):
+        with alone(at.folder / "metrics.json"), stage("report"):
             metrics = scores | statistics_of(samples, this.classes)
             if checked is not None:
                 metrics |= checked.metrics(cfg.seed)

@@ -1,6 +1,7 @@
 """The head's posterior against chains: figures of known draws, and the command."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from bayesdiff.studies.head_chain import head_chain
 from bayesdiff.studies.head_chain.comparison import ChainTest, measure, sds
 from bayesdiff.studies.head_chain.head_chain import HeadChain
 from bayesdiff.studies.study import Place, study_key
+
+# All that keys read of one.
+POSTERIOR = SimpleNamespace(curvature=SimpleNamespace(source="x"), settings=[])
 
 SMALL = (
     "experiment=head_chain",
@@ -142,6 +146,6 @@ def test_what_the_network_predicts_along_which_path_is_in_the_key(compose: Compo
             compose(*SMALL, "model=diffusion", *overrides)
         )
         run.model.load_state_dict({k: 0 * v for k, v in run.model.state_dict().items()})
-        at = Setup(run, solver, estimator, None, "x")
+        at = Setup(run, solver, estimator, POSTERIOR, "x")
         found.add(study_key(at, "head_chain", run.studies["head_chain"]))
     assert len(found) == 3

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import Compose, Trained, compose_list, smallest
@@ -22,6 +23,9 @@ from bayesdiff.studies.interpolation.interpolation import Interpolation
 from bayesdiff.studies.repair.repair import Repair
 from bayesdiff.studies.study import Report, Study, conditions, study_key
 from bayesdiff.uncertainty import Ensemble, Refined
+
+# All that keys read of one.
+POSTERIOR = SimpleNamespace(curvature=SimpleNamespace(source="x"), settings=[])
 
 ALL = (
     "experiment=filtering",
@@ -128,7 +132,7 @@ def keys(ready, *overrides):
     cfg = OmegaConf.create(OmegaConf.to_container(ready[0].cfg))
     cfg.merge_with_dotlist(list(overrides))
     run = replace(ready[0], cfg=cfg, studies=study.studies_of(cfg))
-    at = Setup(run, ready[1], instantiate(cfg.uncertainty), None, "x")
+    at = Setup(run, ready[1], instantiate(cfg.uncertainty), POSTERIOR, "x")
     return {name: study_key(at, name, each) for name, each in run.studies.items()}, run
 
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 # images or maps of the same options, beyond rounding: what exists is then made again.
 ARITHMETIC = 1
 
-_PACKAGE = Path(__file__).parent.resolve()
+_PACKAGE = Path(__file__).parents[1].resolve()
 _INSTALLED = tuple(
     Path(path).resolve() for name, path in sysconfig.get_paths().items()
     if name in ("stdlib", "platstdlib", "purelib", "platlib")

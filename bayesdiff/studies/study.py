@@ -194,6 +194,11 @@ def study_key(at: Setup, name: str, study: Study) -> str:
     return key_of(*study.made_from(at), options, code_of(options))
 
 
+def study_keys(at: Setup) -> list[str]:
+    """Keys of all studies that are asked for."""
+    return [study_key(at, name, study) for name, study in at.run.studies.items()]
+
+
 def _uncut(options: Any) -> Any:
     """Options without those that say how the work is cut up, in any nesting."""
     if isinstance(options, Mapping):

@@ -36,7 +36,7 @@ from bayesdiff.storage.artefacts import (
 from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
 from bayesdiff.studies.report_scores import kinds_of
 from bayesdiff.studies.report_scores import scores_key as scores_of_report
-from bayesdiff.studies.study import study_key
+from bayesdiff.studies.study import study_keys
 from bayesdiff.sweeps.plan.estimate import Estimates, schedule
 from bayesdiff.sweeps.report import flatten, swept_keys
 from bayesdiff.uncertainty import Estimator
@@ -119,8 +119,7 @@ def _works(
     else:
         estimator = with_block(estimator, laplace.block)
         setup = Setup(run, solver, estimator, posterior, known)
-        keys = [study_key(setup, name, study) for name, study in run.studies.items()]
-        at = Address.of(setup, keys)
+        at = Address.of(setup, study_keys(setup))
         key, refiner, check, report = at.maps, at.maps, str(at.checked), at.cell
         made = {
             "maps": has_key(at.samples_path, at.maps),

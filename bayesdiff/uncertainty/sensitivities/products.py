@@ -155,3 +155,17 @@ PRODUCTS: dict[str, Product] = {
     "difference": differences,
     "bfloat16": coarse_differences,
 }
+
+
+class RememberingField(Field):
+    """Knows the features of the image when they are asked for twice."""
+
+    last: tuple[float, Tensor, Tensor] | None = None  # time, state, features
+
+    def features(self, x: Tensor, t: float) -> Tensor:
+        """Input of the head, computed once for the same state and time."""
+        if len(x) != self.batch:
+            return super().features(x, t)
+        if self.last is None or self.last[0] != t or not torch.equal(self.last[1], x):
+            self.last = (t, x.clone(), super().features(x, t))
+        return self.last[2]

@@ -14,11 +14,12 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.device import autocast_dtype
 from bayesdiff.machine.progress import track
 from bayesdiff.machine.ranks import barrier, rank
-from bayesdiff.solvers import Field, Solver, integrate
+from bayesdiff.solvers import Solver, integrate
 from bayesdiff.storage.artefacts import key_of, weights_key
 from bayesdiff.storage.locks import together
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory, check_skip_interval
+from bayesdiff.uncertainty.sensitivities import refiner_file
 from bayesdiff.uncertainty.sensitivities.linearised import (
     Followed,
     directions,
@@ -30,24 +31,12 @@ from bayesdiff.uncertainty.sensitivities.predicted_products import Rule, spread_
 from bayesdiff.uncertainty.sensitivities.products import (
     PRODUCTS,
     Product,
+    RememberingField,
     TangentField,
     differences,
 )
-from bayesdiff.uncertainty.sensitivities.refiner import (
-    FLOOR,
-    Evidence,
-    Refiner,
-    evidence,
-    loss,
-    train_refiner,
-)
-from bayesdiff.uncertainty.sensitivities.refiner_file import (
-    load,
-    path_of,
-    representative,
-    save,
-    signature,
-)
+from bayesdiff.uncertainty.sensitivities.refiner import FLOOR, Evidence, Refiner, evidence, loss
+from bayesdiff.uncertainty.sensitivities.refiner import train_refiner as trained
 
 log = logging.getLogger(__name__)
 
@@ -155,12 +144,12 @@ class Refined(Estimator):
         Raises:
             UserError: if another process's refiner is not there.
         """  # noqa: DOC502 - raised one level down
-        near, shift = representative(posterior)
+        near, shift = refiner_file.representative(posterior)
         if folder is None:
             rule, refiner = self.train(starts, near)
         else:
             key = self.key(starts([0]), posterior)
-            path = path_of(folder, key)
+            path = refiner_file.path_of(folder, key)
             with together(path):
                 rule, refiner = self._kept(starts, near, path, key)
         return replace(self, fitted=(rule, refiner.to(starts([0]).device), shift))
@@ -168,27 +157,27 @@ class Refined(Estimator):
     def _kept(
         self, starts: Starts, near: HeadPosterior, path: Path, key: str
     ) -> tuple[Rule, Refiner]:
-        found = load(path, key)
+        found = refiner_file.load(path, key)
         barrier()  # nobody writes before everybody has looked
         if found is None and rank() == 0:
             found = self.train(starts, near)
-            save(path, key, *found)
+            refiner_file.save(path, key, *found)
         barrier()
-        found = found or load(path, key)  # what the first process has trained
+        found = found or refiner_file.load(path, key)  # what the first process has trained
         if found is None:
             raise UserError(f"{path} vanished; run the same command again")
         return found
 
     def key(self, start: Trajectory, posterior: HeadPosterior) -> str:
         """Changes with all that rule and refiner depend on; the same for posteriors that share."""
-        near, _ = representative(posterior)
+        near, _ = refiner_file.representative(posterior)
         numbers = [
             [s.times, s.inputs, s.output, s.noise, s.kept, s.history] for s in start.steps()
         ]
         mine = [self.budget, self.products, self.skip_interval, self.product(start).__name__]
         return key_of(
             weights_key(start.model),
-            [near.curvature.source, *near.settings, *signature(near)],
+            [near.curvature.source, *near.settings, *refiner_file.signature(near)],
             [numbers, start.solver.guidance, start.noise.seed],
             [*mine, self.train_images, self.epochs, self.seed],
         )
@@ -220,7 +209,7 @@ class Refined(Estimator):
         Live directions are followed as for any map, the target's with more and better products;
         the image and its features are computed once for both.
         """
-        field = _Remembering(
+        field = RememberingField(
             start.model, start.labels, len(start.noise.indices), start.solver.guidance
         )
         (deltas, rule), (others, careful) = live, fresh
@@ -246,7 +235,7 @@ class Refined(Estimator):
         if everything.variance.max() <= FLOOR:  # a certain posterior: nothing to learn
             return Refiner(everything.images.shape[1], everything.features.shape[1], patch).eval()
         with torch.enable_grad():
-            refiner = train_refiner(
+            refiner = trained(
                 everything[kept:], target[kept:], patch=patch, epochs=self.epochs, seed=self.seed
             )
         held_out = everything[:kept]
@@ -306,17 +295,3 @@ class Refined(Estimator):
         label = f"refined, {len(deltas)} draws of {len(rule.nodes)} products"
         label += "" if refiner.helps else ", refiner refused"
         return replace(followed, variance=variance).samples(start, label, self.times)
-
-
-class _Remembering(Field):
-    """Knows the features of the image when they are asked for twice."""
-
-    last: tuple[float, Tensor, Tensor] | None = None  # time, state, features
-
-    def features(self, x: Tensor, t: float) -> Tensor:
-        """Input of the head, computed once for the same state and time."""
-        if len(x) != self.batch:
-            return super().features(x, t)
-        if self.last is None or self.last[0] != t or not torch.equal(self.last[1], x):
-            self.last = (t, x.clone(), super().features(x, t))
-        return self.last[2]
