@@ -136,9 +136,9 @@ def test_trainers(name):
 
 @every("callbacks")
 def test_callbacks(name, tmp_path):
-    callbacks = composed(f"callbacks={name}").callbacks
-    made = _named(DictConfig({"callbacks": callbacks}), tmp_path)
-    assert list(made) == list(callbacks)
+    cfg = composed(f"callbacks={name}")
+    made = _named(cfg, tmp_path)
+    assert sorted(made) == sorted(cfg.callbacks)
     assert all(isinstance(callback, Callback) for callback in made.values())
 
 

@@ -1,6 +1,7 @@
 """What studies share: no name is known, keys hold what has an effect and nothing else."""
 
 import json
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -177,6 +178,7 @@ def test_the_users_code_is_in_the_keys_of_studies_and_pools(ready, monkeypatch, 
         ("mask", {"filtering"}),
     ):
         files[name].write_text(OWN + "# another\n")
+        monkeypatch.delitem(sys.modules, f"own_{name}")  # as the next command loads it
         after, run = keys(ready, *given)
         assert {name for name in before if before[name] != after[name]} == changed
         before = after
