@@ -22,6 +22,9 @@ from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.interpolation.interpolation import Interpolation
 from bayesdiff.studies.repair.repair import Repair
 from bayesdiff.studies.study import Report, Study, conditions, study_key
+
+# All that keys read of one.
+POSTERIOR = SimpleNamespace(curvature=SimpleNamespace(source="x"), settings=[])
 from bayesdiff.uncertainty import Ensemble, Refined
 
 # All that keys read of one.
