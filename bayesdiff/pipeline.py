@@ -36,6 +36,7 @@ from bayesdiff.runs.stages import (
     make_maps,
     make_scores,
     make_validation,
+    starts,
 )
 from bayesdiff.runs.training import fit, weights_in_words
 from bayesdiff.solvers import Solver, time_grid
@@ -133,7 +134,7 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
             loggers = report(this, at, *found, evidence_curve(posterior))
             curves = tuple(loggers.places(cfg.output_dir))
             result = replace(result, metrics=metrics, curves=curves)
-        export(this, estimator, at, samples, images)
+        export(this, solver, estimator, at, samples, images)
     barrier()
     return result
 
@@ -167,7 +168,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     if cfg.laplace.subset == "last_block":
         check_block_ensemble(estimator, *list(this.studies)[:1])
     model = this.model
-    check_solver(solver, model.path, bool(model.num_classes) and model.class_dropout > 0)
+    check_solver(solver, model.path, model.condition is not None and model.class_dropout > 0)
     times = time_grid(solver.grid, model.path, solver.num_steps)
     solver.steps(model.path, model.prediction, times)  # or refuse now
     shape = this.data.data.images.shape[1:]
@@ -203,7 +204,12 @@ def statistics_of(samples: Samples, classes: tuple[str, ...] = ()) -> dict[str, 
 
 
 def export(
-    this: Run, estimator: Estimator, at: Address, samples: Samples, images: Tensor | None
+    this: Run,
+    solver: Solver,
+    estimator: Estimator,
+    at: Address,
+    samples: Samples,
+    images: Tensor | None,
 ) -> None:
     """Single images and maps as files, where they are asked for; each folder is made once."""
     from bayesdiff.report.export import export_images, export_samples
@@ -211,8 +217,8 @@ def export(
     if estimator.export:
         export_samples(at.folder / "png", samples, this.classes, at.samples_path.name)
     if this.cfg.metrics.export and images is not None:
-        classes = this.model.num_classes
-        export_images(at.images_path.with_suffix(""), images, this.classes, classes)
+        labels = starts(this, solver)(range(len(images))).labels
+        export_images(at.images_path.with_suffix(""), images, this.classes, labels)
 
 
 def show(result: Result) -> None:

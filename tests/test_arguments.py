@@ -59,7 +59,7 @@ class Plain(L.LightningModule):
         self.layer = nn.Linear(1, 1)
         if net is not None:
             self.net, self.path, self.prediction = net, CondOT(), "velocity"
-            self.num_classes, self.corrupt = None, None
+            self.condition, self.corrupt = None, None
 
     def training_step(self, *args):
         raise AssertionError("trains")

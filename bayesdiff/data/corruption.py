@@ -123,7 +123,7 @@ def mislabelled(
                 "choose another share"
             )
         changed[_shuffled(labels, number, seed)[: round(share * count)]] = other
-    return _rebuilt(data, data.images, changed)
+    return _rebuilt(data, changed)
 
 
 def truncated(
@@ -151,7 +151,7 @@ def truncated(
                 f"{len(order)} training images; keep fewer"
             )
         left[order[keep:]] = False
-    return _rebuilt(data, data.images[left], labels[left])
+    return _rebuilt(data, labels[left], left)
 
 
 def undertrained(
@@ -187,12 +187,13 @@ def undertrained(
 
 
 _FIELDS = (
-    *("name", "images", "labels", "test_images", "test_labels", "classes", "fingerprint"),
+    *("name", "images", "labels", "test_images", "test_labels", "classes", "fingerprint",
+    "embeddings", "test_embeddings"),
 )  # fmt: skip
 
 
-def _rebuilt(data: ImageData, images: Tensor, labels: Tensor) -> ImageData:
-    """The data set with other training images, checked and hashed anew.
+def _rebuilt(data: ImageData, labels: Tensor, kept: Tensor | None = None) -> ImageData:
+    """The data set with other labels, or fewer training images, checked and hashed anew.
 
     Raises:
         UserError: if a class has no training image any more.
@@ -200,9 +201,13 @@ def _rebuilt(data: ImageData, images: Tensor, labels: Tensor) -> ImageData:
     gone = sorted(set(_labels(data).tolist()) - set(labels.tolist()))
     if gone:
         raise UserError(f"{_WHERE} leaves no image of class {data.classes[gone[0]]}; take fewer")
-    return ImageData.build(
-        data.name, images, labels, data.test_images, data.test_labels, data.classes
-    )
+    images, vectors = data.images, data.embeddings
+    if kept is not None:
+        images, vectors = images[kept], None if vectors is None else vectors[kept]
+    tests = (data.test_images, data.test_labels)
+    both = vectors is not None and data.test_embeddings is not None
+    pair = (vectors, data.test_embeddings) if both else None
+    return ImageData.build(data.name, images, labels, *tests, data.classes, pair)  # type: ignore[arg-type]
 
 
 def _labels(data: ImageData) -> Tensor:

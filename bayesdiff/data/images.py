@@ -22,7 +22,9 @@ class ImageData:
         test_images: held-out images, shape (M, C, H, W), uint8.
         test_labels: their classes, shape (M,), int64; None exactly where ``labels`` is.
         classes: class names in the order of the labels; empty without labels.
-        fingerprint: 16 hex digits that change with any pixel, label or class name.
+        fingerprint: 16 hex digits that change with any pixel, label, class name or vector.
+        embeddings: a vector for each training image, shape (N, E), float32; None for none.
+        test_embeddings: the same for the held-out images, shape (M, E).
     """
 
     name: str
@@ -32,6 +34,8 @@ class ImageData:
     test_labels: Tensor | None = field(repr=False)
     classes: tuple[str, ...]
     fingerprint: str
+    embeddings: Tensor | None = field(default=None, repr=False)
+    test_embeddings: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def build(
@@ -42,13 +46,14 @@ class ImageData:
         test_images: Tensor,
         test_labels: Tensor | None,
         classes: tuple[str, ...] = (),
+        embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Self:
         """Check everything a later stage relies on, and hash it.
 
         Raises:
             UserError: for an empty set, a wrong dtype or shape, sizes that differ, images that
-                are not square, labels that are missing, too many or out of range, and a class
-                that no training image has.
+                are not square, labels that are missing, too many or out of range, a class
+                that no training image has, and vectors that do not fit the images.
         """
         check_both_labelled(name, labels is not None, test_labels is not None)
         if labels is None and classes:
@@ -67,7 +72,11 @@ class ImageData:
                 f"{_size(test_images)}; {cure}"
             )
         parts = (images, labels, test_images, test_labels)
-        data = cls(name, *parts, classes=classes, fingerprint=_fingerprint(parts, classes))
+        vectors = embeddings or (None, None)
+        if embeddings is not None:
+            _check_embeddings(f"data set {name}", embeddings, (len(images), len(test_images)))
+        fingerprint = _fingerprint((*parts, *(embeddings or ())), classes)
+        data = cls(name, *parts, classes, fingerprint, *vectors)
         _ = data.image_size  # refuses images that are not square before any work is done on them
         return data
 
@@ -140,6 +149,22 @@ def _check_labels(where: str, part: str, images: Tensor, labels: Tensor, classes
         )
 
 
+def _check_embeddings(where: str, vectors: tuple[Tensor, Tensor], counts: tuple[int, int]) -> None:
+    for part, given, count in zip(("training", "test"), vectors, counts, strict=True):
+        if given.dtype != torch.float32 or given.ndim != 2 or len(given) != count:
+            raise UserError(
+                f"{where}: {part} embeddings are {given.dtype} of shape {tuple(given.shape)}; "
+                f"give float32 of shape ({count}, E), a vector for each image"
+            )
+        if not bool(given.isfinite().all()):
+            raise UserError(f"{where}: {part} embeddings hold nan or inf; leave these images out")
+    if vectors[0].shape[1] != vectors[1].shape[1]:
+        raise UserError(
+            f"{where}: training embeddings have {vectors[0].shape[1]} numbers and test embeddings "
+            f"{vectors[1].shape[1]}; give both the same"
+        )
+
+
 def _check_classes(where: str, labels: Tensor, classes: tuple[str, ...]) -> None:
     """A model would draw, map and score what it has never seen.
 
@@ -194,6 +219,7 @@ def hold_out(
     classes: tuple[str, ...],
     test_fraction: float,
     seed: int,
+    embeddings: Tensor | None = None,
 ) -> ImageData:
     """Hold out the same share of every class for testing; the same images for the same seed.
 
@@ -206,6 +232,7 @@ def hold_out(
         classes: class names in the order of the labels.
         test_fraction: share to hold out, between 0 and 1; at least one image is.
         seed: chooses which images are held out.
+        embeddings: a vector for each image, shape (N, E), float32, or None.
 
     Raises:
         UserError: for a share outside (0, 1), a negative seed, or fewer than two images.
@@ -240,4 +267,6 @@ def hold_out(
                 "one for training; add images, some are held out for testing"
             )
     train_labels, test_labels = (None, None) if labels is None else (labels[~test], labels[test])
-    return ImageData.build(name, images[~test], train_labels, images[test], test_labels, classes)
+    vectors = None if embeddings is None else (embeddings[~test], embeddings[test])
+    parts = (images[~test], train_labels, images[test], test_labels)
+    return ImageData.build(name, *parts, classes, vectors)

@@ -33,12 +33,20 @@ class ImageDataModule(L.LightningDataModule):
             same on one device and on many.
         flip: mirror half of the training images.
         seed: fixes the order of the images in every epoch.
+        given: what comes with the images, ``labels`` or another field of the data.
 
     Raises:
         UserError: for a batch size that is no positive whole number, or larger than the data.
     """
 
-    def __init__(self, data: ImageData, batch_size: int = 128, flip: bool = False, seed: int = 0):
+    def __init__(
+        self,
+        data: ImageData,
+        batch_size: int = 128,
+        flip: bool = False,
+        seed: int = 0,
+        given: str = "labels",
+    ):
         super().__init__()
         at_least("batch_size", batch_size)
         if batch_size > (most := images_per_epoch(data)):
@@ -50,6 +58,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.flip = flip
         self.seed = seed
+        self.given = given
 
     @property
     def batches(self) -> int:
@@ -84,7 +93,8 @@ class ValidationBatches:
             len(module.data.test_images), generator=torch.Generator().manual_seed(0)
         )[:1024]
         self.images = module.data.test_images[order]
-        self.labels = None if module.data.test_labels is None else module.data.test_labels[order]
+        given = getattr(module.data, f"test_{module.given}")
+        self.given = None if given is None else given[order]
         self.size = min(module.batch_size, len(self.images))
 
     def __len__(self) -> int:
@@ -92,8 +102,8 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for i in range(0, len(self) * self.size, self.size):
-            labels = None if self.labels is None else self.labels[i : i + self.size]
-            yield to_model_range(self.images[i : i + self.size]), labels
+            given = None if self.given is None else self.given[i : i + self.size]
+            yield to_model_range(self.images[i : i + self.size]), given
 
 
 class TrainingBatches:
@@ -104,7 +114,8 @@ class TrainingBatches:
         self.trainer = trainer
         device = trainer.strategy.root_device
         self.images = module.data.images.to(device)
-        self.labels = None if module.data.labels is None else module.data.labels.to(device)
+        given = getattr(module.data, module.given)
+        self.given = None if given is None else given.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the trainer's own count of batches says where to go on; see ``__iter__``."""
@@ -135,4 +146,4 @@ class TrainingBatches:
             if module.flip:
                 flip = mirrored[chosen.cpu()].to(images.device)
                 images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-            yield images, None if self.labels is None else self.labels[chosen]
+            yield images, None if self.given is None else self.given[chosen]

@@ -19,6 +19,7 @@ from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.laplace.structures import check_structure
 from bayesdiff.machine.ranks import barrier, rank
+from bayesdiff.models.conditions import values_of
 from bayesdiff.options.spelling import near
 from bayesdiff.storage.artefacts import key_of, weights_key
 from bayesdiff.storage.locks import together
@@ -35,7 +36,8 @@ _PASS = ("draws", "num_images", "batch_size", "seed", "time_bins")  # options of
 class LastLayerLaplace(Callback):
     """Fits the posterior of the head when training ends, and logs what it found.
 
-    Works with any ``GenerativeModel`` whose data module holds ``data.images`` and ``data.labels``;
+    Works with any ``GenerativeModel`` whose data module holds ``data.images`` and ``data.labels``,
+    or what else its condition reads;
     put it behind the weight-averaging callback, and it sees the averaged weights.
 
     Example::
@@ -205,8 +207,9 @@ class LastLayerLaplace(Callback):
         made_from, source = f"{weights}-{data.fingerprint}", self.source(weights, data)
         curvature = self._stored(source)
         if curvature is None:
+            values = values_of(model.condition, data)
             curvature = fit_curvature(
-                model, data.images, data.labels, source=source, **self.pass_options
+                model, data.images, values, source=source, **self.pass_options
             )
             if self.path is not None and rank() == 0:
                 curvature.save(self.path)

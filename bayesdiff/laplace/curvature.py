@@ -37,7 +37,7 @@ def fit_curvature(
     Args:
         model: with its trained weights; left in the mode it was in.
         images: ``(N, C, H, W)`` uint8.
-        labels: ``(N,)`` or None.
+        labels: values of the model's condition, ``(N, ...)``, or None.
         source: key of the weights and the data, kept with the result.
         draws: (t, noise) draws per image.
         num_images: use a random subset of this size; None for all.

@@ -24,7 +24,7 @@ def require_module(module: Any, who: str, *more: str) -> None:
     Raises:
         UserError: names what is missing, and what to add.
     """
-    for name in ("net", "path", "corrupt", "num_classes", "prediction", *more):
+    for name in ("net", "path", "corrupt", "condition", "prediction", *more):
         if not hasattr(module, name):
             raise UserError(
                 f"{who} needs {type(module).__name__}.{name} and there is none; derive your "

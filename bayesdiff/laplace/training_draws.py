@@ -23,7 +23,7 @@ class Draw:
         t: ``(B,)`` in [0, 1).
         time: ``(B,)``, the same as the network takes it.
         x_t: ``(B, C, H, W)``.
-        y: classes ``(B,)``, or None.
+        y: values of the model's condition ``(B, ...)``, or None.
         target: ``(B, C, H, W)``, what the network should say.
         generator: behind noise and times; what a pass draws further from it is as reproducible.
     """
@@ -39,7 +39,7 @@ class Draw:
 def draws_of(
     model: GenerativeModel,
     images: Tensor,
-    labels: Tensor | None,
+    given: Tensor | None,
     *,
     draws: int = 1,
     num_images: int | None = None,
@@ -53,9 +53,9 @@ def draws_of(
     whole batches are dealt to processes, so any number of processes sees the same.
 
     Args:
-        model: gives path, prediction and classes.
+        model: gives path, prediction and condition.
         images: ``(N, C, H, W)`` uint8.
-        labels: ``(N,)`` or None.
+        given: values of the model's condition, ``(N, ...)``, or None.
         draws: (t, noise) draws per image.
         num_images: a random subset of this size; None for all.
         batch_size: images at once.
@@ -72,7 +72,7 @@ def draws_of(
     mine = numbered[rank() :: world_size()]
     for number, chosen in track(mine, what, "images", lambda each: len(each[1])):
         x_1 = to_model_range(images[chosen]).to(device)
-        y = None if labels is None or not model.num_classes else labels[chosen].to(device)
+        y = None if given is None or model.condition is None else given[chosen].to(device)
         for draw in range(draws):
             generator = _generator(seed, number * draws + draw)
             x_0, t = _noise_and_times(x_1, generator)

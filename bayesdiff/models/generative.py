@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
+from bayesdiff.models.conditions import Condition, Labels, check_network
 from bayesdiff.networks import Network
 from bayesdiff.paths import PREDICTIONS, ProbabilityPath
 from bayesdiff.paths.prediction import mix
@@ -31,14 +32,16 @@ class GenerativeModel(L.LightningModule):
         prediction: what the network outputs: velocity, noise, data or v.
         optimizer: makes the optimiser from the parameters.
         num_classes: classes of a conditional network, None for an unconditional one.
-        class_dropout: share of labels replaced by "no class" in training, for guidance.
+        class_dropout: share of labels (or other values of the condition) replaced by "no class"
+            in training, for guidance.
         time_sampling: ``uniform`` in t, or ``logit_normal`` (Esser et al. 2024, section 3.1).
         warmup_steps: steps of linear learning-rate warm-up; a cosine to zero follows.
         seed: fixes times, noise and label dropout of every step.
+        condition: what the network is given beside the time; None for ``num_classes`` labels.
 
     Raises:
         UserError: for an unknown prediction or time sampling, a share outside [0, 1), or a
-            network that knows another number of classes.
+            network that is made for another condition.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class GenerativeModel(L.LightningModule):
         time_sampling: str = "uniform",
         warmup_steps: int = 200,
         seed: int = 0,
+        condition: Condition | None = None,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
@@ -65,12 +69,15 @@ class GenerativeModel(L.LightningModule):
         if not 0 <= class_dropout < 1:
             raise UserError(f"model.class_dropout must be in [0, 1), got {class_dropout}")
         at_least("model.warmup_steps", warmup_steps, 0)
-        _check_classes(net, num_classes)
+        if condition is None and num_classes:
+            condition = Labels(num_classes)
+        check_network(net, condition)
         self.net = cast(Network, net.to(memory_format=torch.channels_last))
         self.path = path
         self.prediction = prediction
-        self.num_classes = num_classes
-        self.class_dropout = class_dropout if num_classes else 0.0
+        self.condition = condition
+        self.num_classes = None if condition is None else condition.num_classes
+        self.class_dropout = 0.0 if condition is None else class_dropout
         self.time_sampling = time_sampling
         self.warmup_steps = warmup_steps
         self.seed = seed
@@ -169,11 +176,10 @@ class GenerativeModel(L.LightningModule):
         uniform = torch.rand(2, size, device=x_1.device)
         x_0 = torch.randn(size, *x_1.shape[1:], device=x_1.device)[share]
         t = self.times((uniform[0, :1] + spread) % 1)[share]
-        if y is None or not self.num_classes:
+        if y is None or self.condition is None:
             y = None
         elif self.training:
-            dropped = uniform[1, share] < self.class_dropout
-            y = torch.where(dropped, self.num_classes, y)
+            y = self.condition.hide(y, uniform[1, share] < self.class_dropout)
         if share.start:  # the dropout masks of the other processes must differ
             torch.manual_seed((self.seed + 1) * 1_000_000_007 + step + 2**40 * share.start)
         x_t, target = self.corrupt(x_1, x_0, t)
@@ -191,17 +197,3 @@ class GenerativeModel(L.LightningModule):
 def whole_of(module: Any) -> Any:
     """A module with all its weights; one of a user's own that does not say is whole already."""
     return module.whole() if hasattr(module, "whole") else module
-
-
-def _check_classes(net: nn.Module, num_classes: int | None) -> None:
-    """Refuse labels that the network would not read, and a network that would never get any.
-
-    Raises:
-        UserError: if the numbers differ; networks without ``num_classes`` are taken as they are.
-    """
-    known = getattr(net, "num_classes", num_classes)
-    if (known or None) != (num_classes or None):
-        raise UserError(
-            f"{type(net).__name__} has num_classes={known} and the model has "
-            f"num_classes={num_classes}; give both the same number, or None for no labels"
-        )

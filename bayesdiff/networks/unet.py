@@ -94,7 +94,7 @@ class UNet(nn.Module):
         in_channels: image channels C.
         image_size: side of the square images; it must be divisible by ``patch * 2**(levels - 1)``.
         num_classes: labels are 0 ... num_classes - 1, and num_classes is the "no class" label of
-            guidance; None for an unconditional network.
+            guidance; None for a network without labels.
         channels: width of each level; the first one is the number of features D of the head.
         blocks: residual blocks per level.
         attention: whether the middle, at the lowest resolution, attends over all positions.
@@ -102,6 +102,7 @@ class UNet(nn.Module):
             back into them: most work then happens at a lower resolution.
         head_kernel: side of the last convolution.
         dropout: dropout inside the residual blocks.
+        embedding_size: length E of a vector that every image comes with, in place of a label.
 
     Raises:
         UserError: for widths or sizes that do not fit together.
@@ -118,6 +119,7 @@ class UNet(nn.Module):
         patch: int = 1,
         head_kernel: int = 3,
         dropout: float = 0.0,
+        embedding_size: int | None = None,
     ) -> None:
         super().__init__()
         at_least("net.blocks", blocks)
@@ -129,7 +131,7 @@ class UNet(nn.Module):
                 f"image size {image_size} is not divisible by {divisor}; "
                 "choose another net.patch or fewer net.channels"
             )
-        self.num_classes = num_classes
+        self.num_classes, self.embedding_size = num_classes, embedding_size
         self.patch = patch
         width, embedding = channels[0], 4 * channels[0]
         self.frequencies = width
@@ -137,6 +139,8 @@ class UNet(nn.Module):
             nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
         self.classes = nn.Embedding(num_classes + 1, embedding) if num_classes else None
+        if embedding_size:
+            self.vectors = nn.Linear(embedding_size, embedding)
         self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
 
         block = partial(_ResidualBlock, embedding=embedding, dropout=dropout)
@@ -182,6 +186,9 @@ class UNet(nn.Module):
         rates = torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / half))
         angles = 1000 * t.float()[:, None] * rates
         embedding = self.time(torch.cat([angles.cos(), angles.sin()], 1))
+        if self.embedding_size:
+            given = embedding.new_zeros(len(t), self.embedding_size) if y is None else y
+            return embedding + self.vectors(given.to(embedding.dtype))
         if self.classes is None:
             return embedding
         if y is None:

@@ -65,7 +65,7 @@ def export_samples(folder: Path, samples: "Samples", classes: Sequence[str], sto
 
 
 def export_images(
-    folder: Path, images: Tensor, classes: Sequence[str], num_classes: int | None
+    folder: Path, images: Tensor, classes: Sequence[str], labels: Tensor | None
 ) -> None:
     """Samples 0, 1, ... as files ``00017-sneaker.png``, which every reader of folders takes.
 
@@ -73,10 +73,9 @@ def export_images(
         folder: for the files; there is nothing to do where it is.
         images: ``(N, C, H, W)`` uint8.
         classes: names of the classes.
-        num_classes: that samples have in turn; None for an unconditional model.
+        labels: of the images, ``(N,)``, or None.
     """
     numbers = torch.arange(len(images))
-    labels = numbers % num_classes if num_classes else None
 
     def fill(place: Path) -> None:
         for name, image in zip(_names(numbers, labels, classes), images, strict=True):

@@ -141,8 +141,11 @@ class SampleGrid(Callback):
         times = time_grid(solver.grid, model.path, self.num_steps)
         steps = solver.steps(model.path, model.prediction, times)
         given = labels if model.num_classes else None
+        condition = given
+        if model.condition is not None and not model.num_classes:
+            condition = model.condition.of_samples(range(count)).to(model.device)
         noise = SampleNoise(0, range(count), shape)
-        field = Field(model, given, count)
+        field = Field(model, condition, count)
         training = model.training
         model.eval()  # it trains where no validation is
         images = integrate(field, steps, noise().to(model.device), noise)

@@ -62,7 +62,7 @@ class ValidateUncertainty(Callback):
             )
         require_module(model, "ValidateUncertainty", "class_dropout")
         require_data(trainer, "ValidateUncertainty")
-        conditional = bool(model.num_classes) and model.class_dropout > 0
+        conditional = model.condition is not None and model.class_dropout > 0
         check_solver(self.solver, model.path, conditional)
         for size_of in (images_at_once, reference_at_once):
             size_of(self.estimator, self.solver, model, self._shape(trainer))

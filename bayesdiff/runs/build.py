@@ -19,6 +19,7 @@ from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.requirements import require_module
 from bayesdiff.machine.device import autocast_dtype, settle_threads
 from bayesdiff.models import GenerativeModel
+from bayesdiff.models.conditions import Condition
 from bayesdiff.networks import UNet
 from bayesdiff.options.targets import arguments, fitting
 from bayesdiff.options.trainer import check_interval, check_trainer, steps_and_epochs
@@ -64,7 +65,7 @@ class Run:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes the model knows, none for an unconditional model."""
-        return self.data.data.classes if self.model.num_classes else ()
+        return self.data.data.classes if self.model.condition is not None else ()
 
     @property
     def length(self) -> tuple[int, float]:
@@ -100,23 +101,19 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
         UserError: if the class count, the head or the optimiser's options do not fit.
     """
     images = data.data
-    classes: Any = cfg.model.num_classes
-    if classes == "auto":
-        classes = images.num_classes or None
-    if classes is not None:
-        at_least("model.num_classes", classes)
-        if classes != images.num_classes:
-            raise UserError(
-                f"model.num_classes={classes} but {images.name} has {images.num_classes} classes; "
-                "use model.num_classes=auto, or null for an unconditional model"
-            )
+    condition = build_condition(cfg.model, images)
     torch.manual_seed(cfg.seed)
     path = instantiate(cfg.path)
     optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
     # Below its name, which errors then give in full.
-    options = OmegaConf.create({"model": plain(cfg.model) | {"optimizer": optimizer}}).model
-    net = build_network(cfg.net, images, classes)
-    model = instantiate(options, net=net, path=path, num_classes=classes, _convert_="all")
+    own = {name: value for name, value in plain(cfg.model).items() if name != "condition"}
+    options = OmegaConf.create({"model": own | {"optimizer": optimizer}}).model
+    net = build_network(cfg.net, images, condition)
+    given: dict[str, Any] = {"num_classes": getattr(condition, "num_classes", None)}
+    if condition is not None and condition.num_classes is None:
+        given["condition"] = condition
+    model = instantiate(options, net=net, path=path, **given, _convert_="all")
+    data.given = condition.field if condition else "labels"
     require_module(model, "last-layer Laplace", "class_dropout")
     HeadGeometry.of(model.net.head)
     try:
@@ -126,22 +123,37 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     return model
 
 
-def build_network(options: DictConfig, images: ImageData, classes: int | None) -> nn.Module:
+def build_condition(options: DictConfig, images: ImageData) -> Condition | None:
+    """What the network is given beside the time, see ``condition``; None for nothing."""
+    made = options.get("condition", {"_target_": "bayesdiff.models.conditions.labels"})
+    if made is None:
+        return None
+    condition: Condition | None = instantiate(made, _partial_=True)(images, options.num_classes)
+    return condition
+
+
+def build_network(
+    options: DictConfig, images: ImageData, condition: Condition | None
+) -> nn.Module:
     """The network for these images.
 
     Raises:
-        UserError: for options that it does not take, or labels that it would not read.
+        UserError: for options that it does not take, or a condition that it would not read.
     """
     known = arguments(str(options.get("_target_")))
     size: dict[str, Any] = {"in_channels": images.channels, "image_size": images.image_size}
     given = {name: value for name, value in size.items() if known is None or name in known}
+    needed = condition.options() if condition else {}
     if known is None or "num_classes" in known:
-        given["num_classes"] = classes
-    elif classes:
-        raise UserError(
-            f"net._target_={options._target_} takes no num_classes and would not see the labels; "
-            "give model.num_classes=null, or let it take num_classes"
-        )
+        given["num_classes"] = None
+    for name, value in needed.items():
+        if known is not None and name not in known:
+            raise UserError(
+                f"net._target_={options._target_} takes no {name} and would not see the "
+                f"{condition.field if condition else ''}; give model.num_classes=null and "
+                f"condition=labels for no condition, or let it take {name}"
+            )
+        given[name] = value
     fitted = OmegaConf.create({"net": fitting(options, "net", UNet)}).net
     net: nn.Module = instantiate(fitted, **given, _convert_="all")
     return net

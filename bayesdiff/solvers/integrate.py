@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bayesdiff.machine.progress import evaluated
 from bayesdiff.models import GenerativeModel
+from bayesdiff.models.conditions import repeated
 from bayesdiff.solvers.step import Step
 
 Observe = Callable[[Step, Tensor], None]
@@ -15,7 +16,7 @@ _CACHEFUL = 64
 
 
 class Field:
-    """The model at fixed labels and guidance: features and outputs for images at a time.
+    """The model at a fixed condition and guidance: features and outputs for images at a time.
 
     Guidance combines features, not outputs: head(w phi_c + (1 - w) phi_u) equals
     w g_c + (1 - w) g_u because the head is affine and the weights sum to one; a posterior of the
@@ -27,10 +28,10 @@ class Field:
     """
 
     def __init__(
-        self, model: GenerativeModel, labels: Tensor | None, batch: int, guidance: float = 1.0
+        self, model: GenerativeModel, condition: Tensor | None, batch: int, guidance: float = 1.0
     ) -> None:
         self.model = model
-        self.labels = labels
+        self.condition = condition
         self.batch = batch
         self.guidance = guidance
         self.evaluations = 0
@@ -44,25 +45,26 @@ class Field:
         return self.guidance * guided + (1 - self.guidance) * free
 
     def guided_features(self, x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
-        """Features with the labels and without them, the latter None where nothing is guided."""
+        """Features with the condition and without it, the latter None where nothing is guided."""
         copies = len(x) // self.batch
         times = torch.full((len(x),), t, device=x.device)
-        labels = None if self.labels is None else self.labels.repeat(copies)
+        given = None if self.condition is None else repeated(self.condition, copies)
         x = x.to(memory_format=self.layout)
-        guided = self._evaluate(x, times, labels)
+        guided = self._evaluate(x, times, given)
         self.evaluations += copies
-        if self.guidance == 1 or labels is None:
+        condition = self.model.condition
+        if self.guidance == 1 or given is None or condition is None:
             return guided, None
         self.evaluations += copies
-        return guided, self._evaluate(x, times, None)
+        return guided, self._evaluate(x, times, condition.empty(given))
 
-    def _evaluate(self, x: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
+    def _evaluate(self, x: Tensor, times: Tensor, given: Tensor | None) -> Tensor:
         """Features, on a CPU for a cacheful of images at a time: a quarter faster than at once."""
         evaluated(len(x))
         if x.device.type != "cpu" or len(x) <= _CACHEFUL:
-            return self.model.net.features(x, times, labels)
+            return self.model.net.features(x, times, given)
         parts = [values.split(_CACHEFUL) for values in (x, times)]
-        parts.append([None] * len(parts[0]) if labels is None else labels.split(_CACHEFUL))
+        parts.append([None] * len(parts[0]) if given is None else given.split(_CACHEFUL))
         return torch.cat([self.model.net.features(*part) for part in zip(*parts, strict=True)])
 
     def output(self, features: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ def sample_numbers(estimator: Estimator, run: Training) -> list[int] | None:
     count = run.model.num_classes
     if not count:
         raise UserError(
-            f"uncertainty.labels={list(estimator.labels)} of an unconditional model, which has no "
-            "classes; use model.num_classes=auto, or uncertainty.numbers"
+            f"uncertainty.labels={list(estimator.labels)} of a model that has no classes in "
+            "turn; use model.num_classes=auto with condition=labels, or uncertainty.numbers"
         )
     classes = [_class(label, run.data.data.classes, count) for label in estimator.labels]
     if len(set(classes)) < len(classes):

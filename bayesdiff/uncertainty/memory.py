@@ -70,10 +70,10 @@ def activation_bytes(model: GenerativeModel, image_shape: Sequence[int]) -> int:
     leaves = [module for module in net.modules() if not any(module.children())]
     hooks = [module.register_forward_hook(add) for module in leaves]
     training, parameter = net.training, next(net.parameters())
-    labels = torch.zeros(1, dtype=torch.long) if model.num_classes else None
+    given = None if model.condition is None else model.condition.of_samples([0])
     x = torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device)
     try:
-        net.eval()(x, x.new_zeros(1), None if labels is None else labels.to(x.device))
+        net.eval()(x, x.new_zeros(1), None if given is None else given.to(x.device))
     finally:
         net.train(training)
         for hook in hooks:

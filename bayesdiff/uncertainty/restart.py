@@ -58,7 +58,7 @@ class Restart(Trajectory):
             later: the samples' noise as it stands at that state.
         """
         noise = RestartNoise(state, later)
-        return cls(start.model, start.solver, start.labels, noise, start.device, tuple(times))
+        return cls(start.model, start.solver, start.condition, noise, start.device, tuple(times))
 
     def steps(self, skip_interval: int = 1) -> list[Step]:
         """Steps on every k-th of the times, and on the last one."""
@@ -69,7 +69,7 @@ class Restart(Trajectory):
 def with_state(start: Trajectory, state: Tensor) -> Trajectory:
     """The batch from another starting noise ``(B, C, H, W)``; its own was drawn already."""
     noise = RestartNoise(state, start.noise)
-    return Trajectory(start.model, start.solver, start.labels, noise, start.device)
+    return Trajectory(start.model, start.solver, start.condition, noise, start.device)
 
 
 def fresh_start(start: Trajectory, number: int, seed: int) -> Trajectory:
@@ -81,4 +81,4 @@ def fresh_start(start: Trajectory, number: int, seed: int) -> Trajectory:
         seed: of all of them.
     """
     noise = start.noise.fork(_FRESH + seed * _MOST + number)
-    return Trajectory(start.model, start.solver, start.labels, noise, start.device)
+    return Trajectory(start.model, start.solver, start.condition, noise, start.device)

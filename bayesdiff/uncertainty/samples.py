@@ -123,14 +123,14 @@ class Trajectory:
     Attributes:
         model: with its trained weights.
         solver: coefficients and guidance.
-        labels: ``(B,)`` or None.
+        condition: values ``(B, ...)`` that the network is given, or None.
         noise: random inputs of the batch; its first draw is the starting noise.
         device: where to compute.
     """
 
     model: GenerativeModel
     solver: Solver
-    labels: Tensor | None
+    condition: Tensor | None
     noise: SampleNoise
     device: torch.device
 
@@ -139,9 +139,16 @@ class Trajectory:
         """The model's path."""
         return self.model.path
 
+    @property
+    def labels(self) -> Tensor | None:
+        """Classes that the samples are to show, ``(B,)``; None where there are none."""
+        if self.condition is None or self.model.condition is None:
+            return None
+        return self.model.condition.labels(self.condition, self.noise.indices)
+
     def field(self) -> Field:
-        """The trained network at this batch's labels, with its own count of evaluations."""
-        return Field(self.model, self.labels, len(self.noise.generators), self.solver.guidance)
+        """The trained network at this batch's condition, with its own count of evaluations."""
+        return Field(self.model, self.condition, len(self.noise.generators), self.solver.guidance)
 
     def steps(self, skip_interval: int = 1) -> list[Step]:
         """Steps on every k-th time of the image's own grid."""
@@ -155,7 +162,7 @@ class Trajectory:
 
     def evaluations(self, steps: Sequence[Step]) -> int:
         """Network evaluations per image of these steps."""
-        guided = self.solver.guidance != 1 and self.labels is not None
+        guided = self.solver.guidance != 1 and self.condition is not None
         return (2 if guided else 1) * sum(len(step.times) for step in steps)
 
     def draw(self) -> Tensor:
@@ -173,7 +180,7 @@ def starts_of(
     shape: Sequence[int],
     device: torch.device,
 ) -> Starts:
-    """Gives the start of samples by their numbers: classes in turn, noise from (seed, number).
+    """Gives the start of samples by their numbers: condition from number, noise from seed too.
 
     Args:
         model: with its trained weights.
@@ -185,10 +192,10 @@ def starts_of(
 
     def start(numbers: Sequence[int]) -> Trajectory:
         noise = SampleNoise(seed, numbers, shape)
-        labels = None
-        if model.num_classes:
-            labels = (torch.tensor(list(numbers)) % model.num_classes).to(device)
-        return Trajectory(model, solver, labels, noise, device)
+        condition = None
+        if model.condition is not None:
+            condition = model.condition.of_samples(numbers).to(device)
+        return Trajectory(model, solver, condition, noise, device)
 
     return start
 

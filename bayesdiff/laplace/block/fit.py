@@ -19,6 +19,7 @@ from bayesdiff.laplace.block.record import BlockFactors, LayerFactors, stored_fa
 from bayesdiff.laplace.training_draws import draws_of
 from bayesdiff.machine.ranks import barrier, rank, total
 from bayesdiff.models import GenerativeModel
+from bayesdiff.models.conditions import values_of
 from bayesdiff.networks import Network
 
 SUBSETS = ("head", "last_block")
@@ -137,7 +138,7 @@ def fit_block(
     Args:
         model: with its trained weights; neither they nor its mode are touched.
         images: ``(N, C, H, W)`` uint8.
-        labels: ``(N,)`` or None.
+        labels: values of the model's condition, ``(N, ...)``, or None.
         source: key of weights, data and pass, kept with the result.
         draws: (t, noise) draws per image.
         num_images: use a random subset of this size; None for all.
@@ -253,14 +254,15 @@ def factors_of(
 
     Args:
         model: with its trained weights.
-        data: with ``images`` and ``labels``.
+        data: with ``images`` and the values of the model's condition.
         path: None keeps nothing.
         source: as for ``fit_block``, like the options.
         **options: draws, num_images, batch_size, seed and probes.
     """
     factors = stored_factors(path, source)
     if factors is None:
-        factors = fit_block(model, data.images, data.labels, source=source, **options)
+        given = values_of(model.condition, data)
+        factors = fit_block(model, data.images, given, source=source, **options)
         if path is not None and rank() == 0:
             factors.save(path)
         barrier()

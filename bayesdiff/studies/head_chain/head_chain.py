@@ -19,6 +19,7 @@ from bayesdiff.laplace.chain import Chains, sample_chains
 from bayesdiff.laplace.curvature import batches, fit_curvature
 from bayesdiff.laplace.head import HeadGeometry, apply_head
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.models.conditions import values_of
 from bayesdiff.report import table
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.fit_key import network_code
@@ -146,11 +147,12 @@ class HeadChain(Study):
         once: dict[str, Any] = {
             "num_images": self.num_images, "batch_size": _AT_ONCE, "seed": self.seed,
         }  # fmt: skip
-        curvature = fit_curvature(run.model, data.images, data.labels, source=place.key, **once)
+        given = values_of(run.model.condition, data)
+        curvature = fit_curvature(run.model, data.images, given, source=place.key, **once)
         posterior = HeadPosterior.fit(
             curvature, sigma_noise=laplace.sigma_noise, prior_precision=laplace.prior_precision
         )
-        parts = list(batches(run.model, data.images, data.labels, draws=1, **once))
+        parts = list(batches(run.model, data.images, given, draws=1, **once))
         features = torch.cat([part.features for part in parts]).double().cpu()[None]
         target = torch.cat([part.target for part in parts]).double().cpu()
         path = place.folder / "draws.npz"

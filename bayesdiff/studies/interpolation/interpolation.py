@@ -101,9 +101,15 @@ class Interpolation(Study):
         """Refuse what has nothing between.
 
         Raises:
-            UserError: for a stochastic solver, whose images its later noise decides as well.
+            UserError: for a stochastic solver, whose images its later noise decides as well, and
+                samples of which each has an embedding of its own.
         """
         self.numbers(run.model.num_classes)
+        if run.model.condition is not None and not run.model.num_classes:
+            raise UserError(
+                "interpolation needs two samples of one condition, and here every sample has an "
+                "embedding of its own; use condition=labels, or leave interpolation out"
+            )
         times = time_grid(solver.grid, run.model.path, solver.num_steps)
         if any(step.noise for step in solver.steps(run.model.path, run.model.prediction, times)):
             raise UserError(

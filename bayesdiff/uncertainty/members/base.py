@@ -166,7 +166,7 @@ class NetworkMembers(Members):
         """Members that ``fit`` will probably find."""
 
     def outputs(self, field: Field, start: Trajectory, posterior: HeadPosterior) -> Outputs:
-        """Every member's network at the batch's labels and guidance.
+        """Every member's network at the batch's condition and guidance.
 
         Raises:
             UserError: before ``fit``.
@@ -177,11 +177,11 @@ class NetworkMembers(Members):
 
 
 class NetworkField:
-    """M networks at the labels and guidance of a field, for states ``(m, B, C, H, W)``."""
+    """M networks at the condition and guidance of a field, for states ``(m, B, C, H, W)``."""
 
     def __init__(self, field: Field, networks: Sequence[GenerativeModel]) -> None:
         self.field = field
-        self.fields = [Field(n, field.labels, field.batch, field.guidance) for n in networks]
+        self.fields = [Field(n, field.condition, field.batch, field.guidance) for n in networks]
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Outputs ``(M, B, C, H, W)``; m = 1 is the same state for all."""
@@ -196,7 +196,8 @@ def twin(model: GenerativeModel) -> GenerativeModel:
     """Another model of the same architecture, path and prediction, with weights of its own."""
     net = cast(nn.Module, deepcopy(model.net))
     never = torch.optim.SGD  # no member is ever trained
-    return GenerativeModel(net, model.path, model.prediction, never, model.num_classes).eval()
+    condition = model.condition
+    return GenerativeModel(net, model.path, model.prediction, never, condition=condition).eval()
 
 
 def _of_coarse_steps(

@@ -210,7 +210,7 @@ class Refined(Estimator):
         the image and its features are computed once for both.
         """
         field = RememberingField(
-            start.model, start.labels, len(start.noise.indices), start.solver.guidance
+            start.model, start.condition, len(start.noise.indices), start.solver.guidance
         )
         (deltas, rule), (others, careful) = live, fresh
         mine = TangentField(field, deltas.to(start.device), self.product(start), rule)

@@ -1,0 +1,47 @@
+"""Data sets and networks that a user might bring: nothing in the package knows them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bayesdiff.data.images import ImageData, hold_out
+from bayesdiff.data.sources import digits
+
+
+def whole_digits():
+    """All digits, (1797, 1, 8, 8) uint8, and their classes."""
+    data = digits()
+    images = torch.cat([data.images, data.test_images])
+    return images, torch.cat([data.labels, data.test_labels]), data.classes
+
+
+def digits_with_angles(labelled=True, **_) -> ImageData:
+    """Digits with (cos, sin) of their class's place on a circle."""
+    images, labels, classes = whole_digits()
+    angles = 2 * math.pi * labels / 10
+    vectors = torch.stack([angles.cos(), angles.sin()], 1)
+    if not labelled:
+        labels, classes = None, ()
+    return hold_out("angles", images, labels, classes, 1 / 6, 0, vectors)
+
+
+class AngleNet(nn.Module):
+    """One convolution, moved by time and a vector; the head sees what comes out."""
+
+    def __init__(self, in_channels, embedding_size, width=6):
+        super().__init__()
+        self.body = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.given = nn.Linear(embedding_size + 1, width)
+        self.head = nn.Conv2d(width, in_channels, 1)
+
+    def features(self, x, t, y=None):
+        y = torch.cat([t[:, None].to(x), y.to(x)], 1)
+        return F.silu(self.body(x) + self.given(y)[:, :, None, None])
+
+    def fold(self, output):
+        return output
+
+    def forward(self, x, t, y=None):
+        return self.fold(self.head(self.features(x, t, y)))
