@@ -2,10 +2,11 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hand import CPU, Noise, certain, posterior_of, random_covariance
+from hand import CPU, Noise, plain, posterior_of, random_covariance
 from own_sources import AngleNet, digits_with_angles
 
 from bayesdiff import pipeline
@@ -19,13 +20,13 @@ from bayesdiff.models.conditions import Embedding, Labels, repeated, values_of
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT
 from bayesdiff.runs.build import build
-from bayesdiff.solvers import Euler, Heun
+from bayesdiff.solvers import Euler
 from bayesdiff.uncertainty import Trajectory, starts_of
 from bayesdiff.uncertainty.members.ensemble import Ensemble
-from bayesdiff.uncertainty.sensitivities.linearised import Linearised
 
 SOURCE = "data.source._target_=own_sources.digits_with_angles"
 OWN_NET = ("net._target_=own_sources.AngleNet", "+net.width=6")
+SHOWN = "callbacks.samples={_target_:bayesdiff.report.sample_grid.SampleGrid,grids:1}"
 
 
 @pytest.fixture(scope="module")
@@ -95,29 +96,22 @@ def test_batches_carry_the_vectors_of_their_images(data):
     assert next(iter(module.val_dataloader()))[1].shape == (50, 2)
 
 
-def dropped(model, y):
-    """What the network is given in a training step."""
+def test_training_hides_a_share_of_the_vectors(data, monkeypatch):
+    condition = Embedding(data.test_embeddings, empty=(7.0, 7.0))
+    model = GenerativeModel(
+        AngleNet(1, 2), CondOT(), "velocity", torch.optim.SGD, None, 0.3, condition=condition
+    )
     seen = []
     real = model.net.features
-    model.net.features = lambda x, t, y=None: (seen.append(y), real(x, t, y))[1]
-    model.trainer = type("T", (), {"world_size": 1})()
-    model.train()
-    model._loss(torch.zeros(len(y), 1, 8, 8, dtype=torch.float64), y, 0, slice(0, None, 1))
-    return seen[0]
-
-
-def test_training_hides_a_share_of_the_vectors(data):
-    condition = Embedding(data.test_embeddings, empty=(7.0, 7.0))
-    net = AngleNet(1, 2)
-    model = GenerativeModel(
-        net, CondOT(), "velocity", torch.optim.SGD, class_dropout=0.3, condition=condition
-    )
+    monkeypatch.setattr(model.net, "features", lambda x, t, y: (seen.append(y), real(x, t, y))[1])
+    monkeypatch.setattr(GenerativeModel, "trainer", SimpleNamespace(world_size=1))
     given = data.embeddings[:1000]
-    net.float()
-    model._loss_dtype = None
-    seen = dropped(model.float(), given) if False else None
-    assert model.guidable
-    assert seen is None
+    model._loss(torch.zeros(1000, 1, 8, 8), given, 0, slice(0, None, 1))
+    hidden = (seen[0] == 7).all(1)
+    assert 0.25 < hidden.double().mean() < 0.35
+    assert torch.equal(seen[0][~hidden], given[~hidden])
+    model.eval()._loss(torch.zeros(1000, 1, 8, 8), given, 0, slice(None))
+    assert torch.equal(seen[1], given), "nothing is hidden in validation"
 
 
 def brute_force(model, solver, weights, vectors, noise, times):
@@ -137,3 +131,122 @@ def brute_force(model, solver, weights, vectors, noise, times):
                 x = x + (after - t) * v
         images.append(x)
     return torch.stack(images)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_maps_of_a_model_with_vectors_are_those_of_its_members(data, model, guidance):
+    """Features are guided before the head; the truth guides outputs, member by member."""
+    posterior = posterior_of(model.net.head, random_covariance(7, 0.3))
+    solver, numbers = Euler(4, guidance=guidance), [2, 11, 40]
+    vectors = model.condition.of_samples(numbers).double()
+    noise = Noise(3, (1, 8, 8))
+    start = Trajectory(model, solver, vectors, noise, CPU)
+    ensemble = Ensemble(members=5, seed=3)
+    with torch.no_grad():
+        found = ensemble(start, posterior)
+    images = brute_force(
+        model, solver, ensemble.weights(posterior), vectors, Noise(3, (1, 8, 8))(),
+        [0.0, 0.25, 0.5, 0.75, 1.0],
+    )  # fmt: skip
+    torch.testing.assert_close(found.variance, images.var(0), rtol=1e-6, atol=1e-12)
+    mean = brute_force(
+        model, solver, [head_matrix(model.net.head)], vectors, Noise(3, (1, 8, 8))(),
+        [0.0, 0.25, 0.5, 0.75, 1.0],
+    )  # fmt: skip
+    torch.testing.assert_close(found.images, mean[0], rtol=1e-6, atol=1e-9)
+    assert start.nfe == (4 if guidance == 1 else 8)
+
+
+def test_other_vectors_give_other_images_and_the_classes_of_their_test_images(data, model):
+    starts = starts_of(model.float(), Euler(3), 0, (1, 8, 8), CPU)
+    start = starts([0, 1])
+    other = replace(start, condition=start.condition.flip(0))
+    with torch.no_grad():
+        assert not torch.allclose(plain(start), plain(replace(other, noise=starts([0, 1]).noise)))
+    model.double()
+    assert torch.equal(start.labels, model.condition.classes[:2])
+
+
+def test_the_pass_over_the_data_sees_every_image_with_its_vector(data, model):
+    """All features are a function of the vector alone where the image does not count."""
+    net = AngleNet(1, 2)
+    with torch.no_grad():
+        net.body.weight.zero_()
+        net.given.weight[:, 0] = 0  # nor does the time
+    condition = Embedding(data.test_embeddings)
+    single = GenerativeModel(net, CondOT(), "velocity", torch.optim.SGD, condition=condition)
+    given = values_of(condition, data)
+    found = fit_curvature(single, data.images, given, source="test", batch_size=100)
+    zeros = torch.zeros(len(given), 1, 8, 8)
+    with torch.no_grad():
+        phi = net.features(zeros, torch.zeros(len(given)), given).double()
+    phi = phi.permute(0, 2, 3, 1).flatten(0, 2)
+    phi = torch.cat([phi, torch.ones(len(phi), 1)], 1)
+    torch.testing.assert_close(found.gram, phi.T @ phi, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("net", [OWN_NET, ("net=tiny",)], ids=["own", "unet"])
+def test_a_whole_run_on_vectors(compose, net):
+    """Training, guided samples, maps, scores and figures, from the command line's options."""
+    options = (SOURCE, "condition=embedding", "solver.guidance=1.5", "model.class_dropout=0.5")
+    result = pipeline.run(compose(*options, *net, SHOWN))
+    assert result.metrics["nfe"] > 0
+    assert any(name.startswith("fid@12") for name in result.metrics)
+    assert (result.folder / "figures").is_dir()
+
+
+def test_without_labels_there_are_vectors_all_the_same(compose):
+    options = (SOURCE, "+data.source.labelled=false", "metrics.num_images=0")
+    result = pipeline.run(compose(*options, "condition=embedding", "metrics.num_images=0"))
+    assert result.metrics["nfe"] == 8  # image and two members, whose first step is one
+
+
+def test_data_with_vectors_can_be_conditioned_on_labels_or_nothing(compose):
+    assert build(compose(SOURCE)).model.condition.num_classes == 10
+    assert build(compose(SOURCE, "model.num_classes=null")).model.condition is None
+    assert build(compose(SOURCE, "model.condition=null")).model.condition is None
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (("condition=embedding",), "data set digits has none"),
+        ((SOURCE, "condition=embedding", "model.num_classes=10"), "leave it at auto"),
+        ((SOURCE, "condition=embedding", "+model.condition.empty=[1]"), "1 numbers"),
+        ((SOURCE, *OWN_NET), "takes no num_classes"),
+        ((SOURCE, "condition=embedding", "uncertainty.labels=[3]"), "condition=labels"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused_before_any_work(compose, options, fragment):
+    with pytest.raises(UserError, match=fragment):
+        pipeline.prepare(compose(*options))
+
+
+def test_a_network_for_another_condition_is_refused(data):
+    with pytest.raises(UserError, match="embedding_size=3 and the model has embedding_size=2"):
+        GenerativeModel(
+            UNet(1, 8, channels=(8, 16), embedding_size=3), CondOT(), "velocity",
+            torch.optim.SGD, condition=Embedding(data.test_embeddings),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (lambda v: v.double(), "float64"),
+        (lambda v: v[:-1], "a vector for each image"),
+        (lambda v: v.log(), "nan or inf"),
+        (lambda v: v[:, :1], "give both the same"),
+    ],
+)
+def test_vectors_that_do_not_fit_the_images_are_refused(data, change, fragment):
+    parts = (data.images, data.labels, data.test_images, data.test_labels, data.classes)
+    with pytest.raises(UserError, match=fragment):
+        ImageData.build("angles", *parts, (change(data.embeddings), data.test_embeddings))
+
+
+def test_the_fingerprint_follows_the_vectors(data):
+    parts = (data.images, data.labels, data.test_images, data.test_labels, data.classes)
+    without = ImageData.build("angles", *parts)
+    moved = ImageData.build("angles", *parts, (data.embeddings + 1, data.test_embeddings))
+    assert len({data.fingerprint, without.fingerprint, moved.fingerprint}) == 3
