@@ -70,6 +70,12 @@ def test_networks(name, classes):
         assert net.eval()(x, torch.rand(2), None).shape == x.shape
 
 
+@every("condition")
+def test_conditions(name):
+    cfg = composed(f"condition={name}").model.condition
+    assert callable(instantiate(cfg, _partial_=True))
+
+
 @every("path")
 def test_paths(name):
     path = instantiate(composed(f"path={name}").path)
@@ -217,7 +223,7 @@ def test_no_argument_means_digits_and_no_file():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_every_file_says_what_it_is_for(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    if lines[0] == "# @package _global_":
+    if lines[0].startswith("# @package "):
         lines = lines[1:]
     assert re.match(r"# \w.{15,}", lines[0]), lines[0]
     assert max(len(line) for line in lines) <= 100

@@ -192,10 +192,9 @@ def starts_of(
 
     def start(numbers: Sequence[int]) -> Trajectory:
         noise = SampleNoise(seed, numbers, shape)
-        condition = None
-        if model.condition is not None:
-            condition = model.condition.of_samples(numbers).to(device)
-        return Trajectory(model, solver, condition, noise, device)
+        condition = model.condition
+        given = None if condition is None else condition.of_samples(numbers).to(device)
+        return Trajectory(model, solver, given, noise, device)
 
     return start
 
