@@ -192,8 +192,7 @@ def starts_of(
 
     def start(numbers: Sequence[int]) -> Trajectory:
         noise = SampleNoise(seed, numbers, shape)
-        condition = model.condition
-        given = None if condition is None else condition.of_samples(numbers).to(device)
+        given = model.condition.of_samples(numbers).to(device) if model.condition else None
         return Trajectory(model, solver, given, noise, device)
 
     return start
