@@ -27,6 +27,13 @@ def digits_with_angles(labelled=True, **_) -> ImageData:
     return hold_out("angles", images, labels, classes, 1 / 6, 0, vectors)
 
 
+def wide_digits(width=12, **_) -> ImageData:
+    """Digits with the left part of the next one beside them, 8 x ``width``."""
+    images, labels, classes = whole_digits()
+    wide = torch.cat([images, images.roll(-1, 0)], 3)[..., :width].contiguous()
+    return hold_out("wide", wide, labels, classes, 1 / 6, 0)
+
+
 class AngleNet(nn.Module):
     """One convolution, moved by time and a vector; the head sees what comes out."""
 

@@ -129,10 +129,6 @@ CASES = {
         folder({"a.png": png(), "b.png": png((4, 4, 3))}),
         ["a.png is grey", "b.png is RGB", "convert all"],
     ),
-    "folder: not square": (
-        folder({"a.png": png((4, 5)), "b.png": png((4, 5))}),
-        ["1x4x5", "not square", "data.crop=square"],
-    ),
     "folder: alpha": (
         folder({"a.png": png((4, 4, 4)), "b.png": png()}),
         ["a.png has mode RGBA and transparency", "convert"],

@@ -40,6 +40,21 @@ def test_crop_is_the_middle_and_resize_is_lanczos(tmp_path):
         assert np.array_equal(truth, got)
 
 
+def test_a_part_that_is_no_square(tmp_path):
+    images = [save(tmp_path / "a.png", 9, 14, 3), save(tmp_path / "b.png", 12, 10, 3)]
+    cuts = [images[0][1:7, 3:11], images[1][3:9, 1:9]]  # 6 rows, 8 columns
+    data = sources.folder("f", tmp_path, crop=OmegaConf.create([6, 8]))
+    assert data.image_size == (6, 8)
+    for truth, got in zip(sorted(cuts, key=np.sum), sorted(both(data), key=np.sum), strict=True):
+        assert np.array_equal(truth, got)
+    small = sources.folder("f", tmp_path, crop=[6, 8], resize=[3, 4])
+    shrunk = [np.array(Image.fromarray(c.copy()).resize((4, 3), Image.LANCZOS)) for c in cuts]
+    for truth, got in zip(
+        sorted(shrunk, key=np.sum), sorted(both(small), key=np.sum), strict=True
+    ):
+        assert np.array_equal(truth, got)
+
+
 def lanczos(values: np.ndarray, size: int) -> np.ndarray:
     """Rows brought to another number: sinc(x) sinc(x / 3), as wide as the shrinking asks."""
     scale = len(values) / size
@@ -87,8 +102,10 @@ def test_crop_and_resize_are_part_of_the_fingerprint(tmp_path):
 
 
 REFUSED = {
-    "sides that differ": ({"crop": [4, 5]}, "data.crop=[4, 5] is no square"),
-    "one side": ({"crop": [4]}, "data.crop=[4] is no square"),
+    "one side": ({"crop": [4]}, "data.crop=[4] is not [height,width]"),
+    "too tall": ({"crop": [9, 9]}, "smaller than data.crop=9"),
+    "too wide": ({"crop": [4, 11]}, "smaller than data.crop=[4,11]"),
+    "another shape": ({"crop": [4, 6], "resize": [4, 8]}, "data.resize=[4,8] would distort"),
     "unknown": ({"crop": "centre"}, "data.crop=centre is unknown; give the side"),
     "nothing": ({"crop": 0}, "data.crop must be a whole number >= 1, got 0"),
     "half": ({"crop": "square", "resize": 2.5}, "data.resize must be a whole number >= 1"),

@@ -24,7 +24,6 @@ REFUSED = {
     "no test images": (built(test=u8(0, 1, 2, 2)), ["no test images"]),
     "float images": (built(torch.zeros(4, 1, 2, 2)), ["torch.float32", "give uint8"]),
     "no channels": (built(u8(4, 2, 2)), ["(4, 2, 2)", "(N,C,H,W)"]),
-    "not square": (built(u8(4, 1, 2, 3), test=u8(4, 1, 2, 3)), ["1x2x3", "crop or pad"]),
     "two sizes": (built(test=u8(4, 1, 3, 3)), ["1x2x2", "1x3x3", "one size"]),
     "too few labels": (
         built(None, LABELS[:3], None, LABELS, ("a", "b")),
@@ -139,7 +138,7 @@ def test_hold_out_follows_the_seed():
     assert not torch.equal(picks[0], picks[2])
 
 
-def test_image_size_needs_squares():
-    data = ImageData("s", torch.zeros(1, 1, 2, 3), None, torch.zeros(1, 1, 2, 3), None, (), "")
-    with pytest.raises(UserError, match="1x2x3"):
-        _ = data.image_size
+@pytest.mark.parametrize(("sides", "size"), [((2, 3), (2, 3)), ((4, 4), 4)])
+def test_image_size_is_one_side_of_squares(sides, size):
+    images = torch.zeros(1, 1, *sides, dtype=torch.uint8)
+    assert ImageData.build("s", images, None, images, None).image_size == size

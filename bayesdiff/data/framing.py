@@ -20,37 +20,26 @@ class Framing:
     those that the dataset tools of StyleGAN and EDM write for ``center-crop``.
 
     Attributes:
-        crop: side of the centred square that is cut out, ``"square"`` for the largest, or None.
-        resize: side that the square is brought to, or None.
+        crop: (height, width) of the centred part that is cut out, ``"square"`` for the largest
+            square, or None.
+        resize: (height, width) that it is brought to, of the same shape, or None.
     """
 
-    crop: int | str | None = None
-    resize: int | None = None
+    crop: tuple[int, int] | str | None = None
+    resize: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, crop: Any = None, resize: Any = None) -> Self:
         """From ``data.crop`` (number, ``[height, width]`` or ``square``) and ``data.resize``.
 
         Raises:
-            UserError: for values that are none of these, and sides that differ.
+            UserError: for values that are none of these.
         """
-        if isinstance(crop, Sequence) and not isinstance(crop, str):
-            sides = [at_least("data.crop", side) for side in crop]
-            if len(sides) != 2 or sides[0] != sides[1]:
-                raise UserError(
-                    f"data.crop={sides} is no square [height, width]; networks take square "
-                    "images: give one number, or data.crop=square"
-                )
-            crop = sides[0]
         if isinstance(crop, str) and crop != "square":
             raise UserError(
                 f"data.crop={crop} is unknown; give the side in pixels, [height,width] or square"
             )
-        if crop is not None and crop != "square":
-            at_least("data.crop", crop)
-        if resize is not None:
-            at_least("data.resize", resize)
-        return cls(crop, resize)
+        return cls(crop if crop == "square" else _sides("crop", crop), _sides("resize", resize))
 
     def apply(self, image: Image.Image, name: str) -> Image.Image:
         """Crop and resize one grey or RGB image.
@@ -64,22 +53,26 @@ class Framing:
         """
         width, height = image.size
         if self.crop is not None:
-            side = min(width, height) if isinstance(self.crop, str) else self.crop
-            if side > min(width, height):
+            side = min(width, height)
+            tall, wide = (side, side) if isinstance(self.crop, str) else self.crop
+            if tall > height or wide > width:
                 raise UserError(
-                    f"{name} is {width}x{height} (width x height), smaller than data.crop={side}; "
+                    f"{name} is {width}x{height} (width x height), smaller than "
+                    f"data.crop={_shown((tall, wide))}; "
                     "use data.crop=square, the largest square of each image"
                 )
-            left, top = (width - side) // 2, (height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
+            left, top = (width - wide) // 2, (height - tall) // 2
+            image = image.crop((left, top, left + wide, top + tall))
         if self.resize is None:
             return image
-        if image.size[0] != image.size[1]:
+        tall, wide = self.resize
+        if image.size[0] * tall != image.size[1] * wide:
             raise UserError(
-                f"{name} is {width}x{height} (width x height), which data.resize={self.resize} "
-                "would distort; add data.crop=square, which keeps the centre"
+                f"{name} is {width}x{height} (width x height), which "
+                f"data.resize={_shown(self.resize)} would distort; add data.crop=square, which "
+                "keeps the centre, or crop and resize to [height,width] of one shape"
             )
-        return image.resize((self.resize, self.resize), Image.Resampling.LANCZOS)
+        return image.resize((wide, tall), Image.Resampling.LANCZOS)
 
     def of_tensor(self, images: Tensor, name: str) -> Tensor:
         """Crop and resize images that are in memory, uint8 (N, C, H, W)."""
@@ -93,6 +86,26 @@ class Framing:
         array = image.permute(1, 2, 0).numpy()
         framed = self.apply(Image.fromarray(array[..., 0] if array.shape[2] == 1 else array), name)
         return torch.from_numpy(channels_first(np.array(framed)))
+
+
+def _sides(option: str, given: Any) -> tuple[int, int] | None:
+    """Height and width from one number, or from both.
+
+    Raises:
+        UserError: for what is neither.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        given = (given, given)
+    sides = [at_least(f"data.{option}", side) for side in given]
+    if len(sides) != 2:
+        raise UserError(f"data.{option}={sides} is not [height,width]; give one number, or both")
+    return sides[0], sides[1]
+
+
+def _shown(sides: tuple[int, int]) -> str:
+    return str(sides[0]) if sides[0] == sides[1] else f"[{sides[0]},{sides[1]}]"
 
 
 def channels_first(pixels: np.ndarray) -> np.ndarray:

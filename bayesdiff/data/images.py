@@ -51,9 +51,9 @@ class ImageData:
         """Check everything a later stage relies on, and hash it.
 
         Raises:
-            UserError: for an empty set, a wrong dtype or shape, sizes that differ, images that
-                are not square, labels that are missing, too many or out of range, a class
-                that no training image has, and vectors that do not fit the images.
+            UserError: for an empty set, a wrong dtype or shape, sizes that differ, labels that
+                are missing, too many or out of range, a class that no training image has, and
+                vectors that do not fit the images.
         """
         check_both_labelled(name, labels is not None, test_labels is not None)
         if labels is None and classes:
@@ -76,9 +76,7 @@ class ImageData:
         if embeddings is not None:
             _check_embeddings(f"data set {name}", embeddings, (len(images), len(test_images)))
         fingerprint = _fingerprint((*parts, *(embeddings or ())), classes)
-        data = cls(name, *parts, classes, fingerprint, *vectors)
-        _ = data.image_size  # refuses images that are not square before any work is done on them
-        return data
+        return cls(name, *parts, classes, fingerprint, *vectors)
 
     @property
     def num_classes(self) -> int:
@@ -91,19 +89,10 @@ class ImageData:
         return self.images.shape[1]
 
     @property
-    def image_size(self) -> int:
-        """Height and width in pixels.
-
-        Raises:
-            UserError: if the images are not square.
-        """
+    def image_size(self) -> int | tuple[int, int]:
+        """Side of square images, (height, width) of others, in pixels."""
         height, width = self.images.shape[2:]
-        if height != width:
-            raise UserError(
-                f"data set {self.name}: images are {_size(self.images)}, not square; "
-                "add data.crop=square, or crop or pad them to a square"
-            )
-        return height
+        return height if height == width else (height, width)
 
 
 def check_both_labelled(name: str, training: bool, test: bool) -> None:

@@ -26,18 +26,19 @@ _TORCHVISION_ERRORS = (
 )
 _FETCH = "set data.source.download=true"
 Crop = int | str | Sequence[int] | None  # ``data.crop``, see `bayesdiff.data.framing.Framing`
+Sides = int | Sequence[int] | None  # ``data.resize``
 
 
 def digits(
-    name: str = "digits", root: str | None = None, crop: Crop = None, resize: int | None = None
+    name: str = "digits", root: str | None = None, crop: Crop = None, resize: Sides = None
 ) -> ImageData:
     """The 1,797 handwritten 8x8 digits that ship with scikit-learn; 300 are held out.
 
     Args:
         name: short name of the data set.
         root: must stay unset; it is here because every other data set has it.
-        crop: side of a centred square to cut out, or ``square``.
-        resize: side that images are brought to after that.
+        crop: side or [height, width] of a centred part to cut out, or ``square``.
+        resize: side or [height, width] that images are brought to after that.
 
     Raises:
         UserError: if ``root`` is set.
@@ -63,7 +64,7 @@ def torchvision_images(
     dataset: str,
     download: bool = True,
     crop: Crop = None,
-    resize: int | None = None,
+    resize: Sides = None,
 ) -> ImageData:
     """A torchvision data set with its own test set, read whole.
 
@@ -72,8 +73,8 @@ def torchvision_images(
         root: folder that holds, or will hold, torchvision's layout (``MNIST/raw``, ...).
         dataset: ``MNIST``, ``FashionMNIST``, ``KMNIST`` or ``CIFAR10``.
         download: fetch missing files; files that are there never touch the network.
-        crop: side of a centred square to cut out, or ``square``.
-        resize: side that images are brought to after that.
+        crop: side or [height, width] of a centred part to cut out, or ``square``.
+        resize: side or [height, width] that images are brought to after that.
 
     Raises:
         UserError: if the files are missing and cannot be fetched, or are damaged.
@@ -127,7 +128,7 @@ def folder(
     test_fraction: float = 0.1,
     seed: int = 0,
     crop: Crop = None,
-    resize: int | None = None,
+    resize: Sides = None,
 ) -> ImageData:
     """Image files below a folder: one subfolder per class, or none and no labels.
 
@@ -139,8 +140,9 @@ def folder(
         root: the folder.
         test_fraction: share to hold out, between 0 and 1; used without a test folder.
         seed: chooses which images are held out.
-        crop: side of a centred square to cut out of every image, or ``square``, the largest.
-        resize: side that images are brought to after that.
+        crop: side or [height, width] to cut out of the middle of every image, or ``square``, the
+            largest.
+        resize: side or [height, width] that images are brought to after that.
 
     Raises:
         UserError: for a missing or empty folder, a tree that can be read in more than one way,
@@ -172,7 +174,7 @@ def zip_images(
     test_fraction: float = 0.1,
     seed: int = 0,
     crop: Crop = None,
-    resize: int | None = None,
+    resize: Sides = None,
 ) -> ImageData:
     """A zip in the StyleGAN/EDM format: images, and ``dataset.json`` with their labels.
 
@@ -187,8 +189,9 @@ def zip_images(
         test_root: second zip with the test images; unset holds out a share of the first.
         test_fraction: share to hold out, between 0 and 1; used without ``test_root``.
         seed: chooses which images are held out.
-        crop: side of a centred square to cut out of every image, or ``square``, the largest.
-        resize: side that images are brought to after that.
+        crop: side or [height, width] to cut out of the middle of every image, or ``square``, the
+            largest.
+        resize: side or [height, width] that images are brought to after that.
 
     Raises:
         UserError: for a file that is not a whole zip, a bad ``dataset.json``, labels that no
@@ -215,7 +218,7 @@ def celeba(
     test_fraction: float = 0.1,
     seed: int = 0,
     crop: Crop = 140,
-    resize: int | None = 64,
+    resize: Sides = 64,
 ) -> ImageData:
     """CelebA, aligned and cropped faces of 178x218 pixels (Liu et al. 2015).
 
@@ -230,8 +233,9 @@ def celeba(
             which gives two classes; None for no labels.
         test_fraction: share to hold out, between 0 and 1; used without ``list_eval_partition``.
         seed: chooses which images are held out.
-        crop: side of a centred square to cut out of every image, or ``square``, the largest.
-        resize: side that images are brought to after that.
+        crop: side or [height, width] to cut out of the middle of every image, or ``square``, the
+            largest.
+        resize: side or [height, width] that images are brought to after that.
 
     Raises:
         UserError: for files that are missing, an unknown attribute, and images without a line

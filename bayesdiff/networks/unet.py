@@ -92,7 +92,8 @@ class UNet(nn.Module):
 
     Args:
         in_channels: image channels C.
-        image_size: side of the square images; it must be divisible by ``patch * 2**(levels - 1)``.
+        image_size: side of square images, or (height, width); each must be divisible by
+            ``patch * 2**(levels - 1)``.
         num_classes: labels are 0 ... num_classes - 1, and num_classes is the "no class" label of
             guidance; None for a network without labels.
         channels: width of each level; the first one is the number of features D of the head.
@@ -111,7 +112,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        image_size: int,
+        image_size: int | Sequence[int],
         num_classes: int | None = None,
         channels: Sequence[int] = (64, 128),
         blocks: int = 2,
@@ -125,12 +126,7 @@ class UNet(nn.Module):
         at_least("net.blocks", blocks)
         at_least("net.patch", patch)
         _check_options(channels, attention, head_kernel, dropout)
-        divisor = patch * 2 ** (len(channels) - 1)
-        if image_size % divisor:
-            raise UserError(
-                f"image size {image_size} is not divisible by {divisor}; "
-                "choose another net.patch or fewer net.channels"
-            )
+        _check_size(image_size, patch * 2 ** (len(channels) - 1))
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.patch = patch
         width, embedding = channels[0], 4 * channels[0]
@@ -225,6 +221,20 @@ def _up(block: Block, channels: Sequence[int], blocks: int, skips: list[int]) ->
 
 def _groups(channels: int) -> int:
     return math.gcd(8, channels)
+
+
+def _check_size(image_size: int | Sequence[int], divisor: int) -> None:
+    """Refuse images that the levels cannot halve.
+
+    Raises:
+        UserError: naming the size and what it must be divisible by.
+    """
+    sides = (image_size,) if isinstance(image_size, int) else tuple(image_size)
+    if any(side % divisor for side in sides):
+        raise UserError(
+            f"image size {' x '.join(map(str, sides))} is not divisible by {divisor}; "
+            "choose another net.patch or fewer net.channels, or cut the images with data.crop"
+        )
 
 
 def _check_options(

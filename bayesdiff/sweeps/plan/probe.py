@@ -139,7 +139,7 @@ class Probe:
         batches = classifier._batches(
             len(data.images), classifier._epochs(len(data.images)), torch.Generator()
         )
-        stride = 4 if data.image_size > 32 else 2
+        stride = 4 if max(data.images.shape[2:]) > 32 else 2
         network = classifier.Classifier(data.channels, data.num_classes, stride=stride)
         network = network.to(memory_format=torch.channels_last).to(device)
         few = batches[:3]
