@@ -9,6 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,11 +168,13 @@ def makes_a_study(options: Any) -> bool:
     return inspect.isclass(kind) and issubclass(kind, Study)
 
 
-def open_places() -> set[str]:
+@cache
+def open_places() -> frozenset[str]:
     """Names that the shipped configuration leaves to studies."""
     path = CONFIGS / "train.yaml"
     shipped: Any = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
-    return {str(k) for k, v in shipped.items() if v is None and not is_aside(str(k), shipped)}
+    names = (str(name) for name, value in shipped.items() if value is None)
+    return frozenset(name for name in names if not is_aside(name, shipped))
 
 
 def make_study(at: Setup, name: str, study: Study) -> Path:
