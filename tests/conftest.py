@@ -52,6 +52,17 @@ DRAWS = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def digits_read_once() -> Iterator[None]:
+    """scikit-learn would parse them for every run."""
+    import sklearn.datasets
+
+    once = cache(sklearn.datasets.load_digits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sklearn.datasets, "load_digits", lambda: copy.deepcopy(once()))
+        yield
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Sums and rows of a batch round differently with another number of threads."""

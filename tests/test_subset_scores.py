@@ -1,6 +1,7 @@
 """Scores of subsets from shared kernels and neighbours, against torch-fidelity and slow loops."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,6 +171,8 @@ def exact_fid(dims, shift, scale):
 def test_fid_of_infinity_is_the_distance_of_the_distributions():
     """The reference's own few images shift it a little, so it has very many here."""
     reference = reference_of(normal(200_000, dims=4))
+    # The precision of each pool, which nobody reads here, would compare it with all of these.
+    reference = replace(reference, subset=reference.subset[:50])
     truth = exact_fid(4, 0.3, 1.1)
     inside, biased = 0, []
     for seed in range(25):
