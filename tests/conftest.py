@@ -63,6 +63,40 @@ def digits_read_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def figures_drawn_once() -> Iterator[None]:
+    """Reports draw a figure of a name once; the next of that name gets its pixels.
+
+    Figures are made, captioned and kept as ever: drawing them is half of the smallest run.
+    """
+    from matplotlib.figure import Figure
+
+    from bayesdiff.report import figures, style
+
+    drawn: dict[str, bytes] = {}
+
+    def save(figure: Figure, path: Path, *, pdf: bool = True) -> Path:
+        name = Path(path).name
+        if name not in drawn:
+            drawn[name] = style.save(figure, path, pdf=pdf).read_bytes()
+            return Path(path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda _, to, **__: Path(to).write_bytes(drawn[name]))
+            return style.save(figure, path, pdf=pdf)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", save)
+        yield
+
+
+@pytest.fixture
+def every_figure_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at the pixels of reports."""
+    from bayesdiff.report import figures, style
+
+    monkeypatch.setattr(figures, "save", style.save)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Sums and rows of a batch round differently with another number of threads."""

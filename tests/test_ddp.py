@@ -17,10 +17,14 @@ from bayesdiff.report import board
 from bayesdiff.storage.artefacts import read_json
 from bayesdiff.storage.checkpoints import read_checkpoint
 
-VALIDATE = ("uncertainty.validate=true", "uncertainty.validate_images=3")
+VALIDATE = (
+    "uncertainty.validate=true",
+    "uncertainty.validate_images=3",
+    "uncertainty.validate_members=2",
+)
 TWO = ("trainer=ddp", "trainer.devices=2")
 # Several batches of everything, and numbers of them that two processes cannot share evenly.
-BATCHES = ("laplace.batch_size=24", "metrics.batch_size=5", "uncertainty.batch_size=1")
+BATCHES = ("laplace.batch_size=24", "metrics.batch_size=5", "uncertainty.batch_size=3")
 # Five blocks of images; more batches in a block than processes.
 FILTERED = (
     "experiment=filtering",
@@ -33,7 +37,6 @@ FILTERED = (
     "filtering.subsets=3",
     "filtering.draws=2",
     "~filtering.maps.published",
-    "uncertainty.batch_size=8",
 )
 
 
@@ -64,26 +67,36 @@ def classifiers_for(trained: Trained, output_dir: Path) -> None:
         shutil.copy(quick, classifier.cache_path(cache, images.fingerprint, seed, epochs))
 
 
-def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
-    fixed = ["fit=false", f"ckpt_path={trained.checkpoint}", *BATCHES, *VALIDATE]
-    fixed.append("uncertainty.validate_members=2")
-    classifiers_for(trained, tmp_path)
-    one = pipeline.run(compose_list(smallest(tmp_path, *fixed, f"run_dir={tmp_path}/one")))
-    for path in (tmp_path / "cache").glob("reference-*"):
+@pytest.fixture(scope="module")
+def runs(trained: Trained, tmp_path_factory) -> tuple[pipeline.Result, Path, str]:
+    """The same run in one process and in two, the folder of both, and what the two said."""
+    folder = tmp_path_factory.mktemp("runs")
+    fixed = ["fit=false", f"ckpt_path={trained.checkpoint}", *FILTERED, *BATCHES, *VALIDATE]
+    classifiers_for(trained, folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board, "write", lambda *args, **kwargs: [])
+        patch.setattr(board, "write_study", lambda *args, **kwargs: [])
+        one = pipeline.run(compose_list(smallest(folder, *fixed, f"run_dir={folder}/one")))
+    torch.set_num_threads(threads)
+    for path in (folder / "cache").glob("reference-*"):
         path.unlink()  # its features too are shared out
-    done = train_py(tmp_path, *smallest(tmp_path, *fixed, *TWO, f"run_dir={tmp_path}/two"))
+    done = train_py(folder, *smallest(folder, *fixed, *TWO, f"run_dir={folder}/two"))
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"\bnfe\b", done.stdout)) == 1
     assert "Traceback" not in done.stderr
+    return one, folder, done.stdout
 
-    two = tmp_path / "two"
-    single, shared = (
-        Curvature.load(next(at.glob("curvature-*"))) for at in (tmp_path / "one", two)
-    )
+
+def test_the_same_curvature_images_and_maps(runs):
+    one, folder, said = runs
+    assert len(re.findall(r"\bnfe\b", said)) == 1
+    two = folder / "two"
+    single, shared = (Curvature.load(next(at.glob("curvature-*"))) for at in (folder / "one", two))
     assert shared.source == single.source
     torch.testing.assert_close(shared.gram, single.gram, rtol=1e-9, atol=0)
     assert shared.squared_error == pytest.approx(single.squared_error, rel=1e-9)
-    (first,), (second,) = ((tmp_path / n).glob("images-*.npz") for n in ("one", "two"))
+    (first,), (second,) = ((folder / n).glob("images-*.npz") for n in ("one", "two"))
     assert first.name == second.name
     assert np.array_equal(arrays(first)["images"], arrays(second)["images"])
     maps = arrays(two / one.samples.name)
@@ -93,27 +106,23 @@ def test_the_same_curvature_images_and_maps(trained: Trained, tmp_path):
         else:
             assert np.array_equal(maps[name], value), name
     compared = [
-        read_json(path) for n in ("one", "two") for path in (tmp_path / n).glob("validation-*")
+        read_json(path) for n in ("one", "two") for path in (folder / n).glob("validation-*")
     ]
     first_rows, second_rows = (record["images"] for record in compared)
     for name in ("estimate", "reference", "z2"):
         np.testing.assert_allclose(second_rows[name], first_rows[name], rtol=1e-4)
-    scored = [read_json(path) for n in ("one", "two") for path in (tmp_path / n).glob("scores-*")]
+    scored = [read_json(path) for n in ("one", "two") for path in (folder / n).glob("scores-*")]
     assert scored[1]["metrics"] == pytest.approx(scored[0]["metrics"], rel=1e-9, nan_ok=True)
-    assert len(list((tmp_path / "cache").glob("reference-*"))) == 1
+    assert len(list((folder / "cache").glob("reference-*"))) == 1
     names = [name for name in files(two) if "figures/" not in name and ".report" not in name]
-    assert names == files(tmp_path / "one")
+    assert names == files(folder / "one")
 
 
-def test_the_same_gains_of_every_score(trained: Trained, tmp_path):
-    fixed = ["fit=false", f"ckpt_path={trained.checkpoint}", *FILTERED]
-    classifiers_for(trained, tmp_path)
-    one = pipeline.run(compose_list(smallest(tmp_path, *fixed, f"run_dir={tmp_path}/one")))
-    done = train_py(tmp_path, *smallest(tmp_path, *fixed, *TWO, f"run_dir={tmp_path}/two"))
-    assert done.returncode == 0, done.stderr
+def test_the_same_gains_of_every_score(runs):
+    one, folder, _ = runs
     (study,) = one.studies
     first, second = (
-        read_json(tmp_path / name / study.name / "results.json") for name in ("one", "two")
+        read_json(folder / name / study.name / "results.json") for name in ("one", "two")
     )
     assert first == second
     assert len(first["seeds"]["0"]) > 50

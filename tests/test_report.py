@@ -21,7 +21,7 @@ from bayesdiff.sweeps.charts import sweep_figure
 from bayesdiff.uncertainty import Samples
 from bayesdiff.uncertainty.scores.of_maps_and_images import map_score
 
-pytestmark = pytest.mark.usefixtures("without_pdf")
+pytestmark = pytest.mark.usefixtures("without_pdf", "every_figure_drawn")
 
 CLASSES = ["cat", "dog", "$5 bill and a very long name for a class $"]
 

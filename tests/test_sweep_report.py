@@ -25,7 +25,7 @@ from bayesdiff.sweeps.maps import CellMaps, by_images, map_tiles, scale_of
 from bayesdiff.sweeps.over_time import CellCurve, over_time_figure
 from bayesdiff.uncertainty.stored import stored_samples, to_arrays
 
-pytestmark = pytest.mark.usefixtures("without_pdf")
+pytestmark = pytest.mark.usefixtures("without_pdf", "every_figure_drawn")
 
 FID, VARIANCE = "fid@500/classifier", "summed_variance/mean"
 
