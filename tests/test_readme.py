@@ -62,6 +62,12 @@ def data_root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory):
+    """One folder for all commands, so that the same training is made once."""
+    return tmp_path_factory.mktemp("outputs")
+
+
 def runnable(given, data_root):
     """The command's own arguments, with data where the README says path/to."""
     values = [value.replace("path/to/images", str(data_root / "images")) for value in given]
@@ -71,7 +77,7 @@ def runnable(given, data_root):
 
 
 @pytest.mark.parametrize("given", arguments("train.py") + arguments("sweep.py"), ids=" ".join)
-def test_command_runs(given, data_root, trained, tmp_path, monkeypatch):
+def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("BAYESDIFF_DATA", str(data_root))
     monkeypatch.setattr("bayesdiff.metrics.classifier._epochs", lambda size: 1)
     given = [value for value in given if value not in ELSEWHERE]
@@ -95,12 +101,12 @@ def test_command_runs(given, data_root, trained, tmp_path, monkeypatch):
         overrides += ["interpolation.pairs=2", "interpolation.points=3"]
     if "experiment=head_chain" in overrides:
         overrides += ["head_chain.num_images=20", "head_chain.chains=4", "head_chain.draws=20"]
-    cfg = compose_list(smallest(tmp_path, "solver.num_steps=6", *overrides))
     if "ckpt_path=last" in overrides:
+        cfg = compose_list(smallest(tmp_path, "solver.num_steps=6", *overrides))
         with pytest.raises(UserError, match="ckpt_path=last but there is no"):
             pipeline.run(cfg)
         return
-    result = pipeline.run(cfg)
+    result = pipeline.run(compose_list(smallest(output_dir, "solver.num_steps=6", *overrides)))
     assert (result.folder / "metrics.json").is_file()
     assert list((result.folder / "figures").glob("*.png"))
 
