@@ -34,6 +34,43 @@ def wide_digits(width=12, **_) -> ImageData:
     return hold_out("wide", wide, labels, classes, 1 / 6, 0)
 
 
+class Foreign(nn.Module):
+    """A convolutional net as others write it: nothing of it is named as here."""
+
+    def __init__(self, channels=1, width=6):
+        super().__init__()
+        self.inner = nn.Conv2d(channels, width, 3, padding=1)
+        self.clock = nn.Linear(1, width)
+        self.out = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, images, times):
+        hidden = F.gelu(
+            self.inner(images) + self.clock(times[:, None].to(images))[..., None, None]
+        )
+        return self.out(hidden)
+
+
+class Tokens(nn.Module):
+    """A small transformer on 2x2 patches of 8x8 images; what follows its last layer is a fold."""
+
+    def __init__(self, width=6, classes=10, room=1):
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, 2, stride=2)
+        self.place = nn.Parameter(0.1 * torch.randn(16, width))
+        self.label = nn.Embedding(classes + room, width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.final = nn.ModuleDict({"norm": nn.LayerNorm(width), "linear": nn.Linear(width, 4)})
+
+    def forward(self, x, t, y):
+        tokens = self.embed(x).flatten(2).mT + self.place
+        tokens = tokens + self.label(y)[:, None] + t[:, None, None].to(x)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.unpatchify(self.final["linear"](self.final["norm"](tokens)))
+
+    def unpatchify(self, tokens):
+        return F.pixel_shuffle(tokens.mT.unflatten(2, (4, 4)), 2)
+
+
 class AngleNet(nn.Module):
     """One convolution, moved by time and a vector; the head sees what comes out."""
 

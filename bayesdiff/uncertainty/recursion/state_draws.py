@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesdiff.networks.forward_mode import jvp
 from bayesdiff.solvers import Step
 from bayesdiff.uncertainty.recursion.covariance import (
     covariance_between,
@@ -97,7 +98,7 @@ class Draws:
             found = evaluate(self.head, step, x, noise)
             return found.outputs, (found.features, found.noises)
 
-        found: tuple = torch.func.jvp(outputs, (x,), (probes,), has_aux=True)
+        found: tuple = jvp(outputs, (x,), (probes,), has_aux=True)
         values, tangents, others = found
         field.evaluations += field.evaluations - before  # a derivative costs about as much again
         return Evaluations(values, *others), probes, tangents

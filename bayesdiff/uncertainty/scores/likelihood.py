@@ -22,6 +22,7 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.module import to_model_range
 from bayesdiff.models import GenerativeModel
+from bayesdiff.networks.forward_mode import jvp
 from bayesdiff.paths import CondOT, ProbabilityPath, convert
 from bayesdiff.solvers import RK4, Field, Heun, SampleNoise, Step, integrate, time_grid
 from bayesdiff.solvers.grid import log_snr, time_at
@@ -209,7 +210,7 @@ class _Slope:
         # Images repeated, one copy per probe: vmap has no channels-last layout.
         states = x.to(self.vectors).repeat(len(self.vectors), 1, 1, 1)
         directions = self.vectors.flatten(0, 1)
-        found: tuple = torch.func.jvp(lambda y: self.field(y, t), (states,), (directions,))
+        found: tuple = jvp(lambda y: self.field(y, t), (states,), (directions,))
         outputs, tangents = (values.unflatten(0, self.vectors.shape[:2]) for values in found)
         products = (self.vectors.double() * tangents).flatten(2).sum((0, 2))
         slope = p * x + q * outputs[0]

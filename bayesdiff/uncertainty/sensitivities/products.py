@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.laplace.gram import apply_head
+from bayesdiff.networks.forward_mode import jvp
 from bayesdiff.paths import convert
 from bayesdiff.solvers import Field
 from bayesdiff.uncertainty.sensitivities.predicted_products import Memory, Rule
@@ -143,7 +144,7 @@ def derivatives(field: Field, x: Tensor, output: Tensor, d: Tensor, t: float) ->
     inside.layout, inside.evaluations = torch.preserve_format, 0
 
     def tangent(row: Tensor) -> Tensor:
-        return torch.func.jvp(lambda state: inside(state, t), (x,), (row,))[1]
+        return jvp(lambda state: inside(state, t), (x,), (row,))[1]
 
     result = torch.func.vmap(tangent)(d)
     field.evaluations += inside.evaluations * (1 + len(d))

@@ -17,7 +17,7 @@ from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.storage.artefacts import key_of, weights_key
 from bayesdiff.storage.locks import together
-from bayesdiff.uncertainty.estimator import Estimator
+from bayesdiff.uncertainty.estimator import Estimator, Training
 from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory, check_skip_interval
 from bayesdiff.uncertainty.sensitivities import refiner_file
 from bayesdiff.uncertainty.sensitivities.linearised import (
@@ -40,8 +40,7 @@ from bayesdiff.uncertainty.sensitivities.refiner import train_refiner as trained
 
 log = logging.getLogger(__name__)
 
-_MOST_DRAWS = 32
-TARGET_DRAWS, TARGET_PRODUCTS = 2, 8
+_MOST_DRAWS, TARGET_DRAWS, TARGET_PRODUCTS = 32, 2, 8
 _BATCH = 8  # training images that share their target draws
 _HELD_OUT = 0.1
 
@@ -137,6 +136,10 @@ class Refined(Estimator):
         """Directions that the budget pays for along ``count`` evaluations."""
         paid = int(self.budget * count / max(1, len(self.nodes(count))) + 1e-9)
         return min(max(2, paid), _MOST_DRAWS)
+
+    def check_run(self, run: Training) -> None:
+        """Refuse a head on tokens, whose features are no image that the refiner could read."""
+        refiner_file.check_features(run.model.net.head)
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
         """With rule and refiner, read from the run folder or trained now.

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.storage.checked_file import load_checked, save_checked
 from bayesdiff.uncertainty.sensitivities.predicted_products import Rule
@@ -111,3 +112,16 @@ def load(path: Path, key: str) -> tuple[Rule, Refiner] | None:
     except UserError as error:
         log.warning("%s", error)
         return None
+
+
+def check_features(head: nn.Module) -> None:
+    """Refuse what a refiner, kept or new, could not read.
+
+    Raises:
+        UserError: for a linear head, whose features are tokens.
+    """
+    if not HeadGeometry.of(head).kernel_size:
+        raise UserError(
+            "uncertainty=refined needs features like images, and this network's head is linear, "
+            "on tokens; use uncertainty=linearised, or ensemble"
+        )

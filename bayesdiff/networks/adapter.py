@@ -1,0 +1,175 @@
+"""Any module ``forward(x, t[, y])`` that ends in a linear layer, as a network of this package."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesdiff.checks import UserError
+
+
+class _Reached(Exception):
+    """Carries the input of the last layer out of a forward pass, which ends there."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+class _Tap(nn.Module):
+    """Stands where the last layer was."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        raise _Reached(features)
+
+
+class Adapter(nn.Module):
+    """forward = fold(head(features(x, t, y))), for a module that was written for something else.
+
+    In Python, and on the command line::
+
+        net = Adapter(MyNet(), head="out")
+        model = GenerativeModel(net, CondOT(), "velocity", optimizer)
+
+        python train.py net._target_=bayesdiff.networks.Adapter +net.module._target_=mine.MyNet \
+            +net.head=out model.num_classes=null
+
+    The module's own last layer becomes ``head``; its forward pass, which ends there from now on,
+    gives the features. Whatever it did after that layer is ``fold``.
+
+    Args:
+        module: with its weights; its last layer is taken out of it.
+        head: name of the last layer, an ``nn.Linear`` or ``nn.Conv2d``: ``out``, ``final.linear``.
+        fold: from the head's output to the image: name of a method of the module, or a function;
+            None where the head's output is the image. It may move pixels and nothing else.
+        num_classes: labels that the module takes as ``y``; it gets this number for "no class".
+            None for a module without labels.
+        embedding_size: length of the vectors that it takes as ``y``; None for one without.
+        in_channels: channels of the images; with ``image_size``, the adapted network is compared
+            with the module before anything is trained.
+        image_size: side of square images, or (height, width).
+
+    Raises:
+        UserError: for a layer that is not there, a module that takes no ``y``, or a network that
+            says something else than the module did.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        head: str,
+        fold: str | Callable[[Tensor], Tensor] | None = None,
+        num_classes: int | None = None,
+        embedding_size: int | None = None,
+        in_channels: int | None = None,
+        image_size: int | Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.embedding_size = num_classes, embedding_size
+        kind = type(module).__name__
+        self.takes_condition = _takes_condition(module)
+        if (num_classes or embedding_size) and not self.takes_condition:
+            raise UserError(
+                f"{kind}.forward takes no third argument and would not see the condition; use "
+                "model.num_classes=null with condition=labels"
+            )
+        where, _, name = head.rpartition(".")
+        try:
+            self.head = module.get_submodule(head)
+        except AttributeError as error:
+            raise UserError(f"{kind} has no layer {head}; net.head names its last one") from error
+        if isinstance(fold, str) and not callable(getattr(module, fold, None)):
+            raise UserError(f"{kind} has no method {fold}; net.fold names what follows the head")
+        self._fold = fold
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        shape = None if in_channels is None or sides is None else (in_channels, *sides)
+        self.module = module
+        try:
+            truth = None if shape is None else self._once(module, shape)
+        except IndexError as error:
+            raise UserError(
+                f"{kind} does not take label {num_classes}, which is no class; give it room for "
+                f"{num_classes} + 1 labels"
+                if num_classes
+                else f"{kind} does not run: {error}"
+            ) from error
+        setattr(module.get_submodule(where), name, _Tap())
+        if shape is not None:
+            self._compare(truth, shape, kind)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Prediction of the images' shape."""
+        return self.fold(self.head(self.features(x, t, y)))
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Input of the head: ``(B, D, h, w)``, or ``(B, ..., D)`` for a linear one.
+
+        Raises:
+            UserError: for a module that does not come to its last layer.
+        """
+        try:
+            self.module(x, t, *self._condition(t, y))
+        except _Reached as reached:
+            return reached.features
+        raise UserError(
+            f"{type(self.module).__name__}.forward does not call the layer that net.head names; "
+            "name its last one"
+        )
+
+    def fold(self, output: Tensor) -> Tensor:
+        """The head's output as images ``(B, C, H, W)``."""
+        if self._fold is None:
+            return output
+        own = getattr(self.module, self._fold) if isinstance(self._fold, str) else self._fold
+        image: Tensor = own(output)
+        return image
+
+    def _condition(self, t: Tensor, y: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not self.takes_condition:
+            return ()
+        if y is None and self.num_classes:
+            y = torch.full(t.shape, self.num_classes, device=t.device)
+        if y is None and self.embedding_size:
+            y = t.new_zeros(len(t), self.embedding_size)
+        return (y,)
+
+    @torch.no_grad()
+    def _once(self, net: nn.Module, shape: Sequence[int]) -> Tensor:
+        """Output for two images of noise, the same for every call."""
+        generator = torch.Generator().manual_seed(0)
+        like = next(self.module.parameters())
+        x = torch.randn(2, *shape, generator=generator).to(like)
+        t = torch.tensor([0.25, 0.75]).to(like.device)
+        given = self._condition(t, None) if net is self.module else ()
+        training = net.training
+        output: Tensor = net.eval()(x, t, *given)
+        net.train(training)
+        return output
+
+    def _compare(self, truth: Any, shape: Sequence[int], kind: str) -> None:
+        try:
+            own = self._once(self, shape)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(f"net.fold does not take what {kind}'s head gives: {error}") from error
+        if own.shape != truth.shape or not torch.allclose(own, truth, rtol=1e-4, atol=1e-5):
+            raise UserError(
+                f"{kind} does more after its last layer than net.fold does: it gives "
+                f"{tuple(truth.shape)}, the adapted one {tuple(own.shape)} or other values; "
+                "net.fold must name the method that makes images of the head's output"
+            )
+        if truth.shape[1:] != tuple(shape):
+            raise UserError(
+                f"{kind} gives {tuple(truth.shape[1:])} for images of {tuple(shape)}; its output "
+                "must have their shape"
+            )
+
+
+def _takes_condition(module: nn.Module) -> bool:
+    """Whether forward has a third argument, or takes any number."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return True
+    placed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(each.kind in placed for each in parameters) > 2
