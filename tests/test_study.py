@@ -14,7 +14,7 @@ from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.report import board
 from bayesdiff.runs.address import maps_settings, scores_key
-from bayesdiff.runs.setup import Setup
+from bayesdiff.runs.setup import Setup, with_effect
 from bayesdiff.studies import image_pool as pools
 from bayesdiff.studies import study
 from bayesdiff.studies.filtering.filtering import Filtering
@@ -22,9 +22,6 @@ from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.interpolation.interpolation import Interpolation
 from bayesdiff.studies.repair.repair import Repair
 from bayesdiff.studies.study import Report, Study, conditions, study_key
-
-# All that keys read of one.
-POSTERIOR = SimpleNamespace(curvature=SimpleNamespace(source="x"), settings=[])
 from bayesdiff.uncertainty import Ensemble, Refined
 
 # All that keys read of one.
@@ -235,6 +232,4 @@ def test_a_pool_smaller_than_the_maps_that_are_validated_is_made(
     posterior = laplace.fit(run.model.eval(), run.data.data)
     at = Setup(run, solver, estimator, posterior, "x")
     assert len(ImagePool.of(at, 5, 3).maps(estimator).images) == 5
-    assert study.with_effect(run.cfg.uncertainty).keys() & {"validate", "num_images"} == {
-        "num_images"
-    }
+    assert with_effect(run.cfg.uncertainty).keys() & {"validate", "num_images"} == {"num_images"}
