@@ -14,10 +14,12 @@ from bayesdiff import pipeline
 def test_metrics_of_an_encoder_carry_its_name(name, compose: Compose, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"clip": clip_state, "dinov2": dino_state}[name](), path)
-    for number in range(80):
-        write_png(tmp_path / "images" / f"{number}.png", pixels(number, (8, 8)))
+    for number in range(60):
+        part = "test" if number < 12 else "train"
+        write_png(tmp_path / "images" / part / f"{number}.png", pixels(number, (8, 8)))
     overrides = [f"metrics={name}", f"metrics.weights_path={path}", "metrics.num_images=12"]
     overrides += ["data=folder", f"data.root={tmp_path}/images", "data.batch_size=32"]
+    overrides += ["laplace.num_images=48"]
     metrics = pipeline.run(compose(*overrides)).metrics
     for score in ("fid", "kid", "precision", "recall", "cmmd"):
         assert metrics[f"{score}@12/{name}"] == metrics[f"{score}@12/{name}"]

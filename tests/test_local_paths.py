@@ -1,13 +1,10 @@
 """One option, one place: every path is expanded once, and what is no local path is refused."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, compose_list, smallest
+from conftest import compose_list, smallest
 from omegaconf import OmegaConf
 
 from bayesdiff import pipeline
@@ -62,18 +59,6 @@ def test_a_run_below_the_home_leaves_all_of_it_there(home: Path):
     assert result.folder.is_relative_to(home / "x")
     assert (result.folder.parent / "checkpoints" / "last.ckpt").is_file()
     assert list(Path.cwd().iterdir()) == []
-
-
-def test_a_sweep_below_the_home_leaves_all_of_it_there(home: Path):
-    """Hydra makes a folder of its own for the sweep, and one for every cell."""
-    words = smallest(Path("x"), "output_dir='~/x'", "metrics.num_images=-1,-2")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "sweep.py"), "-m", *words],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert "metrics.num_images" in done.stderr and done.returncode == 1
-    assert list(Path.cwd().iterdir()) == []
-    assert [path.name for path in (home / "x").iterdir() if path.is_dir()] == ["sweeps"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import logging
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -437,13 +435,3 @@ def test_a_link_below_what_may_not_be_entered_is_no_folder(tmp_path, monkeypatch
     monkeypatch.setattr(os, "scandir", lambda path: [Entry(entry) for entry in scan(path)])
     data = sources.folder("f", tmp_path)
     assert len(data.images) + len(data.test_images) == 2
-
-
-def test_importing_the_sources_is_cheap():
-    code = (
-        "import sys, bayesdiff.data.sources;"
-        "heavy = {'torchvision', 'sklearn', 'matplotlib', 'scipy'} & set(sys.modules);"
-        "sys.exit(str(heavy) if heavy else 0)"
-    )
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,14 @@ from bayesdiff.sweeps import sweep
 KEY = "laplace.prior_precision"
 
 
-def run_sweep(output_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "sweep.py", "-m", *smallest(output_dir, *overrides)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def run_sweep(home: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """A sweep below the home folder, started elsewhere."""
+    words = smallest(Path("x"), "output_dir='~/x'", *overrides)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "sweep.py"), "-m", *words],
+        cwd=home.parent / "work", env=os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def table_of(output_dir: Path) -> list[dict[str, str]]:
@@ -30,9 +36,11 @@ def table_of(output_dir: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def swept(trained, tmp_path_factory):
     """A sweep with one bad cell, over a training that is there already."""
-    copy = trained.copy_to(tmp_path_factory.mktemp("sweep"))
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "work").mkdir()
+    copy = trained.copy_to(folder / "home" / "x")
     before = (copy.curvature).stat().st_mtime_ns
-    done = run_sweep(copy.output_dir, f"{KEY}=1,10,-1")
+    done = run_sweep(folder / "home", f"{KEY}=1,10,-1")
     return copy, done, before
 
 
@@ -45,6 +53,15 @@ def test_a_bad_cell_leaves_the_others_and_a_non_zero_exit(swept):
     rows = table_of(copy.output_dir)
     assert [row[KEY] for row in rows] == ["1.0", "10.0", "-1.0"]
     assert [row["status"] for row in rows] == ["done", "done", "failed"]
+
+
+def test_a_sweep_below_the_home_leaves_all_of_it_there(swept, trained):
+    """Hydra makes a folder of its own for the sweep, and one for every cell."""
+    home = swept[0].output_dir.parent
+    assert list((home.parent / "work").iterdir()) == []
+    before = {path.name for path in trained.output_dir.iterdir() if path.is_dir()}
+    now = {path.name for path in (home / "x").iterdir() if path.is_dir()}
+    assert now - before == {"sweeps"} and before
 
 
 def test_no_second_training_and_no_second_pass(swept):
@@ -71,7 +88,7 @@ def test_figure_and_hparams_rows_with_real_metrics(swept):
 def test_started_again_only_what_is_missing_runs(swept):
     copy, _, _ = swept
     stamps = {path: path.stat().st_mtime_ns for path in copy.folder.rglob("*.npz")}
-    again = run_sweep(copy.output_dir, f"{KEY}=1,10,-1")
+    again = run_sweep(copy.output_dir.parent, f"{KEY}=1,10,-1")
     assert again.returncode == 1  # the bad value is still bad
     assert {path: path.stat().st_mtime_ns for path in copy.folder.rglob("*.npz")} == stamps
     assert len(list(copy.output_dir.glob("sweeps/*/sweep.csv"))) == 1
