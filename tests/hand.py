@@ -192,7 +192,7 @@ class Double:
     """A sample's noise in double precision."""
 
     def __init__(self, noise):
-        self.noise, self.generators = noise, noise.generators
+        self.noise, self.generators, self.indices = noise, noise.generators, noise.indices
 
     def fork(self, number):
         return self.noise.fork(number)
