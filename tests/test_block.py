@@ -29,6 +29,7 @@ from bayesdiff.laplace.block.record import BlockFactors, LayerFactors
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.storage.artefacts import weights_key
 from bayesdiff.uncertainty import Ensemble, Linearised
 from bayesdiff.uncertainty.members.block_ensemble import (
     BlockEnsemble,
@@ -292,7 +293,7 @@ def unet_posterior(prior=2000.0):
     net, head = small_unet()
     shapes = {name: layer_matrix(layer).shape for name, layer in block_layers(net).items()}
     model = model_of(net, num_classes=3)
-    factors = replace(some_factors(**shapes), source=f"{pipeline.weights_key(model)}-d-p")
+    factors = replace(some_factors(**shapes), source=f"{weights_key(model)}-d-p")
     return net, head, BlockPosterior(factors, "full", 1.0, prior, 20.0)
 
 
@@ -304,7 +305,7 @@ def test_members_are_whole_networks_drawn_from_both_posteriors(name):
     start = real_start(net, name)
     own = replace(
         posterior,
-        factors=replace(posterior.factors, source=f"{pipeline.weights_key(start.model)}-d-p"),
+        factors=replace(posterior.factors, source=f"{weights_key(start.model)}-d-p"),
     )
     estimator = BlockEnsemble(members=3, noise_members=0, seed=4, block=own)
     ready = estimator.fit(lambda numbers: real_start(net, name), head)
@@ -342,7 +343,7 @@ def test_draws_do_not_depend_on_the_batch():
     for row in range(2):
         start = real_start(net, "euler")
         noise = type(start.noise)(1, [(4, 7)[row]], (1, 8, 8))
-        alone = ready(replace(start, labels=start.labels[row : row + 1], noise=noise), head)
+        alone = ready(replace(start, condition=start.labels[row : row + 1], noise=noise), head)
         torch.testing.assert_close(alone.variance[0], together.variance[row], rtol=1e-3, atol=1e-7)
 
 

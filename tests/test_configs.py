@@ -23,6 +23,7 @@ from bayesdiff.paths import CondOT, VariancePreserving
 from bayesdiff.report.loggers import Loggers, check_loggers
 from bayesdiff.runs import build
 from bayesdiff.runs.callback_options import _named
+from bayesdiff.runs.likelihood import build_likelihood
 from bayesdiff.solvers.step import check_solver
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -56,6 +57,16 @@ def test_models(name, small_data):
     assert {"flow": CondOT, "diffusion": VariancePreserving}[name] is type(model.path)
     check_solver(instantiate(cfg.solver), model.path, conditional=True)
     assert model.num_classes == 10
+
+
+@every("likelihood")
+def test_likelihoods(name, small_data):
+    cfg = composed(f"likelihood={name}", "net=tiny")
+    model = build.build_model(cfg, small_data)
+    assert model.likelihood.name.partition("-")[0] == name
+    assert model.prediction in model.likelihood.predictions
+    assert len(model.net.head.weight) == model.likelihood.channels(1)
+    assert build_likelihood(cfg.model) == model.likelihood
 
 
 @every("net")

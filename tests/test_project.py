@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bayesdiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    "checks machine options storage cli data paths networks models laplace solvers uncertainty "
-    "metrics report runs studies pipeline sweeps"
+    "checks machine options storage cli data paths likelihoods networks models laplace solvers "
+    "uncertainty metrics report runs studies pipeline sweeps"
 ).split()
 LOOSE = {"__init__", "checks", "cli", "pipeline"}
 

@@ -90,9 +90,14 @@ def to_laplace(posterior: HeadPosterior, head: nn.Module) -> FullLaplace | DiagL
         head: gives the layer's shape; it is copied, never changed.
 
     Raises:
-        UserError: if the head is not the one of the posterior.
+        UserError: if the head is not the one of the posterior, or the likelihood no Gaussian.
     """
     curvature = posterior.curvature
+    if not curvature.scaled:
+        raise UserError(
+            f"to_laplace makes a regression, and the likelihood here is {curvature.likelihood}; "
+            "fit laplace-torch's classification on the head itself"
+        )
     if HeadGeometry.of(head) != curvature.geometry or _outputs(head) != len(curvature.mean):
         raise UserError(f"the head {head} does not have the weights of this posterior")
     model = nn.Sequential(copy.deepcopy(head).double().cpu(), nn.Flatten())

@@ -12,12 +12,14 @@ from bayesdiff.checks import UserError
 from bayesdiff.laplace.block.fit import check_block, check_subset, factors_of, stored_factors
 from bayesdiff.laplace.block.posterior import BlockPosterior
 from bayesdiff.laplace.block.record import BlockFactors
+from bayesdiff.laplace.coupled import check_coupled
 from bayesdiff.laplace.curvature import check_pass, fit_curvature
-from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.laplace.head import HeadGeometry, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.requirements import require_data, require_module
-from bayesdiff.laplace.structures import check_structure
+from bayesdiff.laplace.structures import check_likelihood, check_structure
+from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.models.conditions import values_of
 from bayesdiff.options.spelling import near
@@ -122,7 +124,10 @@ class LastLayerLaplace(Callback):
 
     def check(self, model: Any, images: int) -> None:
         """Refuse a head or a number of images that the settings do not go with."""
-        size = HeadGeometry.of(model.net.head).size
+        likelihood, outputs = likelihood_of(model), len(head_matrix(model.net.head))
+        settings = self.settings["structure"], self.settings["sigma_noise"], self.subset
+        check_likelihood(likelihood.name, likelihood.scaled, *settings)
+        size = check_coupled(likelihood, outputs, HeadGeometry.of(model.net.head).size)
         options: dict[str, Any] = {
             "draws": 1,
             "num_images": None,
@@ -214,6 +219,7 @@ class LastLayerLaplace(Callback):
             if self.path is not None and rank() == 0:
                 curvature.save(self.path)
             barrier()
+        curvature.require_likelihood(likelihood_of(model).name)
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
         _remark(self.posterior)
         if self.subset == "last_block":
@@ -249,11 +255,17 @@ class LastLayerLaplace(Callback):
             "laplace/effective_parameters": self.posterior.effective_parameters,
             "laplace/parameters": self.posterior.num_parameters,
             **({} if evidence is None else {"laplace/log_evidence": evidence}),
-            "laplace/sigma_noise": self.posterior.sigma_noise,
+            **self._noise(self.posterior),
             "laplace/prior_precision": self.posterior.prior_precision,
             "laplace/n_eff": self.posterior.n_eff,
             **({} if distance is None else {"laplace/distance_from_optimum": distance}),
         }
+
+    @staticmethod
+    def _noise(posterior: HeadPosterior) -> dict[str, float]:
+        """The noise level, where the likelihood has one."""
+        scaled = posterior.curvature.scaled
+        return {"laplace/sigma_noise": posterior.sigma_noise} if scaled else {}
 
     def _stored(self, source: str) -> Curvature | None:
         if self.path is None or not self.path.is_file():

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
+from bayesdiff.laplace.coupled import coupled_gram, groups_of
 from bayesdiff.laplace.gradients import gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.laplace.training_draws import draws_of
+from bayesdiff.likelihoods import Likelihood, likelihood_of
 from bayesdiff.machine.ranks import total
 from bayesdiff.models import GenerativeModel
 
@@ -30,7 +32,9 @@ def fit_curvature(
 ) -> Curvature:
     """Sum phi phi^T over images, pixels and (t, noise) draws, and divide by the draws.
 
-    Squared residuals, gradients of every image and their squares are summed beside it.
+    Squared residuals, gradients of every image and their squares are summed beside it. Of a
+    likelihood that bends, its deviance takes the place of these squares, and what ``coupled_gram``
+    says that of the matrix.
 
     What the pass sees is told in ``draws_of``; any number of processes gives the same sums.
 
@@ -46,15 +50,17 @@ def fit_curvature(
         time_bins: equal intervals of t whose sums are kept apart too; 1 for none.
     """
     check_pass(draws, num_images, batch_size, len(images), time_bins)
-    head, net = model.net.head, model.net
+    head, net, likelihood = model.net.head, model.net, likelihood_of(model)
     count = num_images or len(images)
-    sums = _Sums(head, time_bins, next(model.parameters()).device)
     training = model.training
     model.eval()
+    groups = groups_of(model, images)
+    sums = _Sums(head, likelihood, groups, time_bins, next(model.parameters()).device)
     for seen in batches(model, images, labels, draws, count, batch_size, seed):
         output = head(seen.features)
-        residual = net.fold(output) - seen.target
-        sums.add(seen.t, seen.features, residual, unfolded(net, output, residual))
+        folded = net.fold(output)
+        residual = unfolded(net, output, likelihood.residual(folded, seen.target))
+        sums.add(seen, output, likelihood.deviance(folded, seen.target), residual)
     model.train(training)
     bins = sums.over_processes(draws)
     return Curvature(
@@ -69,6 +75,8 @@ def fit_curvature(
         squared_gradients=bins.squared_gradients.sum(0),
         gradient=bins.gradient.sum(0),
         bins=bins if time_bins > 1 else None,
+        likelihood=likelihood.name,
+        groups=groups,
     )
 
 
@@ -125,30 +133,45 @@ def batches(
 class _Sums:
     """What the pass adds up, for each interval of t."""
 
-    def __init__(self, head: nn.Module, bins: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        head: nn.Module,
+        likelihood: Likelihood,
+        groups: Tensor | None,
+        bins: int,
+        device: torch.device,
+    ) -> None:
         self.head, self.geometry = head, HeadGeometry.of(head)
+        self.likelihood, self.groups = likelihood, groups
         size, channels = self.geometry.size, len(head_matrix(head))
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(bins, *shape, dtype=torch.float64, device=device)
 
-        self.gram = zeros(size, size)
+        matrices, count = ((), 1) if groups is None else ((len(groups),), groups.shape[1])
+        self.gram = zeros(*matrices, count * size, count * size)
         self.squares, self.gradient = zeros(channels, size), zeros(channels, size)
         self.error, self.outputs = zeros(), zeros()
 
-    def add(self, t: Tensor, features: Tensor, residual: Tensor, of_head: Tensor) -> None:
-        """Add one batch: times in [0, 1), residuals of the image and of the head's outputs."""
-        where = (t.double() * len(self.gram)).long().clamp(max=len(self.gram) - 1)
+    def add(self, seen: Batch, output: Tensor, deviance: Tensor, residual: Tensor) -> None:
+        """Add one batch: outputs of the head, deviance ``(B,)``, residuals of these outputs."""
+        where = (seen.t.double() * len(self.gram)).long().clamp(max=len(self.gram) - 1)
         for number in where.unique().tolist():
             # Without bins the batch stays whole: a copy of the features would cost time.
-            part = features if len(self.gram) == 1 else features[where == number]
-            self.gram[number] += gram(self.head, part)
-        errors = residual.flatten(1).double().square()
-        self.error.index_add_(0, where, errors.sum(1))
-        self.outputs.index_add_(0, where, errors.new_full((len(errors),), errors.shape[1]))
-        slopes = gradients(self.head, features, of_head)
+            chosen = slice(None) if len(self.gram) == 1 else where == number
+            self.gram[number] += self.matrix(seen.features[chosen], output[chosen])
+        self.error.index_add_(0, where, deviance)
+        values = deviance.new_full((len(deviance),), seen.target[0].numel())
+        self.outputs.index_add_(0, where, values)
+        slopes = gradients(self.head, seen.features, residual)
         self.squares.index_add_(0, where, slopes.square())
         self.gradient.index_add_(0, where, slopes)
+
+    def matrix(self, features: Tensor, output: Tensor) -> Tensor:
+        """The Gram matrix of features, or those that the outputs weight."""
+        if self.groups is None:
+            return gram(self.head, features)
+        return coupled_gram(self.likelihood, self.head, features, output, self.groups)
 
     def over_processes(self, draws: int) -> TimeBins:
         """The sums of all processes, divided by the draws."""

@@ -1,4 +1,8 @@
-"""Log marginal likelihood of exact regression in closed form, and the prior that maximises it."""
+"""Log marginal likelihood in closed form, and the prior that maximises it.
+
+Exact for regression; for other likelihoods Laplace's approximation at the trained weights,
+``log p(D | m) - 1/2 log det ratio - 1/2 scatter`` (MacKay 1992; Immer et al. 2021, eq. 6).
+"""
 
 import math
 
@@ -24,14 +28,19 @@ def log_evidence(
     Returns:
         Float64 ``(...)``.
     """
-    log_likelihood = -0.5 * curvature.squared_error / sigma_noise.square()
-    log_likelihood = (
-        log_likelihood - curvature.num_outputs * (sigma_noise * math.sqrt(math.tau)).log()
-    )
+    log_likelihood = _log_likelihood(curvature, sigma_noise)
     # log det of posterior over prior precision, for all channels
     log_ratio = torch.log1p(values / tau[..., None, None]).sum((-2, -1))
     scatter = tau * curvature.mean.square().sum()
     return n_eff / curvature.num_images * log_likelihood - 0.5 * (log_ratio + scatter)
+
+
+def _log_likelihood(curvature: Curvature, sigma_noise: Tensor) -> Tensor:
+    """Of the trained weights; one without a noise level is the same at all of them."""
+    if not curvature.scaled:
+        return torch.full_like(sigma_noise, -0.5 * curvature.squared_error)
+    log_likelihood = -0.5 * curvature.squared_error / sigma_noise.square()
+    return log_likelihood - curvature.num_outputs * (sigma_noise * math.sqrt(math.tau)).log()
 
 
 def best_prior(mean: Tensor, values: Tensor) -> float:

@@ -50,7 +50,8 @@ def evidence_grid(
 
     Args:
         posterior: gives curvature, structure and n_eff.
-        sigma_noise: S noise levels, in units of the network's output.
+        sigma_noise: S noise levels, in units of the network's output; a likelihood that has none
+            is the same at all of them.
         prior_precision: T precisions.
     """
     curvature = posterior.curvature
@@ -58,7 +59,7 @@ def evidence_grid(
     taus = torch.tensor(list(prior_precision), dtype=torch.float64)
     e, tau = likelihood_precisions(posterior, sigmas)[:, None], taus[:, None, None]
     evidence = log_evidence(curvature, e, sigmas[:, None], taus, posterior.n_eff)
-    effective = (e / (e + tau)).sum((-2, -1)) / len(curvature.mean)
+    effective = (e / (e + tau)).sum((-2, -1)) / curvature.shape[0]
     known = resolved(e + tau)
     meant = known & posterior.has_evidence
     return EvidenceGrid(
@@ -69,7 +70,7 @@ def evidence_grid(
 def likelihood_precisions(posterior: HeadPosterior, sigma_noise: Tensor) -> Tensor:
     """Eigenvalues ``(K, C_out, P)`` of the likelihood's precision at noise levels ``(K,)``."""
     levels, which = sigma_noise.double().unique(return_inverse=True)
-    shape = posterior.curvature.mean.shape
+    shape = posterior.curvature.shape
     found = [replace(posterior, sigma_noise=s).eigenvalues.expand(shape) for s in levels.tolist()]
     return torch.stack(found)[which]
 

@@ -3,7 +3,8 @@
 Exact Bayesian linear regression per output channel: precision ``w G / sigma^2 + tau I`` with G
 the Gram matrix of one pass over the data, w = n_eff / num_images (Bishop, "Pattern Recognition
 and Machine Learning", 2006, eq. 3.53-3.54). One ``eigh(G)`` serves every (sigma, tau) pair. Other
-structures put something else in the place of ``G / sigma^2``.
+structures put something else in the place of ``G / sigma^2``, other likelihoods their GGN: their
+posterior is Laplace's approximation at the trained weights.
 """
 
 import math
@@ -21,11 +22,14 @@ from bayesdiff.laplace.structures import (
     FITTED,
     Spectrum,
     Structure,
+    check_invertible,
+    check_likelihood,
     check_settings,
     check_structure,
+    rotated,
     structure_of,
 )
-from bayesdiff.laplace.variance import TriangularFactor, diagonal_variance
+from bayesdiff.laplace.variance import QuadraticForm
 
 __all__ = ["Curvature", "HeadPosterior", "check_settings"]
 
@@ -34,8 +38,9 @@ __all__ = ["Curvature", "HeadPosterior", "check_settings"]
 class HeadPosterior:
     """Gaussian over the head's weights; output channels are independent.
 
-    Channels are alike but under an empirical Fisher, where matrices and eigenvalues have a leading
-    axis of channels.
+    Channels are alike but under an empirical Fisher and likelihoods that bend, where matrices and
+    eigenvalues have a leading axis of channels. Channels that say one value together are one: a
+    softmax of K levels has blocks of K P weights, and "P" below is K P.
 
     Attributes:
         curvature: the data's part.
@@ -78,7 +83,8 @@ class HeadPosterior:
             rank: for "subspace", 0 to P.
         """
         check_settings(structure, sigma_noise, prior_precision, n_eff, rank)
-        check_structure(structure, rank, curvature.geometry.size, curvature.num_images)
+        check_structure(structure, rank, curvature.shape[1], curvature.num_images)
+        check_likelihood(curvature.likelihood, curvature.scaled, structure, sigma_noise)
         if sigma_noise == "mle_per_time":
             curvature = curvature.per_time()
         fitted = sigma_noise in FITTED
@@ -90,7 +96,9 @@ class HeadPosterior:
         if prior_precision == "evidence":
             tau = best_prior(curvature.mean, posterior._all_eigenvalues)
             posterior = replace(posterior, prior_precision=tau)
-        posterior._check_precision()
+        check_invertible(
+            *posterior.eigenvalue_range, posterior.num_parameters, posterior.prior_precision
+        )
         return posterior
 
     @property
@@ -108,24 +116,10 @@ class HeadPosterior:
         numbers = self.sigma_noise, self.prior_precision, self.n_eff
         return [*self.kind, *(float(f"{number:.9g}") for number in numbers)]
 
-    def _check_precision(self) -> None:
-        """Refuse a precision matrix that cannot be inverted in float64.
-
-        Raises:
-            UserError: if it is singular.
-        """
-        tau = self.prior_precision
-        low, high = (value + tau for value in self.eigenvalue_range)
-        if not low > self.num_parameters * torch.finfo(torch.float64).eps * high:
-            raise UserError(
-                f"the posterior precision is singular in float64 (eigenvalues {low:.3g} to"
-                f" {high:.3g}); raise prior_precision={tau:g}"
-            )
-
     @property
     def num_parameters(self) -> int:
         """P, weights of one output channel."""
-        return self.curvature.geometry.size
+        return self.curvature.shape[1]
 
     @property
     def _structure(self) -> Structure:
@@ -145,11 +139,12 @@ class HeadPosterior:
 
     @property
     def _likelihood_weight(self) -> float:
-        return self._structure.weight(self.n_eff / self.curvature.num_images, self.sigma_noise)
+        noise = self.sigma_noise if self.curvature.scaled else 1.0
+        return self._structure.weight(self.n_eff / self.curvature.num_images, noise)
 
     @property
     def _variances(self) -> Tensor:
-        """Eigenvalues of the covariance, of the shape of ``eigenvalues``."""
+        """Of the covariance, of the shape of ``eigenvalues``."""
         return 1 / (self.eigenvalues + self.prior_precision)
 
     @property
@@ -161,8 +156,8 @@ class HeadPosterior:
     def effective_parameters(self) -> float:
         """Weights of one channel that the data determine, ``sum a / (a + tau sigma^2)`` <= P.
 
-        The mean over channels where they differ. For ``prior_only``, which sees nothing of the
-        data but its size, the number says how far that size outweighs tau.
+        The mean over channels where they differ. For ``prior_only`` the number says how far the
+        size of the data outweighs tau.
         """
         values = self._all_eigenvalues
         return float((values / (values + self.prior_precision)).sum()) / len(values)
@@ -170,7 +165,7 @@ class HeadPosterior:
     @property
     def _all_eigenvalues(self) -> Tensor:
         """Those of every channel, ``(C_out, P)``."""
-        return self.eigenvalues.expand(self.curvature.mean.shape)
+        return self.eigenvalues.expand(self.curvature.shape)
 
     @property
     def is_diagonal(self) -> bool:
@@ -228,10 +223,11 @@ class HeadPosterior:
         """Weights ``(C_out, P)`` that minimise ``w |r|^2 / (2 sigma^2) + tau |m|^2 / 2``.
 
         One Newton step from the mean, where training ended; exact, as the loss is quadratic. None
-        for a matrix other than that of ``full``, or without the gradient.
+        for a likelihood whose loss is not, a matrix other than ``full``, or without the gradient.
         """
         gradient, mean = self.curvature.gradient, self.curvature.mean
-        if gradient is None or self._structure.spectrum is not structure_of("full").spectrum:
+        exact = self.curvature.scaled and self._structure.spectrum is structure_of("full").spectrum
+        if gradient is None or not exact:
             return None
         slope = self._likelihood_weight * gradient + self.prior_precision * mean
         return mean - slope @ self.covariance
@@ -253,19 +249,22 @@ class HeadPosterior:
         By the symmetric root of Sigma: there are no signs in it that rounding could turn.
         """
         device, vectors = generator.device, self.eigenvectors
-        mean, scale = self.curvature.mean.to(device), self._variances.sqrt().to(device)
+        curvature, scale = self.curvature, self._variances.sqrt().to(device)
+        mean = curvature.blocks(curvature.mean.to(device))
         noise = mean.new_empty(n, *mean.shape).normal_(generator=generator)
         if vectors is None:
-            return mean + noise * scale
-        return mean + (noise @ vectors.to(device) * scale) @ vectors.to(device).T
+            return curvature.channels(mean + noise * scale)
+        vectors = vectors.to(device)
+        return curvature.channels(mean + rotated(rotated(noise, vectors) * scale, vectors.mT))
 
     def columns(self) -> Tensor:
         """Weight directions ``(C_out P, C_out, P)`` float64 whose outer products sum to Sigma."""
         root = self.eigenvectors
         root = torch.eye(self.num_parameters, dtype=torch.float64) if root is None else root
-        scales = self._variances.sqrt().expand(self.curvature.mean.shape)
-        blocks = [(root * scale).T for scale in scales]
-        return torch.block_diag(*blocks).unflatten(1, self.curvature.mean.shape)
+        shape = self.curvature.shape
+        scales, roots = self._variances.sqrt().expand(shape), root.expand(shape[0], -1, -1)
+        blocks = [(each * scale).T for each, scale in zip(roots, scales, strict=True)]
+        return self.curvature.channels(torch.block_diag(*blocks).unflatten(1, shape))
 
     def predictive_variance(self, features: Tensor, ones: float = 1.0) -> Tensor:
         """Variance of every output due to the weights.
@@ -282,19 +281,16 @@ class HeadPosterior:
             ``(B, 1, h, w)``, or ``(B, ..., 1)``, the same for all channels; C_out in the place of
             the 1 if channels differ. Float32 for features of lower precision.
         """
-        (geometry := self.curvature.geometry).check(features)
+        self.curvature.geometry.check(features)
         if features.dtype != torch.float64:
             features = features.float()
         key = (features.dtype, features.device)
-        if self.is_diagonal:
-            if key not in self._kept:
-                self._kept[key] = self._variances.to(features)
-            return diagonal_variance(features, self._kept[key], geometry, ones)
         if key not in self._kept:
-            self._kept[key] = TriangularFactor.of(self.precision, geometry, features)
-        return self._kept[key].variance(features, ones)
+            matrix = self._variances if self.is_diagonal else self.precision
+            self._kept[key] = QuadraticForm.of(matrix, self.is_diagonal, self.curvature, features)
+        return self._kept[key](features, ones)
 
     # What predictive_variance keeps per dtype and device; the posterior itself never changes.
     @cached_property
-    def _kept(self) -> dict[tuple[torch.dtype, torch.device], Any]:
+    def _kept(self) -> dict[tuple[torch.dtype, torch.device], QuadraticForm]:
         return {}

@@ -13,7 +13,9 @@ from bayesdiff.checks import UserError
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.storage.checked_file import load_checked, save_checked
 
-_FORMAT = "bayesdiff-curvature-3"
+_FORMAT = "bayesdiff-curvature-4"
+# Of a Gaussian likelihood, the only one there was.
+_GAUSSIAN = "bayesdiff-curvature-3"
 # Without sums that came later; read to be recognised, not to be used.
 _OLDER = ("bayesdiff-curvature-1", "bayesdiff-curvature-2")
 _BINS = "bins."
@@ -48,19 +50,25 @@ class Curvature:
     """What one pass over the data leaves: enough for every structure and every number.
 
     Attributes:
-        gram: ``(P, P)`` float64, sum over images and pixels, divided by ``draws``.
+        gram: ``(P, P)`` float64, sum over images and pixels, divided by ``draws``; with
+            ``groups`` the GGN itself, ``(G, K P, K P)``, see ``coupled``.
         num_images: N, images in the pass, each counted once whatever ``draws`` is.
         draws: (t, noise) draws per image.
-        squared_error: sum of squared residuals over all outputs, divided by ``draws``.
-        num_outputs: residuals per draw, images * pixels * channels.
+        squared_error: sum of squared residuals over all outputs, divided by ``draws``; of a
+            likelihood other than the Gaussian its deviance, minus twice the log-likelihood.
+        num_outputs: data values per draw, images * pixels * channels.
         mean: ``(C_out, P)`` float64, the trained weights of the head.
         source: hash of the checkpoint and data this came from.
         geometry: how the head reads its features.
         squared_gradients: ``(C_out, P)`` float64, the sum over images of the squared gradient of
-            half an image's squared error, divided by ``draws``; None where it was not computed.
-        gradient: ``(C_out, P)`` float64, the gradient of half the squared error at the mean,
-            divided by ``draws``; None where it was not computed.
+            half an image's squared error or deviance, divided by ``draws``; None where it was not
+            computed.
+        gradient: ``(C_out, P)`` float64, the gradient of half of that sum at the mean, divided by
+            ``draws``; None where it was not computed.
         bins: the same sums apart for intervals of t, None where they were not asked for.
+        likelihood: its name.
+        groups: ``(G, K)``, channels of the head that say one value together, and have a matrix of
+            their own; None where all channels are alike and apart, as under a Gaussian.
     """
 
     gram: Tensor
@@ -74,13 +82,18 @@ class Curvature:
     squared_gradients: Tensor | None = None
     gradient: Tensor | None = None
     bins: TimeBins | None = None
+    likelihood: str = "gaussian"
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         size, (channels, width) = self.geometry.size, self.mean.shape
-        if self.gram.shape != (size, size) or width != size:
+        matrix: tuple[int, ...] = (size, size)
+        if self.groups is not None:
+            matrix = (len(self.groups), *2 * [self.groups.shape[1] * size])
+        if self.gram.shape != matrix or width != size:
             raise UserError(
-                f"a curvature of {channels} outputs needs a {size} x {size} Gram matrix and"
-                f" {size} weights each, got {tuple(self.gram.shape)} and {width}"
+                f"a curvature of {channels} outputs needs a {' x '.join(map(str, matrix))} Gram"
+                f" matrix and {size} weights each, got {tuple(self.gram.shape)} and {width}"
             )
         given = ("squared gradients", self.squared_gradients), ("gradients", self.gradient)
         sums = {name: value for name, value in given if value is not None}
@@ -96,13 +109,45 @@ class Curvature:
                 )
 
     @property
+    def scaled(self) -> bool:
+        """Whether sigma_noise scales the likelihood, as it does a Gaussian one."""
+        return self.groups is None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Weights by blocks that are independent of each other: ``(C_out, P)`` or ``(G, K P)``."""
+        size = self.gram.shape[-1]
+        return self.mean.numel() // size, size
+
+    def blocks(self, weights: Tensor) -> Tensor:
+        """Weights ``(..., C_out, P)`` of the head by blocks, ``(..., G, K P)``."""
+        if self.groups is None:
+            return weights
+        return weights[..., self.groups.flatten(), :].unflatten(-2, self.groups.shape).flatten(-2)
+
+    def channels(self, blocks: Tensor) -> Tensor:
+        """The inverse of ``blocks``."""
+        if self.groups is None:
+            return blocks
+        rows = blocks.unflatten(-1, (self.groups.shape[1], -1)).flatten(-3, -2)
+        return rows[..., self.groups.flatten().argsort(), :]
+
+    @property
     def sigma_mle(self) -> float:
-        """The noise level that maximises the likelihood: root mean squared residual."""
+        """The noise level that maximises the likelihood: root mean squared residual.
+
+        1 for a likelihood that has none.
+        """
+        if not self.scaled:
+            return 1.0
         return math.sqrt(self.squared_error / self.num_outputs)
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
-        """Ascending eigenvalues ``(P,)``, never negative, and eigenvectors ``(P, P)`` of G."""
+        """Ascending eigenvalues ``(P,)``, never negative, and eigenvectors ``(P, P)`` of G.
+
+        Of every matrix, where there are several.
+        """
         return _eigh(self.gram)
 
     @cached_property
@@ -156,10 +201,22 @@ class Curvature:
                 " the file to compute it again, or give another run_dir"
             )
 
+    def require_likelihood(self, name: str) -> None:
+        """Refuse to pair this curvature with a model of another likelihood.
+
+        Raises:
+            UserError: if ``name`` is not that of its own.
+        """
+        if self.likelihood != name:
+            raise UserError(
+                f"the curvature is of a {self.likelihood} likelihood and the model has a {name} "
+                "one; delete the file to compute it again, or give another run_dir"
+            )
+
     def save(self, path: str | Path) -> None:
         """Write the record as safetensors; a crash leaves the old file or none, never half."""
         tensors = {"gram": self.gram, "mean": self.mean}
-        for name in ("squared_gradients", "gradient"):
+        for name in ("squared_gradients", "gradient", "groups"):
             if (value := getattr(self, name)) is not None:
                 tensors[name] = value
         if self.bins is not None:
@@ -170,6 +227,7 @@ class Curvature:
             "squared_error": self.squared_error,
             "num_outputs": self.num_outputs,
             "source": self.source,
+            "likelihood": self.likelihood,
             "geometry": asdict(self.geometry),
         }
         save_checked(path, _FORMAT, tensors, facts)
@@ -178,7 +236,8 @@ class Curvature:
     def load(cls, path: str | Path) -> "Curvature":
         """Read what ``save`` wrote; nothing in the file is ever run.
 
-        A file of an older version is read too, without its bins and with no ``gradient``.
+        A file of an older version is of a Gaussian likelihood; the oldest are without bins and
+        ``gradient``.
 
         Raises:
             UserError: if the file is missing, truncated, changed, or something else.
@@ -186,13 +245,13 @@ class Curvature:
         if not Path(path).is_file():
             raise UserError(f"no curvature at {path}; run the curvature stage first")
         cure = "delete it and compute the curvature again"
-        return load_checked(path, [_FORMAT, *_OLDER], "a curvature", cure, cls._of)
+        return load_checked(path, [_FORMAT, _GAUSSIAN, *_OLDER], "a curvature", cure, cls._of)
 
     @classmethod
     def _of(cls, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Curvature":
         geometry = HeadGeometry(**facts.pop("geometry"))
         sums = {k.removeprefix(_BINS): tensors.pop(k) for k in list(tensors) if _BINS in k}
-        bins = TimeBins(**sums) if sums and kind == _FORMAT else None
+        bins = TimeBins(**sums) if sums and kind not in _OLDER else None
         values: dict[str, Any] = {**tensors, **facts}
         return cls(**values, geometry=geometry, bins=bins)
 

@@ -22,6 +22,7 @@ class Spectrum:
     Attributes:
         values: ``(P,)``, or ``(C_out, P)`` where output channels differ; never negative.
         vectors: ``(P, P)``, columns in the order of the values; None for the weights' own axes.
+            One such matrix for every block of weights where these differ, as ``values``.
         given: the matrix itself where it is at hand, None to make it from the other two.
     """
 
@@ -38,7 +39,14 @@ class Spectrum:
         """The matrix with these eigenvalues and the same eigenvectors."""
         if self.vectors is None:
             return values.diag_embed()
-        return (self.vectors * values) @ self.vectors.T
+        return (self.vectors * values[..., None, :]) @ self.vectors.mT
+
+
+def rotated(weights: Tensor, vectors: Tensor) -> Tensor:
+    """Weights ``(n, C_out, P)`` times vectors ``(P, P)``, or ``(C_out, P, P)``, each its own."""
+    if vectors.ndim == 2:
+        return weights @ vectors
+    return torch.einsum("ncp,cpq->ncq", weights, vectors)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Structure:
         sees_data: whether an evidence makes sense.
         ranked: whether it takes a rank.
         per_time: whether noise that differs over time has a meaning for it.
+        any_likelihood: whether it has a meaning for likelihoods other than the Gaussian.
     """
 
     spectrum: Callable[[Curvature, int | None], Spectrum]
@@ -62,6 +71,7 @@ class Structure:
     sees_data: bool = True
     ranked: bool = False
     per_time: bool = True
+    any_likelihood: bool = True
 
     def weight(self, images: float, sigma_noise: float) -> float:
         """Factor on the spectrum's values; ``images`` is n_eff / num_images."""
@@ -73,7 +83,7 @@ def _full(curvature: Curvature, rank: int | None) -> Spectrum:
 
 
 def _diag(curvature: Curvature, rank: int | None) -> Spectrum:
-    return Spectrum(curvature.gram.diagonal())
+    return Spectrum(curvature.gram.diagonal(dim1=-2, dim2=-1))
 
 
 def _kron(curvature: Curvature, rank: int | None) -> Spectrum:
@@ -86,13 +96,14 @@ def _kron(curvature: Curvature, rank: int | None) -> Spectrum:
 
 def _prior_only(curvature: Curvature, rank: int | None) -> Spectrum:
     """As many times the identity as gives the mean posterior precision of ``full``."""
-    diagonal = curvature.gram.diagonal()
+    diagonal = curvature.gram.diagonal(dim1=-2, dim2=-1)
     return Spectrum(torch.full_like(diagonal, float(diagonal.mean())))
 
 
 def _subspace(curvature: Curvature, rank: int | None) -> Spectrum:
     values, vectors = curvature.eigen
-    kept = torch.arange(len(values)) >= len(values) - (rank or 0)
+    size = values.shape[-1]
+    kept = torch.arange(size) >= size - (rank or 0)
     return Spectrum(values * kept, vectors)
 
 
@@ -102,7 +113,7 @@ def _empirical_fisher(curvature: Curvature, rank: int | None) -> Spectrum:
             "this curvature has no squared gradients, which laplace.structure=empirical_fisher "
             "needs; compute it again with fit_curvature"
         )
-    return Spectrum(curvature.squared_gradients)
+    return Spectrum(curvature.blocks(curvature.squared_gradients))
 
 
 # A mean of squares of fewer images says nothing: its relative sd is sqrt(2 / images) or more.
@@ -114,13 +125,17 @@ STRUCTURES = {
     # The diagonal of G.
     "diag": Structure(_diag),
     # All but what ties weights and bias; without a bias that is full.
-    "kron": Structure(_kron),
+    "kron": Structure(_kron, any_likelihood=False),
     # The Fisher of N(f, sigma^2), diagonal: squares of each image's gradient, sum r phi / sigma^2.
     "empirical_fisher": Structure(_empirical_fisher, power=4, fewest_images=_HANDFUL),
     # As last-layer Laplace for diffusion was published: the gradient of r^2 is 2 r phi, half of
     # its square is 2 (r phi)^2, and sigma enters as if that were a Hessian.
     "empirical_fisher_published": Structure(
-        _empirical_fisher, factor=2.0, fewest_images=_HANDFUL, per_time=False
+        _empirical_fisher,
+        factor=2.0,
+        fewest_images=_HANDFUL,
+        per_time=False,
+        any_likelihood=False,
     ),
     # Isotropic, with the mean posterior precision of full: only the shape differs from it.
     "prior_only": Structure(_prior_only, sees_data=False),
@@ -174,6 +189,60 @@ def check_structure(name: str, rank: int | None, size: int, images: int) -> Stru
             f"{images}; raise laplace.num_images or use laplace.structure=full"
         )
     return structure
+
+
+def check_likelihood(
+    likelihood: str, scaled: bool, structure: str, sigma_noise: float | str, subset: str = "head"
+) -> None:
+    """Refuse settings that have a meaning for a Gaussian likelihood alone.
+
+    Args:
+        likelihood: its name.
+        scaled: whether it has a noise level.
+        structure: of the posterior.
+        sigma_noise: asked for; without a noise level ``mle`` stands for none, that is 1.
+        subset: of the network.
+
+    Raises:
+        UserError: if one is set, and the likelihood is another.
+    """
+    if scaled:
+        return
+    if sigma_noise not in ("mle", 1):
+        raise UserError(
+            f"laplace.sigma_noise={sigma_noise} is of a Gaussian, likelihood={likelihood} has no "
+            "noise level; leave it at mle"
+        )
+    if subset != "head":
+        raise UserError(
+            f"laplace.subset={subset} is for a Gaussian likelihood, this one is {likelihood}; use "
+            "laplace.subset=head"
+        )
+    if not STRUCTURES[structure].any_likelihood:
+        raise UserError(
+            f"laplace.structure={structure} is for a Gaussian likelihood, this one is "
+            f"{likelihood}; use full, diag or empirical_fisher"
+        )
+
+
+def check_invertible(low: float, high: float, size: int, tau: float) -> None:
+    """Refuse a precision matrix that cannot be inverted in float64.
+
+    Args:
+        low: smallest eigenvalue of the data's part.
+        high: its largest one.
+        size: of the matrix.
+        tau: prior precision.
+
+    Raises:
+        UserError: if it is singular.
+    """
+    low, high = low + tau, high + tau
+    if not low > size * torch.finfo(torch.float64).eps * high:
+        raise UserError(
+            f"the posterior precision is singular in float64 (eigenvalues {low:.3g} to"
+            f" {high:.3g}); raise prior_precision={tau:g}"
+        )
 
 
 # Words for a sigma_noise that is read off the residuals.

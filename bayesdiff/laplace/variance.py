@@ -9,10 +9,59 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesdiff.laplace.head import HeadGeometry, convolve_separately
+from bayesdiff.laplace.record import Curvature
 
 # Floats of one block of outputs, or of squared features: they are used while in the cache.
 _CHUNK_OUTPUTS = 2_500_000
 _CHUNK_SQUARES = 400_000
+
+
+@dataclass(frozen=True)
+class QuadraticForm:
+    """phi^T Sigma phi of every output, or of one where all are alike.
+
+    Attributes:
+        geometry: of the head.
+        variances: of independent weights, ``(P,)`` or ``(C_out, P)``; None where they are not.
+        factors: of the precision of dependent weights, one, or one for every output.
+    """
+
+    geometry: HeadGeometry
+    variances: Tensor | None
+    factors: list["TriangularFactor"]
+
+    @classmethod
+    def of(
+        cls, matrix: Tensor, diagonal: bool, curvature: Curvature, like: Tensor
+    ) -> "QuadraticForm":
+        """From variances or a precision by blocks; ``like`` gives dtype and device."""
+        geometry = curvature.geometry
+        if diagonal:
+            own = matrix if matrix.ndim == 1 else curvature.channels(matrix)
+            return cls(geometry, own.to(like), [])
+        matrices = [matrix] if matrix.ndim == 2 else list(_marginal(matrix, curvature))
+        return cls(geometry, None, [TriangularFactor.of(m, geometry, like) for m in matrices])
+
+    def __call__(self, features: Tensor, ones: float) -> Tensor:
+        """``(B, D, h, w) -> (B, 1 or C_out, h, w)``; last axis for a linear head."""
+        if self.variances is not None:
+            return diagonal_variance(features, self.variances, self.geometry, ones)
+        parts = [factor.variance(features, ones) for factor in self.factors]
+        axis = 1 if self.geometry.kernel_size else -1
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+def _marginal(precision: Tensor, curvature: Curvature) -> Tensor:
+    """Precisions ``(C_out, P, P)`` of every channel's own weights, those of its block left out."""
+    size = curvature.geometry.size
+    count = precision.shape[-1] // size
+    if count > 1:
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        parts = covariance.unflatten(2, (count, size)).unflatten(1, (count, size))
+        own = parts.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+        precision = torch.cholesky_inverse(torch.linalg.cholesky(own))
+    groups = curvature.groups
+    return precision if groups is None else precision[groups.flatten().argsort()]
 
 
 @dataclass(frozen=True)

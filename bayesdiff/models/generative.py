@@ -6,11 +6,11 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
+from bayesdiff.likelihoods import Gaussian, Likelihood
 from bayesdiff.models.conditions import Condition, Labels, check_network
 from bayesdiff.networks import Network
 from bayesdiff.paths import PREDICTIONS, ProbabilityPath
@@ -38,10 +38,11 @@ class GenerativeModel(L.LightningModule):
         warmup_steps: steps of linear learning-rate warm-up; a cosine to zero follows.
         seed: fixes times, noise and label dropout of every step.
         condition: what the network is given beside the time; None for ``num_classes`` labels.
+        likelihood: of the data given the output; None for a Gaussian, that is squared error.
 
     Raises:
-        UserError: for an unknown prediction or time sampling, a share outside [0, 1), or a
-            network that is made for another condition.
+        UserError: for an unknown prediction or time sampling, one that does not go with the
+            likelihood, a share outside [0, 1), or a network that is made for another condition.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class GenerativeModel(L.LightningModule):
         warmup_steps: int = 200,
         seed: int = 0,
         condition: Condition | None = None,
+        likelihood: Likelihood | None = None,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
@@ -75,6 +77,7 @@ class GenerativeModel(L.LightningModule):
         self.net = cast(Network, net.to(memory_format=torch.channels_last))
         self.path = path
         self.prediction = prediction
+        self.likelihood = _checked(likelihood or Gaussian(), prediction)
         self.condition = condition
         self.num_classes = None if condition is None else condition.num_classes
         self.class_dropout = 0.0 if condition is None else class_dropout
@@ -94,6 +97,7 @@ class GenerativeModel(L.LightningModule):
 
     def corrupt(self, x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Training input x_t and target for data, noise ``(B, ...)`` and times ``(B,)``."""
+        x_1 = self.likelihood.values(x_1)
         path = self.path.coefficients(t)
         r, s = mix(self.prediction, path)
         alpha, sigma, r, s = (
@@ -118,7 +122,7 @@ class GenerativeModel(L.LightningModule):
                         state[name] = torch.empty_like(weight).copy_(value)
 
     def training_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
-        """Mean squared error of the prediction on this process's share of the batch."""
+        """Loss of the prediction on this process's share of the batch."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
         batches = self.trainer.fit_loop.total_batch_idx  # not steps: gradients may accumulate
         loss = self._loss(*batch, step=batches, share=slice(rank, None, world))
@@ -129,7 +133,7 @@ class GenerativeModel(L.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> None:
-        """The same error on test images, with the same draws in every epoch."""
+        """The same loss on test images, with the same draws in every epoch."""
         loss = self._loss(*batch, step=-1 - batch_idx, share=slice(None))
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch[0]))
 
@@ -183,7 +187,7 @@ class GenerativeModel(L.LightningModule):
         if share.start:  # the dropout masks of the other processes must differ
             torch.manual_seed((self.seed + 1) * 1_000_000_007 + step + 2**40 * share.start)
         x_t, target = self.corrupt(x_1, x_0, t)
-        return F.mse_loss(self(x_t, t, y).float(), target)
+        return self.likelihood.loss(self(x_t, t, y).float(), target)
 
     def _refuse_divergence(self) -> None:
         if not math.isfinite(float(self._loss_sum)):
@@ -197,3 +201,22 @@ class GenerativeModel(L.LightningModule):
 def whole_of(module: Any) -> Any:
     """A module with all its weights; one of a user's own that does not say is whole already."""
     return module.whole() if hasattr(module, "whole") else module
+
+
+def _checked(likelihood: Likelihood, prediction: str) -> Likelihood:
+    """The likelihood, if it is one and has a law for this prediction.
+
+    Raises:
+        UserError: if not.
+    """
+    if not hasattr(likelihood, "predictions"):
+        raise UserError(
+            f"model.likelihood={likelihood!r} is no likelihood; choose it by name, as in "
+            "likelihood=bernoulli"
+        )
+    if prediction not in likelihood.predictions:
+        raise UserError(
+            f"model.prediction={prediction} has no law under likelihood={likelihood.name}; use "
+            f"model.prediction={likelihood.predictions[0]}"
+        )
+    return likelihood

@@ -104,6 +104,7 @@ class UNet(nn.Module):
         head_kernel: side of the last convolution.
         dropout: dropout inside the residual blocks.
         embedding_size: length E of a vector that every image comes with, in place of a label.
+        out_channels: of the prediction; None for those of the image.
 
     Raises:
         UserError: for widths or sizes that do not fit together.
@@ -121,6 +122,7 @@ class UNet(nn.Module):
         head_kernel: int = 3,
         dropout: float = 0.0,
         embedding_size: int | None = None,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         at_least("net.blocks", blocks)
@@ -146,7 +148,8 @@ class UNet(nn.Module):
         self.attention = _SelfAttention(last) if attention else nn.Identity()
         self.up = _up(block, channels, blocks, widths)
         self.norm = nn.GroupNorm(_groups(width), width)
-        self.head = nn.Conv2d(width, in_channels * patch**2, head_kernel, padding=head_kernel // 2)
+        outputs = (out_channels or in_channels) * patch**2
+        self.head = nn.Conv2d(width, outputs, head_kernel, padding=head_kernel // 2)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Prediction for images ``(B, C, H, W)`` at times ``t (B,)``: ``(B, C, H, W)``."""

@@ -145,7 +145,7 @@ class SampleGrid(Callback):
         if model.condition is not None and not model.num_classes:
             condition = model.condition.of_samples(range(count)).to(model.device)
         noise = SampleNoise(0, range(count), shape)
-        field = Field(model, condition, count)
+        field = Field(model, condition, count, noise=noise)
         training = model.training
         model.eval()  # it trains where no validation is
         images = integrate(field, steps, noise().to(model.device), noise)

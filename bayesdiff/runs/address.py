@@ -7,7 +7,7 @@ from typing import Any
 
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.runs.build import Run, plain
-from bayesdiff.runs.defaults import damage_of, differences, named, words
+from bayesdiff.runs.defaults import damage_of, differences, likelihood_choice, named, words
 from bayesdiff.runs.setup import UNSCORED, Setup, sampled_from, scored, settings_of, with_effect
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
@@ -93,6 +93,7 @@ def overridden(
         run.cfg,
         data=str(run.cfg.data.get("name")),
         model=run.model.path.family,
+        likelihood=likelihood_choice(run.cfg),
         solver=solver.name,
         uncertainty=estimator.name,
         laplace=posterior.structure,

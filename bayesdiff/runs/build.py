@@ -17,6 +17,7 @@ from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.requirements import require_module
+from bayesdiff.likelihoods import Gaussian, Likelihood
 from bayesdiff.machine.device import autocast_dtype, settle_threads
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import Condition
@@ -27,6 +28,7 @@ from bayesdiff.options.values import plain as plain
 from bayesdiff.report.loggers import check_loggers
 from bayesdiff.runs.defaults import run_folder
 from bayesdiff.runs.fit_key import fit_key, takes_weights
+from bayesdiff.runs.likelihood import build_likelihood
 from bayesdiff.storage.atomic import check_writable
 from bayesdiff.storage.checkpoints import checkpoint_at, load_weights, note_of, read_checkpoint
 from bayesdiff.storage.same_kind import differences, kind_of
@@ -106,9 +108,11 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     path = instantiate(cfg.path)
     optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
     # Below its name, which errors then give in full.
-    own = {name: value for name, value in plain(cfg.model).items() if name != "condition"}
+    # A user's own model need not know of a likelihood.
+    aside = {"condition"} if cfg.model.get("likelihood") else {"condition", "likelihood"}
+    own = {name: value for name, value in plain(cfg.model).items() if name not in aside}
     options = OmegaConf.create({"model": own | {"optimizer": optimizer}}).model
-    net = build_network(cfg.net, images, condition)
+    net = build_network(cfg.net, images, condition, build_likelihood(cfg.model))
     given: dict[str, Any] = {"num_classes": getattr(condition, "num_classes", None)}
     if condition is not None and condition.num_classes is None:
         given["condition"] = condition
@@ -133,7 +137,10 @@ def build_condition(options: DictConfig, images: ImageData) -> Condition | None:
 
 
 def build_network(
-    options: DictConfig, images: ImageData, condition: Condition | None
+    options: DictConfig,
+    images: ImageData,
+    condition: Condition | None,
+    likelihood: Likelihood | None = None,
 ) -> nn.Module:
     """The network for these images.
 
@@ -154,6 +161,14 @@ def build_network(
                 f"condition=labels for no condition, or let it take {name}"
             )
         given[name] = value
+    outputs = (likelihood or Gaussian()).channels(images.channels)
+    if outputs != images.channels:
+        if known is not None and "out_channels" not in known:
+            raise UserError(
+                f"net._target_={options._target_} takes no out_channels, and the likelihood needs "
+                f"{outputs} outputs for {images.channels} channels; let it take out_channels"
+            )
+        given["out_channels"] = outputs
     fitted = OmegaConf.create({"net": fitting(options, "net", UNet)}).net
     net: nn.Module = instantiate(fitted, **given, _convert_="all")
     return net

@@ -188,6 +188,15 @@ def damage_of(cfg: DictConfig) -> str | None:
     return target and str(target).rpartition(".")[2]
 
 
+_USUAL = "gaussian"
+
+
+def likelihood_choice(cfg: DictConfig) -> str:
+    """Name of the shipped likelihood, that of its class; the usual one where there is none."""
+    target = OmegaConf.select(cfg, "model.likelihood._target_") or _USUAL
+    return str(target).rpartition(".")[2].lower()
+
+
 def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
     """Place of a training, named by what it is told apart by and found by its key.
 
@@ -198,12 +207,15 @@ def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
         key: of the training.
     """
     damage = damage_of(cfg) or ""
-    found = differences(cfg, data=str(cfg.data.get("name")), model=family, corruption=damage)
+    likelihood = likelihood_choice(cfg)
+    choices = {"data": str(cfg.data.get("name")), "model": family, "likelihood": likelihood}
+    found = differences(cfg, **choices, corruption=damage)
     learnt = {f"trainer.{name}" for name in weighty(cfg.trainer, validated=True)}
     found = {k: v for k, v in found.items() if k in learnt or not k.startswith("trainer.")}
     if takes_weights(cfg):
         found = {k: v for k, v in found.items() if not LEARNT.fullmatch(k)}
     told = {"corruption": damage} if damage else {}
+    told |= {} if likelihood == _USUAL else {"likelihood": likelihood}
     told |= {} if cfg.get("init_from") is None else {"init_from": "weights"}
     told |= {n: v for place in _TELLING for n, v in found.items() if re.fullmatch(place, n)}
     return named(Path(cfg.output_dir), f"{data}-{family}", words(told), key)

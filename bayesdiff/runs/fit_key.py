@@ -40,7 +40,7 @@ def fit_key(cfg: DictConfig, fingerprint: str, parent: str | None = None) -> str
         "path": plain(cfg.path),
     }
     if takes_weights(cfg):
-        model = {k: v for k, v in plain(cfg.model).items() if k not in _LEARNING}
+        model = {k: v for k, v in model_options(cfg).items() if k not in _LEARNING}
         parts |= {"data": [fingerprint], "model": model, "code": _code(model, cfg.net, cfg.path)}
         parts["checkpoint"] = hashlib.sha256(Path(cfg.ckpt_path).read_bytes()).hexdigest()
         return key_of(parts)
@@ -48,7 +48,7 @@ def fit_key(cfg: DictConfig, fingerprint: str, parent: str | None = None) -> str
     best = cfg.sample_from == "best"
     parts |= {
         "data": [fingerprint, cfg.data.batch_size, cfg.data.flip],
-        "model": plain(cfg.model) | {"optimizer": taken(cfg.model.optimizer)},
+        "model": model_options(cfg) | {"optimizer": taken(cfg.model.optimizer)},
         "trainer": weighty(cfg.trainer, best or not all(map(_heedless, callbacks))),
         "callbacks": callbacks,
         "code": _code(cfg.model, cfg.net, cfg.path, cfg.trainer, callbacks),
@@ -63,6 +63,24 @@ def fit_key(cfg: DictConfig, fingerprint: str, parent: str | None = None) -> str
 def takes_weights(cfg: DictConfig) -> bool:
     """Whether a run takes the weights of a file and trains nothing of its own."""
     return not cfg.fit and cfg.ckpt_path != "last"
+
+
+def model_options(cfg: DictConfig) -> dict[str, Any]:
+    """Options of the model that weights depend on.
+
+    A Gaussian likelihood is none, as where there was no other; whether another one is sampled is
+    no matter of the training.
+    """
+    options = {n: v for n, v in plain(cfg.model).items() if (n, v) != ("likelihood", None)}
+    if "likelihood" in options:
+        options["likelihood"] = {k: v for k, v in options["likelihood"].items() if k != "sampled"}
+    return options
+
+
+def likelihood_options(cfg: DictConfig) -> list[Any]:
+    """Of the likelihood, as a part of keys; nothing of a Gaussian one."""
+    given = plain(cfg.model).get("likelihood")
+    return [] if given is None else [given]
 
 
 def network_code(cfg: DictConfig) -> list[Any]:

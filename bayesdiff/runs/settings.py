@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.runs.address import overridden
 from bayesdiff.runs.build import Run, plain
-from bayesdiff.runs.defaults import LEARNT, damage_of, is_aside, preset
-from bayesdiff.runs.fit_key import takes_weights
+from bayesdiff.runs.defaults import LEARNT, damage_of, is_aside, likelihood_choice, preset
+from bayesdiff.runs.fit_key import likelihood_options, takes_weights
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.checkpoints import note_at
 from bayesdiff.uncertainty import Estimator
@@ -30,6 +30,7 @@ def settings(
         "corruption": damage_of(cfg),
         "model": this.model.path.family,
         "prediction": this.model.prediction,
+        **_likelihood(cfg),
         "net": preset("net", cfg.net),
         "path": preset("path", cfg.path),
         **_learnt(cfg),
@@ -49,6 +50,11 @@ def settings(
     if takes_weights(cfg):
         more = {k: v for k, v in more.items() if not LEARNT.fullmatch(k)}
     return standing | {k: v for k, v in more.items() if k not in standing}
+
+
+def _likelihood(cfg: DictConfig) -> dict[str, Any]:
+    """The likelihood, where it is not the usual one."""
+    return {"likelihood": likelihood_choice(cfg)} if likelihood_options(cfg) else {}
 
 
 def _learnt(cfg: DictConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.options.values import plain
 from bayesdiff.runs.build import Run
-from bayesdiff.runs.fit_key import network_code
+from bayesdiff.runs.fit_key import likelihood_options, network_code
 from bayesdiff.runs.stages import starts
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
@@ -68,6 +68,7 @@ def sampled_from(run: Run, weights: str) -> list[Any]:
     cfg = run.cfg
     # The same weights make other images where they are to predict something else.
     options = [cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
+    options += likelihood_options(cfg)
     return [weights, *options, *network_code(cfg), code_of(plain(cfg.solver))]
 
 

@@ -6,6 +6,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from bayesdiff.checks import UserError
+from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.machine.progress import evaluated
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import repeated
@@ -13,6 +15,8 @@ from bayesdiff.solvers.step import Step
 
 Observe = Callable[[Step, Tensor], None]
 _CACHEFUL = 64
+# Tells the noise of a sampled emission apart from what else is drawn for the same samples.
+_EMISSION = 900_001
 
 
 class Field:
@@ -23,14 +27,22 @@ class Field:
     head then sees the one feature vector that its weights really meet.
 
     Attributes:
+        likelihood: what it makes of an output is the prediction.
         evaluations: network evaluations so far, per image of the batch.
         layout: memory format that inputs are brought to; vmap knows ``preserve_format`` alone.
     """
 
     def __init__(
-        self, model: GenerativeModel, condition: Tensor | None, batch: int, guidance: float = 1.0
+        self,
+        model: GenerativeModel,
+        condition: Tensor | None,
+        batch: int,
+        guidance: float = 1.0,
+        noise: "SampleNoise | None" = None,
     ) -> None:
         self.model = model
+        self.likelihood = likelihood_of(model)
+        self.noise = noise
         self.condition = condition
         self.batch = batch
         self.guidance = guidance
@@ -68,12 +80,34 @@ class Field:
         return torch.cat([self.model.net.features(*part) for part in zip(*parts, strict=True)])
 
     def output(self, features: Tensor) -> Tensor:
-        """Prediction of the trained head, ``(B, D, h, w) -> (B, C, H, W)``."""
+        """Output of the trained head, ``(B, D, h, w) -> (B, C K, H, W)``."""
         return self.model.net.fold(self.model.net.head(features))
+
+    def emit(self, output: Tensor, t: float) -> Tensor:
+        """Prediction that n copies of the batch's outputs stand for, ``(n B, C, H, W)``.
+
+        A sampled one depends on the samples and the time alone: whoever follows them meets the
+        same draws.
+
+        Raises:
+            UserError: where a likelihood draws and the field has no noise.
+        """
+        if not self.likelihood.sampled:
+            return self.likelihood.emit(output)
+        if self.noise is None:
+            raise UserError(
+                "these samples have no noise for model.likelihood.sampled=true; use "
+                "model.likelihood.sampled=false"
+            )
+        noise = self.noise.fork(_EMISSION + round(t * 2**20))()
+        copies = len(output) // len(noise)
+        return self.likelihood.emit(
+            output, noise.repeat(copies, *[1] * (noise.ndim - 1)).to(output)
+        )
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Prediction for images ``(B, C, H, W)`` at time ``t``."""
-        return self.output(self.features(x, t))
+        return self.emit(self.output(self.features(x, t)), t)
 
 
 def integrate(

@@ -12,7 +12,9 @@ from bayesdiff.storage.checkpoints import note_of
 def kind_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the options that make weights what they are: another value, other images."""
     net = (f"net.{name}" for name in config["net"] if name != "dropout")
-    return ("model.prediction", "path", *net)
+    likelihood = ("_target_", *(config["model"].get("likelihood") or {}))
+    law = (f"model.likelihood.{name}" for name in likelihood if name != "sampled")
+    return ("model.prediction", *law, "path", *net)
 
 
 def differences(

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from bayesdiff.checks import UserError, at_least, listed, positive, seed_of
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty.samples import UNITS, Samples, Starts, Trajectory
@@ -42,6 +43,23 @@ class Training(Protocol):
     @property
     def folder(self) -> Path:
         """Its run folder, which need not be there yet."""
+
+
+def check_derivative(model: GenerativeModel, who: str) -> None:
+    """Refuse a model whose emission is drawn, and has no derivative.
+
+    Args:
+        model: trained or not.
+        who: needs it, for the message.
+
+    Raises:
+        UserError: if it has none.
+    """
+    if likelihood_of(model).sampled:
+        raise UserError(
+            f"{who} needs a derivative of the prediction, which a drawn one has not; use "
+            "model.likelihood.sampled=false, or uncertainty=ensemble"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +98,8 @@ class Estimator(ABC):
 
     # What a user types for it, as in uncertainty=ensemble.
     name: ClassVar[str]
+    # Whether it needs the derivative of the network's prediction.
+    differentiates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         at_least("uncertainty.num_images", self.num_images)
@@ -120,8 +140,10 @@ class Estimator(ABC):
         """Network evaluations of an image with its map, None where only a batch can tell."""
         return None
 
-    def check_run(self, run: Training) -> None:  # noqa: B027 - most have nothing to refuse
-        """Refuse, before any work, a run that cannot have these maps; most can."""
+    def check_run(self, run: Training) -> None:
+        """Refuse, before any work, a run that cannot have these maps."""
+        if self.differentiates:
+            check_derivative(run.model, f"uncertainty={self.name}")
 
     def sources(self, run: Training) -> list[Any]:
         """What the maps come from beside weights, posterior and settings, for their key."""

@@ -14,8 +14,7 @@ from bayesdiff.solvers import Field, SampleNoise, Solver, Step, time_grid
 
 # model: images in [-1, 1], as the model sees them; unit: in [0, 1].
 UNITS = ("model", "unit")
-# Times closer than this are the same.
-_SAME = 1e-9
+_SAME = 1e-9  # times closer than this are the same
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,8 @@ class Trajectory:
 
     def field(self) -> Field:
         """The trained network at this batch's condition, with its own count of evaluations."""
-        return Field(self.model, self.condition, len(self.noise.generators), self.solver.guidance)
+        given = self.condition, len(self.noise.generators), self.solver.guidance, self.noise
+        return Field(self.model, *given)
 
     def steps(self, skip_interval: int = 1) -> list[Step]:
         """Steps on every k-th time of the image's own grid."""

@@ -19,6 +19,7 @@ from bayesdiff.laplace.chain import Chains, sample_chains
 from bayesdiff.laplace.curvature import batches, fit_curvature
 from bayesdiff.laplace.head import HeadGeometry, apply_head
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.likelihoods import check_noise_level
 from bayesdiff.models.conditions import values_of
 from bayesdiff.report import table
 from bayesdiff.runs.build import Run, plain
@@ -76,6 +77,7 @@ class HeadChain(Study):
         Raises:
             UserError: for several noise levels, several processes, or more than memory holds.
         """
+        check_noise_level(run.model, "head_chain")
         there = len(run.data.data.images)
         if self.num_images > there:
             raise UserError(

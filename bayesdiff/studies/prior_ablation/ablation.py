@@ -20,6 +20,7 @@ from bayesdiff.laplace.evidence_grid import (
     separate_priors,
 )
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.likelihoods import check_noise_level
 from bayesdiff.machine.progress import track
 from bayesdiff.machine.ranks import gather_rows, rank, world_size
 from bayesdiff.metrics.agreement import agreement, pixel_ranks, spearman
@@ -39,7 +40,8 @@ class Ablation(GridOptions, Study):
     """Maps and numbers over a grid of settings."""
 
     def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
-        """Refuse a grid that memory does not hold."""
+        """Refuse a grid that memory does not hold, and a likelihood without a noise level."""
+        check_noise_level(run.model, "prior_ablation")
         self._at_once(run, solver)
 
     def make(self, at: Setup, place: Place) -> Report | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Field, SampleNoise, Solver, Step, integrate
 from bayesdiff.solvers.integrate import Observe
@@ -181,7 +182,8 @@ class NetworkField:
 
     def __init__(self, field: Field, networks: Sequence[GenerativeModel]) -> None:
         self.field = field
-        self.fields = [Field(n, field.condition, field.batch, field.guidance) for n in networks]
+        given = field.condition, field.batch, field.guidance, field.noise
+        self.fields = [Field(network, *given) for network in networks]
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Outputs ``(M, B, C, H, W)``; m = 1 is the same state for all."""
@@ -193,11 +195,12 @@ class NetworkField:
 
 
 def twin(model: GenerativeModel) -> GenerativeModel:
-    """Another model of the same architecture, path and prediction, with weights of its own."""
+    """Another model of the same kind as this one, with weights of its own."""
     net = cast(nn.Module, deepcopy(model.net))
     never = torch.optim.SGD  # no member is ever trained
-    condition = model.condition
-    return GenerativeModel(net, model.path, model.prediction, never, condition=condition).eval()
+    kind = model.path, model.prediction, never
+    law = likelihood_of(model)
+    return GenerativeModel(net, *kind, condition=model.condition, likelihood=law).eval()
 
 
 def _of_coarse_steps(

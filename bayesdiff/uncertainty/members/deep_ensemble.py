@@ -28,7 +28,7 @@ from bayesdiff.uncertainty.samples import Starts
 log = logging.getLogger(__name__)
 
 # What trainings must have in common for their images to be comparable, beside the data.
-_ALIKE = ("data.name", "model.prediction", "path", "net")
+_ALIKE = ("data.name", "model.prediction", "model.likelihood", "path", "net")
 
 
 @dataclass(frozen=True, kw_only=True)

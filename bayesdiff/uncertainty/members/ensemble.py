@@ -65,4 +65,5 @@ class MemberField:
         net = self.field.model.net
         features = self.field.features(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
         output = apply_head(net.head, features, self.weights)
-        return net.fold(output.flatten(0, 1)).unflatten(0, (len(output), -1))
+        emitted = self.field.emit(net.fold(output.flatten(0, 1)), t)
+        return emitted.unflatten(0, (len(output), -1))

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.solvers import DDPM, Solver, Step
 from bayesdiff.solvers.integrate import advance
-from bayesdiff.uncertainty.estimator import Estimator
+from bayesdiff.uncertainty.estimator import Estimator, Training
 from bayesdiff.uncertainty.recursion.covariance import COVARIANCES
 from bayesdiff.uncertainty.recursion.propagate import (
     OutputMoments,
@@ -118,6 +119,19 @@ class Moments(Estimator):
             raise UserError(
                 "uncertainty.ddpm_fix=false is about solver=ddpm alone, got "
                 f"solver={solver.name}; use uncertainty.ddpm_fix=true"
+            )
+
+    def check_run(self, run: Training) -> None:
+        """Refuse a network whose prediction is not linear in the head's weights.
+
+        Raises:
+            UserError: for such a likelihood.
+        """
+        likelihood = likelihood_of(run.model)
+        if not likelihood.linear:
+            raise UserError(
+                f"uncertainty={self.name} needs a prediction linear in the head's weights, which "
+                f"likelihood={likelihood.name} has not; use uncertainty=linearised or ensemble"
             )
 
     def copies(self, solver: Solver) -> int:

@@ -26,6 +26,7 @@ from bayesdiff.networks.forward_mode import jvp
 from bayesdiff.paths import CondOT, ProbabilityPath, convert
 from bayesdiff.solvers import RK4, Field, Heun, SampleNoise, Step, integrate, time_grid
 from bayesdiff.solvers.grid import log_snr, time_at
+from bayesdiff.uncertainty.estimator import check_derivative
 
 # Of every s: its time, and (p, q) with dx/ds = p x + q g for the network's output g.
 Rates = dict[float, tuple[float, float, float]]
@@ -164,8 +165,9 @@ def check_likelihood(model: GenerativeModel, num_steps: int = 50) -> None:
     """Refuse, before any work, what ``log_likelihood`` would refuse.
 
     Raises:
-        UserError: for no steps, or a prediction that leaves the velocity open.
+        UserError: for no steps, a prediction that leaves the velocity open, or one that is drawn.
     """  # noqa: DOC502 - raised one level down
+    check_derivative(model, "likelihood.bits_per_dim")
     _plan(model, num_steps, "rk4", "quadratic")
 
 

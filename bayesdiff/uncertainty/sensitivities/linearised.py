@@ -60,6 +60,7 @@ class Linearised(Estimator):
     rule: Rule | None = None
 
     name: ClassVar[str] = "linearised"
+    differentiates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,6 +31,8 @@ class TangentField:
 
         dg_m = J d_m + Phi(x) delta_m,
 
+    with the derivative of the likelihood's emission before Phi, where that is not linear,
+
     so that following all rows through a solver's affine steps carries S' = (a I + b J) S + b Phi
     with the same weights at every step. Multistage and multistep solvers need no formula of their
     own: their steps are affine in the outputs.
@@ -57,7 +59,8 @@ class TangentField:
         if self.rule is not None and self.number in {*self.rule.nodes, len(self.rule) - 1}:
             self.features[self.number] = features
         output = self.field.output(features)
-        forced = self.forced(features)
+        forced = self.field.likelihood.slope(output, self.forced(features))
+        output = self.field.emit(output, t)
         respond = self.computed if self.rule is None else self.predicted
         response = respond(x, output, d, forced, t) if self.number else torch.zeros_like(d)
         self.number += 1
@@ -65,7 +68,7 @@ class TangentField:
         return torch.cat([output[None], weighted, response[len(forced) :]])
 
     def forced(self, features: Tensor) -> Tensor:
-        """Phi(x) delta of the rows with weights, ``(W, B, C, H, W)``."""
+        """Phi(x) delta of the rows with weights, ``(W, B, C K, H, W)``."""
         net = self.field.model.net
         output = apply_head(net.head, features[None], self.deltas)
         return net.fold(output.flatten(0, 1)).unflatten(0, (len(output), -1))

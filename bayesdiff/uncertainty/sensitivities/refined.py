@@ -41,8 +41,7 @@ from bayesdiff.uncertainty.sensitivities.refiner import train_refiner as trained
 log = logging.getLogger(__name__)
 
 _MOST_DRAWS, TARGET_DRAWS, TARGET_PRODUCTS = 32, 2, 8
-_BATCH = 8  # training images that share their target draws
-_HELD_OUT = 0.1
+_BATCH, _HELD_OUT = 8, 0.1  # training images that share their target draws; share not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,7 @@ class Refined(Estimator):
     posteriors of one curvature share a refiner where, beside that factor, no direction is more
     than 10 % from the one it is trained for, see ``representative``. A refiner that does not beat
     the live map on the held-out images is refused, with a warning, and the live map stands.
-    Training takes about as many network evaluations as 2.7 ``train_images`` trajectories;
-    ``max_memory`` bounds maps, not training.
+    Training, unbounded by ``max_memory``, takes about 2.7 ``train_images`` trajectories.
 
     Args:
         budget: network evaluations for the map, as a share of the image's own; at least 2 and at
@@ -89,6 +87,7 @@ class Refined(Estimator):
     fitted: tuple[Rule, Refiner, float] | None = None
 
     name: ClassVar[str] = "refined"
+    differentiates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +138,7 @@ class Refined(Estimator):
 
     def check_run(self, run: Training) -> None:
         """Refuse a head on tokens, whose features are no image that the refiner could read."""
+        super().check_run(run)
         refiner_file.check_features(run.model.net.head)
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:

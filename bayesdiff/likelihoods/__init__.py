@@ -1,0 +1,39 @@
+from bayesdiff.checks import UserError
+from bayesdiff.likelihoods.bernoulli import Bernoulli
+from bayesdiff.likelihoods.categorical import Categorical
+from bayesdiff.likelihoods.gaussian import Gaussian
+from bayesdiff.likelihoods.likelihood import Likelihood
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+    "check_noise_level",
+    "likelihood_of",
+]
+
+_GAUSSIAN = Gaussian()
+
+
+def likelihood_of(model: object) -> Likelihood:
+    """The likelihood of a module; a user's own that says nothing of it has a Gaussian one."""
+    return getattr(model, "likelihood", _GAUSSIAN)
+
+
+def check_noise_level(model: object, who: str) -> None:
+    """Refuse a model whose likelihood has no noise level.
+
+    Args:
+        model: trained or not.
+        who: is about that, for the message.
+
+    Raises:
+        UserError: if it has none.
+    """
+    likelihood = likelihood_of(model)
+    if not likelihood.scaled:
+        raise UserError(
+            f"{who} is about a Gaussian with a sigma_noise, likelihood={likelihood.name} has none;"
+            " use likelihood=gaussian"
+        )
