@@ -23,7 +23,7 @@ demo: $(READY) ## train, sample and report a small model on a CPU
 	$(BIN)/python train.py experiment=demo
 
 test: $(READY) ## run the fast tests, a file per core at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## run the long checks
 	$(BIN)/python -m pytest -m slow

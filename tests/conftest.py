@@ -52,6 +52,19 @@ DRAWS = {
 }
 
 
+# Files of many seconds, the longest first: with a file per worker at a time they must not be last.
+LONG = (
+    "readme faults ddp sharding bad_input repair rivals refined filtering sweep linearised "
+    "corruption startup combinations planner classifier likelihood moments structures"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, the others in their order; so all workers end together."""
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def digits_read_once() -> Iterator[None]:
     """scikit-learn would parse them for every run."""
