@@ -39,8 +39,8 @@ from bayesdiff.runs.stages import (
     starts,
 )
 from bayesdiff.runs.training import fit, weights_in_words
-from bayesdiff.solvers import Solver, time_grid
-from bayesdiff.solvers.step import check_solver
+from bayesdiff.solvers import Solver, plan
+from bayesdiff.solvers.step import check_finite, check_solver
 from bayesdiff.storage.locks import alone, together
 from bayesdiff.studies.report_scores import check_report, report_scores
 from bayesdiff.studies.study import headlines_of, make_study, studies_of, study_keys
@@ -170,8 +170,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
         check_block_ensemble(estimator, *list(this.studies)[:1])
     model = this.model
     check_solver(solver, model.path, model.condition is not None and model.class_dropout > 0)
-    times = time_grid(solver.grid, model.path, solver.num_steps)
-    solver.steps(model.path, model.prediction, times)  # or refuse now
+    check_finite(solver, model.prediction, plan(solver, model.path, model.prediction))
     shape = this.data.data.images.shape[1:]
     images_at_once(estimator, solver, model, shape)
     estimator.check_run(this)

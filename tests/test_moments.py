@@ -51,6 +51,7 @@ from bayesdiff.solvers import (
     SDEEuler,
     Step,
 )
+from bayesdiff.solvers.flow import RungeKutta
 from bayesdiff.solvers.integrate import combine
 from bayesdiff.uncertainty import Published, Samples, TotalVariance, Trajectory
 from bayesdiff.uncertainty.recursion.covariance import (
@@ -185,8 +186,8 @@ def response(step, kappa):
     outputs = []
     for i, (t, row) in enumerate(zip(step.times, step.inputs, strict=True)):
         outputs.append(kappa(t) * combine(row, basis[0], outputs) + basis[2 + i])
-    new = combine(step.output, basis[0], outputs) + step.history * basis[1]
-    kept = 0 * new if step.kept is None else combine(step.kept, basis[0], outputs)
+    new = combine(step.output, basis[0], outputs) + sum(step.history) * basis[1]
+    kept = combine(step.kept[0], basis[0], outputs) if step.kept else 0 * new
     return torch.stack([new, kept])
 
 
@@ -204,8 +205,9 @@ def published_variance(step, kappa, covariance, variance, shared, positive):
     Where the whole variance is negative all draws of x are its mean.
     """
     state = response(step, kappa)[:, :2]
-    kept = step.kept or (0.0,) * len(step.output)
-    linear = torch.tensor([[step.output[0], step.history], [kept[0], 0]], dtype=torch.float64)
+    (kept,) = step.kept or [(0.0,) * len(step.output)]
+    rows = [[step.output[0], sum(step.history)], [kept[0], 0]]
+    linear = torch.tensor(rows, dtype=torch.float64)
     state = state if positive else linear
     slope = state - linear
     bias = torch.tensor([step.output[1:], kept[1:]], dtype=torch.float64)
@@ -237,7 +239,7 @@ def name_of(solver):
 @pytest.mark.parametrize("solver", ALL, ids=name_of)
 def test_every_solver_has_the_moments_of_a_linear_gaussian_recursion(solver, var_x, shared):
     """E1 and E2 on g = kappa(t) x + bias: epistemic, and the sampler's own noise apart."""
-    if solver.family == "flow":
+    if isinstance(solver, RungeKutta):
         model, posterior = affine_flow()
         variance = (SCALE * SPREAD) ** 2
     else:
@@ -366,7 +368,7 @@ def told(options):
 def test_every_switch_is_what_the_recursion_written_out_says(options, solver):
     """A curved network, real draws, a posterior with all covariances; H1, H2, H4-H6, M2."""
     net, posterior, covariance = curved()
-    path, prediction = (FLOW, "velocity") if solver.family == "flow" else (LINEAR, "noise")
+    path, prediction = (FLOW, "velocity") if isinstance(solver, RungeKutta) else (LINEAR, "noise")
     options = {"mc_samples": 8, **options}
 
     def start():
@@ -752,7 +754,7 @@ def test_outputs_of_a_step_covary_through_the_weights_they_share(joint, shared):
 
 def test_correlations_stay_within_one_and_follow_a_clamped_variance():
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    step = Step((0.0,), ((1.0,),), (1.0, 1.0), 0.0, 1.0, kept=(0.1, 1.0), history=0.0)
+    step = Step((0.0,), ((1.0,),), (1.0, 1.0), 0.0, 1.0, kept=((0.1, 1.0),))
     zero = torch.zeros(2, 2, *one.shape, dtype=torch.float64)
     # Cov(x, g) far beyond what V and Var(g) allow.
     outputs = OutputMoments(zero[0], torch.stack([-2 * one, 3 * one]), zero, zero)

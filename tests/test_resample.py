@@ -226,8 +226,8 @@ def test_a_multistep_solver_starts_anew_and_nearly_finds_the_image():
             output = slow.field()(x, step.times[0])
             new = step.output[0] * x + step.output[1] * output
             if kept is not None:
-                new = new + step.history * kept
-            kept = None if step.kept is None else step.kept[0] * x + step.kept[1] * output
+                new = new + sum(step.history) * kept
+            kept = step.kept[0][0] * x + step.kept[0][1] * output if step.kept else None
             x = new
         torch.testing.assert_close(again, x)
     # The error of one first-order step: of second order in its length.

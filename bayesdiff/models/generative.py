@@ -101,7 +101,7 @@ class GenerativeModel(L.LightningModule):
         path = self.path.coefficients(t)
         r, s = mix(self.prediction, path)
         alpha, sigma, r, s = (
-            c.to(x_1.dtype).view(-1, *[1] * (x_1.dim() - 1))
+            c.to(x_1.dtype).view(*c.shape, *[1] * (x_1.dim() - c.dim()))
             for c in (path.alpha, path.sigma, r, s)
         )
         return alpha * x_1 + sigma * x_0, r * x_1 + s * x_0

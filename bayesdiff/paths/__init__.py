@@ -1,3 +1,5 @@
+from bayesdiff.paths.coefficient import Coefficient
+from bayesdiff.paths.per_pixel import VPPerPixel
 from bayesdiff.paths.prediction import PREDICTIONS, convert
 from bayesdiff.paths.probability_path import (
     CondOT,
@@ -8,9 +10,11 @@ from bayesdiff.paths.probability_path import (
 
 __all__ = [
     "PREDICTIONS",
+    "Coefficient",
     "CondOT",
     "PathCoefficients",
     "ProbabilityPath",
+    "VPPerPixel",
     "VariancePreserving",
     "convert",
 ]

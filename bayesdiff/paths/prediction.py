@@ -2,7 +2,7 @@
 
 Every kind is a linear mix of data and noise, prediction = r x_1 + s x_0, and so is
 x_t = alpha x_1 + sigma x_0. Two such mixes determine any third one:
-target = p x_t + q prediction with two scalars per time.
+target = p x_t + q prediction with two coefficients per time.
 """
 
 from torch import Tensor
@@ -14,7 +14,7 @@ PREDICTIONS = ("velocity", "noise", "data", "v")
 
 
 def mix(kind: str, path: PathCoefficients) -> tuple[Tensor, Tensor]:
-    """Weights (r, s) of data and noise in a prediction of this kind, each of the shape of t.
+    """Weights (r, s) of data and noise in a prediction of this kind, shaped as the coefficients.
 
     ``velocity`` is dx_t/dt; ``v`` is alpha x_0 - sigma x_1 (Salimans and Ho 2022, appendix D).
 
@@ -34,10 +34,10 @@ def mix(kind: str, path: PathCoefficients) -> tuple[Tensor, Tensor]:
 
 
 def convert(source: str, target: str, path: PathCoefficients) -> tuple[Tensor, Tensor]:
-    """Scalars (p, q), each of the shape of t, with target = p x_t + q source.
+    """(p, q), each of the shape of the coefficients, with target = p x_t + q source.
 
     The pair is singular where x_t and the source do not determine the target (noise at alpha = 0,
-    data at sigma = 0); the scalars are then infinite or nan.
+    data at sigma = 0); they are then infinite or nan.
     """
     if source == target:
         return path.alpha * 0, path.alpha * 0 + 1

@@ -1,18 +1,25 @@
 """Probability paths: x_t = alpha_t x_1 + sigma_t x_0 with noise at t = 0 and data at t = 1."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, positive
+from bayesdiff.paths.coefficient import Coefficient, is_one, like
 
 
 @dataclass(frozen=True)
 class PathCoefficients:
-    """Coefficients of a path and their time derivatives, each of the shape of ``t``."""
+    """Coefficients of a path and their time derivatives.
+
+    Each has the shape of ``t``; on a path with a schedule of its own for every pixel, the shape of
+    ``t`` and then one of as many dimensions as a sample, which broadcasts against it.
+    """
 
     alpha: Tensor
     sigma: Tensor
@@ -20,19 +27,49 @@ class PathCoefficients:
     d_sigma: Tensor
 
 
-class ProbabilityPath(Protocol):
-    """What a model and a solver need to know of a path."""
+class ProbabilityPath(ABC):
+    """What a model and a solver need to know of a path.
+
+    Attributes:
+        family: what a run with this path is called; nothing is decided by it.
+        num_steps_max: indices of a discrete schedule, None for a continuous one.
+        last_time: of training, the least noise that the network learns.
+        smooth: whether alpha and sigma have derivatives at all times in [0, 1].
+        variance_preserving: whether alpha^2 + sigma^2 = 1.
+        noise_scale: standard deviation of the state at t = 0, a number or one per pixel.
+    """
 
     family: str
-    num_steps_max: int | None
-    last_time: float
+    num_steps_max: int | None = None
+    last_time: float = 1.0
+    smooth: bool = True
+    variance_preserving: bool = False
+    noise_scale: Coefficient = 1.0
 
+    @abstractmethod
     def coefficients(self, t: Tensor) -> PathCoefficients:
         """Coefficients at times ``t`` of any shape, in float64."""
-        ...
+
+    def initial_state(self, noise: Tensor) -> Tensor:
+        """State at t = 0 that standard noise ``(..., C, H, W)`` stands for."""
+        if is_one(self.noise_scale):
+            return noise
+        return like(self.noise_scale, noise) * noise
+
+    def noise_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of a state, for samples of this shape."""
+        return tuple(shape)
+
+    def times(self, grid: str, num_steps: int) -> list[float] | None:
+        """The path's own n + 1 increasing times of n steps; None where ``time_grid`` knows."""
+        return None
+
+    def for_shape(self, shape: Sequence[int]) -> Self:
+        """The path made ready for samples of this shape; most need nothing."""
+        return self
 
 
-class CondOT:
+class CondOT(ProbabilityPath):
     """Straight lines from noise to data: alpha = t, sigma = 1 - t.
 
     Source: Lipman et al., "Flow Matching for Generative Modeling" (2023), eq. 20 with
@@ -40,8 +77,6 @@ class CondOT:
     """
 
     family = "flow"
-    num_steps_max = None
-    last_time = 1.0
 
     def coefficients(self, t: Tensor) -> PathCoefficients:
         """Coefficients at times ``t`` of any shape, in float64."""
@@ -50,7 +85,7 @@ class CondOT:
         return PathCoefficients(alpha=t, sigma=1 - t, d_alpha=one, d_sigma=-one)
 
 
-class VariancePreserving:
+class VariancePreserving(ProbabilityPath):
     """Discrete diffusion schedules, alpha^2 + sigma^2 = 1, on the common time axis.
 
     The schedule's own index i = 0 (least noise) ... T - 1 (most) sits at t = 1 - (i + 1) / T, so
@@ -61,6 +96,8 @@ class VariancePreserving:
     """
 
     family = "diffusion"
+    smooth = False
+    variance_preserving = True
 
     def __init__(
         self,

@@ -18,10 +18,8 @@ from bayesdiff.models import GenerativeModel, whole_of
 from bayesdiff.report import figures
 from bayesdiff.report.layout import MOST_CLASSES
 from bayesdiff.report.loggers import log_picture
-from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise, integrate, time_grid
-
-# By what a path calls its family: the solver of the grids.
-_SOLVERS = {"flow": Euler, "diffusion": DDIM}
+from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise, Step, integrate, plan
+from bayesdiff.solvers.step import check_finite, check_solver
 
 
 class SampleGrid(Callback):
@@ -67,12 +65,10 @@ class SampleGrid(Callback):
         require_module(pl_module, "SampleGrid")
         require_data(trainer, "SampleGrid", "classes")
         module: Any = pl_module
-        family = getattr(module.path, "family", None)
-        if family not in _SOLVERS:
-            raise UserError(
-                f"SampleGrid has no solver for a path of family {family!r}, only for "
-                f"{' and '.join(_SOLVERS)}; leave it out, as in callbacks.samples=null"
-            )
+        try:
+            self._steps(module)
+        except UserError as error:
+            raise UserError(f"{error}; or leave grids out, callbacks.samples=null") from None
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw here, where Lightning has swapped the averaged weights in."""
@@ -129,6 +125,14 @@ class SampleGrid(Callback):
         count = max(self.size(num_classes) // self.rows, 1)
         return [i * known // count for i in range(count)]
 
+    def _steps(self, model: GenerativeModel) -> list[Step]:
+        """Of the deterministic method of first order that suits the path."""
+        solver = (DDIM if model.path.variance_preserving else Euler)(self.num_steps)
+        check_solver(solver, model.path, bool(model.num_classes))
+        steps = plan(solver, model.path, model.prediction)
+        check_finite(solver, model.prediction, steps)
+        return steps
+
     @torch.inference_mode()
     def sample(
         self, model: GenerativeModel, shape: tuple[int, ...]
@@ -137,17 +141,15 @@ class SampleGrid(Callback):
         count = self.size(model.num_classes)
         drawn = torch.tensor(self.classes(model.num_classes), device=model.device)
         labels = drawn[torch.arange(count, device=model.device) % len(drawn)]
-        solver = _SOLVERS[model.path.family](self.num_steps)
-        times = time_grid(solver.grid, model.path, self.num_steps)
-        steps = solver.steps(model.path, model.prediction, times)
         given = labels if model.num_classes else None
         condition = given
         if model.condition is not None and not model.num_classes:
             condition = model.condition.of_samples(range(count)).to(model.device)
-        noise = SampleNoise(0, range(count), shape)
+        noise = SampleNoise(0, range(count), model.path.noise_shape(shape))
         field = Field(model, condition, count, noise=noise)
         training = model.training
         model.eval()  # it trains where no validation is
-        images = integrate(field, steps, noise().to(model.device), noise)
+        x_0 = model.path.initial_state(noise().to(model.device))
+        images = integrate(field, self._steps(model), x_0, noise)
         model.train(training)
         return images.cpu(), None if given is None else given.cpu()

@@ -83,7 +83,7 @@ def make_images(run: Run, solver: Solver, count: int, path: Path, key: str) -> T
 
     def batch(numbers: list[int]) -> Rows:
         start = start_of(numbers)
-        images = integrate(start.field(), start.steps(), start.draw(), start.draw)
+        images = integrate(start.field(), start.steps(), start.initial(), start.draw)
         return {"images": to_uint8(images.cpu())}
 
     size, first = run.cfg.metrics.batch_size, start_of([0])

@@ -1,9 +1,10 @@
 from bayesdiff.solvers.diffusion import DDIM, DDPM, ProbabilityFlow, SDEEuler
 from bayesdiff.solvers.dpm_solver import DPMSolver1, DPMSolver2, DPMSolverPP2M
+from bayesdiff.solvers.encode import decode, encode
 from bayesdiff.solvers.flow import RK4, Euler, Heun, Midpoint
 from bayesdiff.solvers.grid import GRIDS, time_grid
 from bayesdiff.solvers.integrate import Field, SampleNoise, integrate
-from bayesdiff.solvers.step import Solver, Step
+from bayesdiff.solvers.step import Solver, Step, plan
 
 __all__ = [
     "DDIM",
@@ -22,6 +23,9 @@ __all__ = [
     "SampleNoise",
     "Solver",
     "Step",
+    "decode",
+    "encode",
     "integrate",
+    "plan",
     "time_grid",
 ]

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from bayesdiff.checks import UserError
-from bayesdiff.paths import ProbabilityPath, convert
-from bayesdiff.solvers.step import Step, coefficients
+from bayesdiff.paths import Coefficient, ProbabilityPath, convert
+from bayesdiff.paths.coefficient import as_coefficient, is_zero, log, not_below
+from bayesdiff.solvers.step import Row, Solver, Step, coefficients
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,13 @@ class Node:
     """A time of the grid with the path's coefficients there."""
 
     t: float
-    alpha: float
-    sigma: float
+    alpha: Coefficient
+    sigma: Coefficient
 
     @property
-    def lam(self) -> float:
+    def lam(self) -> Coefficient:
         """Half log-SNR, ln(alpha / sigma)."""
-        return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
+        return math.inf if is_zero(self.sigma) else log(self.alpha / self.sigma)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Span:
         path: of the model.
         prediction: what the network predicts.
         start: where the step starts and evaluates the network.
-        end: where it ends.
+        end: where it ends; before the start, where it goes from data to noise.
         before: where the step before started, None for the first one.
     """
 
@@ -47,40 +48,51 @@ class Span:
     @property
     def clean(self) -> bool:
         """Whether the step ends in clean data, where lambda is infinite."""
-        return self.end.sigma == 0
+        return is_zero(self.end.sigma)
 
     @property
-    def length(self) -> float:
+    def length(self) -> Coefficient:
         """h, the step in half log-SNR."""
         return self.end.lam - self.start.lam
 
-    def affine(self, data: float, noise: float) -> tuple[float, float]:
+    @property
+    def beta(self) -> Coefficient:
+        """1 - abar_t / abar_s of the step to s, less than 0 where s has more noise than t."""
+        if self.end.t < self.start.t:
+            return (self.end.alpha / self.start.alpha) ** 2 - 1
+        return 1 - (self.start.alpha / self.end.alpha) ** 2
+
+    def affine(self, data: Coefficient, noise: Coefficient) -> tuple[Coefficient, Coefficient]:
         """(a, b) with a x + b g = data x_1hat + noise x_0hat at the step's start."""
         return as_affine(self.path, self.prediction, self.start.t, data, noise)
 
     def step(
         self,
-        a: float,
-        b: float,
-        noise: float = 0.0,
-        kept: tuple[float, float] | None = None,
-        history: float = 0.0,
+        a: Coefficient,
+        b: Coefficient,
+        noise: Coefficient = 0.0,
+        kept: tuple[Row, ...] = (),
+        history: Row = (),
     ) -> Step:
-        """The step x' = a x + b g + history k + noise z."""
+        """The step x' = a x + b g + sum_j history[j] k_j + noise z."""
         return Step((self.start.t,), ((1.0,),), (a, b), noise, self.end.t, kept, history)
 
 
 @dataclass(frozen=True)
-class DiffusionSolver:
+class DiffusionSolver(Solver):
     """What the samplers of diffusion share; each adds its ``name`` and ``steps``."""
 
-    num_steps: int
-    guidance: float = 1.0
-    grid: str = "uniform"
+    def check(self, path: ProbabilityPath) -> None:
+        """Refuse a path with another variance.
 
-    name: ClassVar[str]
-    family: ClassVar[str] = "diffusion"
-    stages: ClassVar[int] = 1
+        Raises:
+            UserError: for the straight lines of a flow.
+        """
+        if not path.variance_preserving:
+            raise UserError(
+                f"solver={self.name} is for diffusion, whose paths keep alpha^2 + sigma^2 = 1, "
+                "and not for a flow; use solver=euler, heun, midpoint or rk4"
+            )
 
 
 @dataclass(frozen=True)
@@ -101,16 +113,23 @@ class DDIM(DiffusionSolver):
         if not number or not 0 <= self.eta <= 1:
             raise UserError(f"solver.eta must be between 0 and 1, got {self.eta!r}; 0 is no noise")
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether eta > 0."""
+        return self.eta > 0
+
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times."""
         return [self._step(span) for span in spans(path, prediction, times)]
 
     def _step(self, span: Span) -> Step:
         start, end = span.start, span.end
-        variance = (self.eta * end.sigma / start.sigma) ** 2
-        variance *= 1 - (start.alpha / end.alpha) ** 2
+        variance: Coefficient = 0.0
+        if self.eta:  # else a step may well start at clean data, where sigma is 0
+            variance = (self.eta * end.sigma / start.sigma) ** 2
+            variance *= 1 - (start.alpha / end.alpha) ** 2
         # The mean in terms of data and noise stays finite where alpha vanishes.
-        direction = max(end.sigma**2 - variance, 0.0) ** 0.5
+        direction = not_below(end.sigma**2 - variance, 0.0) ** 0.5
         return span.step(*span.affine(end.alpha, direction), noise=variance**0.5)
 
 
@@ -131,6 +150,11 @@ class DDPM(DiffusionSolver):
         if self.variance not in ("large", "small"):
             raise UserError(f"unknown solver.variance {self.variance!r}; choose large or small")
 
+    @property
+    def stochastic(self) -> bool:
+        """Always."""
+        return True
+
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times."""
         return [self._step(span) for span in spans(path, prediction, times)]
@@ -143,7 +167,7 @@ class DDPM(DiffusionSolver):
         a, b = span.affine(data=span.end.alpha * beta / sigma**2, noise=0.0)
         a += ratio * sigma_s**2 / sigma**2
         variance = beta * (sigma_s / sigma) ** 2 if self.variance == "small" else beta
-        return span.step(a, b, noise=variance**0.5 if sigma_s > 0 else 0.0)
+        return span.step(a, b, noise=0.0 if span.clean else variance**0.5)
 
 
 @dataclass(frozen=True)
@@ -159,6 +183,11 @@ class SDEEuler(DiffusionSolver):
     """
 
     name: ClassVar[str] = "sde"
+
+    @property
+    def stochastic(self) -> bool:
+        """Always."""
+        return True
 
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times."""
@@ -185,7 +214,7 @@ def _reverse_euler(span: Span, share: float) -> Step:
     start, end = span.start, span.end
     if span.clean:
         return span.step(*span.affine(data=end.alpha, noise=0.0))
-    beta = 1 - (start.alpha / end.alpha) ** 2
+    beta = span.beta
     p, b = span.affine(data=0.0, noise=-share * beta / start.sigma)
     return span.step(1 + beta / 2 + p, b, noise=beta**0.5 if share == 1 else 0.0)
 
@@ -207,10 +236,10 @@ def spans(path: ProbabilityPath, prediction: str, times: Sequence[float]) -> lis
 
 
 def as_affine(
-    path: ProbabilityPath, prediction: str, t: float, data: float, noise: float
-) -> tuple[float, float]:
+    path: ProbabilityPath, prediction: str, t: float, data: Coefficient, noise: Coefficient
+) -> tuple[Coefficient, Coefficient]:
     """(a, b) with a x + b g = data x_1hat + noise x_0hat at time t."""
     c = path.coefficients(torch.tensor(t, dtype=torch.float64))
-    p_data, q_data = (float(v) for v in convert(prediction, "data", c))
-    p_noise, q_noise = (float(v) for v in convert(prediction, "noise", c))
+    p_data, q_data = map(as_coefficient, convert(prediction, "data", c))
+    p_noise, q_noise = map(as_coefficient, convert(prediction, "noise", c))
     return data * p_data + noise * p_noise, data * q_data + noise * q_noise

@@ -7,15 +7,16 @@ h -> inf. Those of second order have no limit: their corrections extrapolate a s
 the infinite step.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.paths import ProbabilityPath
+from bayesdiff.paths import Coefficient, ProbabilityPath
+from bayesdiff.paths.coefficient import expm1, level
 from bayesdiff.solvers.diffusion import DiffusionSolver, Node, Span, as_affine, nodes_at, spans
 from bayesdiff.solvers.grid import time_at
 from bayesdiff.solvers.step import Step
@@ -70,7 +71,7 @@ class DPMSolver2(DiffusionSolver):
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times."""
         found = spans(path, prediction, times)
-        inner = [s.start.lam + self.r1 * s.length for s in found if not s.clean]
+        inner = [level(s.start.lam + self.r1 * s.length) for s in found if not s.clean]
         between = iter(
             nodes_at(path, time_at(path, torch.tensor(inner, dtype=torch.float64)).tolist())
         )
@@ -80,7 +81,10 @@ class DPMSolver2(DiffusionSolver):
         start = span.start
         a_u, b_u = _first_order(span, middle)
         a, b = _first_order(span, span.end)
-        weight = -span.end.sigma * math.expm1(span.length) / (2 * self.r1)
+        # One time lies differently in the steps of pixels that have schedules of their own.
+        own = isinstance(span.length, Tensor)
+        r1 = (middle.lam - start.lam) / span.length if own else self.r1
+        weight = -span.end.sigma * expm1(span.length) / (2 * r1)
         # Each noise prediction as p (its input) + q (its output).
         p, q = as_affine(span.path, span.prediction, start.t, data=0.0, noise=1.0)
         p_u, q_u = as_affine(span.path, span.prediction, middle.t, data=0.0, noise=1.0)
@@ -119,20 +123,20 @@ def _to_data(span: Span) -> Step:
     return span.step(*span.affine(data=span.end.alpha, noise=0.0))
 
 
-def _first_order(span: Span, end: Node) -> tuple[float, float]:
+def _first_order(span: Span, end: Node) -> tuple[Coefficient, Coefficient]:
     """(a, b) of the step of DPM-Solver-1 from the span's start to ``end``."""
     start = span.start
-    p, b = span.affine(data=0.0, noise=-end.sigma * math.expm1(end.lam - start.lam))
+    p, b = span.affine(data=0.0, noise=-end.sigma * expm1(end.lam - start.lam))
     return end.alpha / start.alpha + p, b
 
 
 def _two_step(span: Span) -> Step:
     start, end = span.start, span.end
     data = span.affine(data=1.0, noise=0.0)
-    q = -end.alpha * math.expm1(-span.length)
-    correction = 0.0
+    q = -end.alpha * expm1(-span.length)
+    correction: Coefficient = 0.0
     if span.before is not None:
         correction = q * span.length / (2 * (start.lam - span.before.lam))
     a = end.sigma / start.sigma + (q + correction) * data[0]
     b = (q + correction) * data[1]
-    return span.step(a, b, kept=data, history=-correction)
+    return span.step(a, b, kept=(data,), history=(-correction,))

@@ -1,21 +1,22 @@
 """Runge-Kutta solvers of the flow's ordinary differential equation dx/dt = v(x, t)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from bayesdiff.checks import UserError
 from bayesdiff.paths import ProbabilityPath, convert
-from bayesdiff.solvers.step import Step
+from bayesdiff.paths.coefficient import at_times
+from bayesdiff.solvers.step import Row, Solver, Step
 
 Matrix = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
-class RungeKutta:
+class RungeKutta(Solver):
     """Explicit Runge-Kutta method of a tableau (matrix A, weights w, nodes c).
 
     k_i = v(x + h sum_j A_ij k_j, t + c_i h), x' = x + h sum_i w_i k_i. A network that predicts
@@ -23,16 +24,21 @@ class RungeKutta:
     affine in its outputs g_i.
     """
 
-    num_steps: int
-    guidance: float = 1.0
-    grid: str = "uniform"
-
-    name: ClassVar[str]
-    family: ClassVar[str] = "flow"
-    stages: ClassVar[int]
     matrix: ClassVar[Matrix]
     weights: ClassVar[tuple[float, ...]]
     nodes: ClassVar[tuple[float, ...]]
+
+    def check(self, path: ProbabilityPath) -> None:
+        """Refuse a path without a velocity at all times.
+
+        Raises:
+            UserError: for a discrete schedule, whose slope jumps.
+        """
+        if not path.smooth:
+            raise UserError(
+                f"solver={self.name} needs a path that is smooth in time, as a flow's, and not "
+                "a discrete diffusion schedule; use solver=ddim, or pf_ode for Euler's method"
+            )
 
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times.
@@ -48,25 +54,26 @@ class RungeKutta:
         h = end - start
         at = [start + c * h for c in self.nodes]
         c = path.coefficients(torch.tensor(at, dtype=torch.float64))
-        p, q = (values.tolist() for values in convert(prediction, "velocity", c))
-        for t, numbers in zip(at, zip(p, q, strict=True), strict=True):
-            if not all(map(math.isfinite, numbers)):
+        p, q = convert(prediction, "velocity", c)
+        for t, *pair in zip(at, p, q, strict=True):
+            if not all(bool(values.isfinite().all()) for values in pair):
                 raise UserError(
                     f"model.prediction={prediction} leaves the velocity at t={t:g} open, which "
                     f"solver={self.name} needs; use model.prediction=velocity"
                 )
         size = len(at) + 1
         state = torch.eye(size, dtype=torch.float64)[0]  # coefficients of x itself
-        slopes: list[torch.Tensor] = []
-        inputs: list[tuple[float, ...]] = []
+        state = state.view(size, *[1] * (p.ndim - 1))
+        slopes: list[Tensor] = []
+        inputs: list[Row] = []
         for i, row in enumerate(self.matrix):
             point = state + h * sum((a * k for a, k in zip(row, slopes, strict=True)), 0 * state)
-            inputs.append(tuple(point[: i + 1].tolist()))
+            inputs.append(tuple(at_times(point[: i + 1])))
             slope = p[i] * point
             slope[i + 1] += q[i]
             slopes.append(slope)
         output = state + h * sum(w * k for w, k in zip(self.weights, slopes, strict=True))
-        return Step(tuple(at), tuple(inputs), tuple(output.tolist()), noise=0.0, end=end)
+        return Step(tuple(at), tuple(inputs), tuple(at_times(output)), noise=0.0, end=end)
 
 
 class Euler(RungeKutta):

@@ -25,7 +25,8 @@ def time_grid(
       runs from 1 / n to 1 - 1 / n: the outermost steps are those of ``uniform``.
 
     On a discrete schedule the last two visit the schedule's own indices, each at most once: where
-    they ask for more than one step per index, they get one.
+    they ask for more than one step per index, they get one. A path with times of its own gives
+    those in place of all these.
 
     Args:
         name: which law the times follow.
@@ -44,21 +45,31 @@ def time_grid(
             f"solver.num_steps={num_steps} is more than the {indices} steps of the path's "
             "schedule; choose fewer"
         )
+    times = path.times(name, num_steps) or _times(name, path, num_steps)
+    return [times[k] for k in range(0, num_steps, skip_interval)] + [times[-1]]
+
+
+def _times(name: str, path: ProbabilityPath, num_steps: int) -> list[float]:
+    """The n + 1 times, on a discrete schedule's indices where the law is not ``uniform``."""
     if name == "log_snr":
         times = _log_snr_times(path, num_steps)
     else:
         times = [k / num_steps for k in range(num_steps + 1)]
         if name == "quadratic":
             times = [1 - (1 - t) ** 2 for t in times]
-    if name != "uniform" and indices is not None:
-        times = _on_indices(times, indices)
-    return [times[k] for k in range(0, num_steps, skip_interval)] + [times[-1]]
+    if name != "uniform" and path.num_steps_max is not None:
+        times = _on_indices(times, path.num_steps_max)
+    return times
 
 
 def log_snr(path: ProbabilityPath, t: Tensor) -> Tensor:
-    """Half the logarithm of the signal-to-noise ratio, ln(alpha / sigma), of the shape of t."""
+    """Half the logarithm of the signal-to-noise ratio, ln(alpha / sigma), of the shape of t.
+
+    The mean over pixels, where each has its own.
+    """
     c = path.coefficients(t)
-    return c.alpha.log() - c.sigma.log()
+    lam = c.alpha.log() - c.sigma.log()
+    return lam if lam.ndim == t.ndim else lam.flatten(t.ndim).mean(t.ndim)
 
 
 def time_at(path: ProbabilityPath, lam: Tensor) -> Tensor:

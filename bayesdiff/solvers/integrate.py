@@ -11,9 +11,11 @@ from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.machine.progress import evaluated
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import repeated
-from bayesdiff.solvers.step import Step
+from bayesdiff.paths.coefficient import is_one, is_zero
+from bayesdiff.solvers.step import Row, Step
 
 Observe = Callable[[Step, Tensor], None]
+Memory = tuple[Tensor, ...]  # what earlier steps kept, the latest first
 _CACHEFUL = 64
 # Tells the noise of a sampled emission apart from what else is drawn for the same samples.
 _EMISSION = 900_001
@@ -126,11 +128,12 @@ def integrate(
         noise: fresh standard noise for a step that needs it.
         observe: called with every step and the state after it.
     """
-    kept: Tensor | None = None
-    for step in steps:
+    steps = [step.like(x) for step in steps]
+    memory: Memory = ()
+    for step, held in zip(steps, held_after(steps), strict=True):
         outputs = evaluate(field, step, x)
-        x, kept = advance(step, x, outputs, kept)
-        if step.noise:
+        x, memory = advance(step, x, outputs, memory, held)
+        if step.stochastic:
             x = x + step.noise * noise()
         if observe is not None:
             observe(step, x)
@@ -145,28 +148,54 @@ def evaluate(field: Callable[[Tensor, float], Tensor], step: Step, x: Tensor) ->
     return outputs
 
 
+def held_after(steps: Sequence[Step]) -> list[int]:
+    """Kept combinations that are held after each step: its own, and all needed later."""
+    found, needed = [], 0
+    for step in reversed(steps):
+        own = len(step.kept)
+        found.append(max(own, needed))
+        needed = max(step.reach, needed - own)
+    return found[::-1]
+
+
 def advance(
-    step: Step, x: Tensor, outputs: Sequence[Tensor], kept: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """New state before its fresh noise, and what the step keeps for the next one.
+    step: Step, x: Tensor, outputs: Sequence[Tensor], memory: Memory, held: int
+) -> tuple[Tensor, Memory]:
+    """New state before its fresh noise, and what is kept for later steps.
 
     Args:
         step: with coefficients for this x.
         x: state before the step.
         outputs: network outputs of the step.
-        kept: what the step before kept.
+        memory: what earlier steps kept, the latest first.
+        held: how many combinations are held after this one, see ``held_after``.
     """
-    new = combine(step.output, x, outputs)
-    if step.history and kept is not None:
-        new = new + step.history * kept
-    return new, None if step.kept is None else combine(step.kept, x, outputs)
+    new = recall(combine(step.output, x, outputs), step.history, memory)
+    count = 1 + len(outputs)
+    kept = (recall(combine(row[:count], x, outputs), row[count:], memory) for row in step.kept)
+    return new, (*kept, *memory)[:held]
 
 
-def combine(row: Sequence[float], x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+def combine(row: Row, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """row[0] x + sum_j row[1 + j] outputs[j]."""
-    total = x if row[0] == 1 else row[0] * x
+    total = x if is_one(row[0]) else row[0] * x
     for weight, output in zip(row[1:], outputs, strict=True):
         total = total + weight * output
+    return total
+
+
+def recall(total: Tensor, row: Row, memory: Memory) -> Tensor:
+    """Total + sum_j row[j] memory[j]; what was never kept must have no weight.
+
+    Raises:
+        ValueError: if it has.
+    """
+    for place, weight in enumerate(row):
+        if is_zero(weight):
+            continue
+        if place >= len(memory):
+            raise ValueError(f"a step reads k_{place}, and only {len(memory)} were kept before it")
+        total = total + weight * memory[place]
     return total
 
 

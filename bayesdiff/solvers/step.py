@@ -1,20 +1,19 @@
 """A solver is coefficients: every step is affine in the state and the network outputs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.paths import ProbabilityPath
+from bayesdiff.paths import Coefficient, ProbabilityPath
+from bayesdiff.paths.coefficient import as_key, at_times, have_tensors, is_finite, is_zero, like
 from bayesdiff.solvers.grid import time_grid
 
-# What solver=... takes, by the family of paths.
-NAMES = {
-    "flow": "euler, heun, midpoint, rk4",
-    "diffusion": "ddim, ddpm, dpm1, dpm2, dpmpp_2m, sde, pf_ode",
-}
+Row = tuple[Coefficient, ...]
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,13 @@ class Step:
     """One step x -> x' with one or more network evaluations g_0, g_1, ...
 
     Evaluation i sees u_i = inputs[i][0] x + sum_j inputs[i][1 + j] g_j (j < i) at ``times[i]``;
-    then x' = output[0] x + sum_j output[1 + j] g_j + history k + noise z with z ~ N(0, I).
-    With one evaluation that is x' = a x + b g(x, t) + c z.
+    then x' = output[0] x + sum_j output[1 + j] g_j + sum_j history[j] k_j + noise z, z ~ N(0, I).
+    With one evaluation that is x' = a x + b g(x, t) + c z. Every coefficient is a number, or a
+    tensor that broadcasts against a sample ``(C, H, W)``.
 
-    k is what the step before kept: kept[0] x + sum_j kept[1 + j] g_j of that step. Multistep
-    methods need it.
+    Multistep methods need more: k_0, k_1, ... is what earlier steps kept, the latest first. A
+    step keeps one combination of x, its outputs and the k_j for each row of ``kept``; those come
+    before all that was kept earlier. Steps can so reach back as far as they like.
 
     Attributes:
         times: time of each evaluation.
@@ -34,57 +35,123 @@ class Step:
         output: coefficients (a, b_0, b_1, ...) of the new state.
         noise: c, standard deviation of the fresh noise.
         end: time of the new state.
-        kept: coefficients of what the next step may use, None for nothing.
-        history: coefficient of what the step before kept.
+        kept: rows (p, q_0, q_1, ...) of what later steps may use, each with a coefficient for
+            every evaluation and then as many r_0, r_1, ... of the k_j as needed.
+        history: coefficients of k_0, k_1, ... in the new state.
     """
 
     times: tuple[float, ...]
-    inputs: tuple[tuple[float, ...], ...]
-    output: tuple[float, ...]
-    noise: float
+    inputs: tuple[Row, ...]
+    output: Row
+    noise: Coefficient
     end: float
-    kept: tuple[float, ...] | None = None
-    history: float = 0.0
+    kept: tuple[Row, ...] = ()
+    history: Row = ()
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the step draws fresh noise."""
+        return not is_zero(self.noise)
+
+    @property
+    def reach(self) -> int:
+        """How many of the k_j it reads."""
+        count = 1 + len(self.times)
+        return max(len(self.history), *(len(row) - count for row in self.kept), 0)
+
+    def coefficients(self) -> Iterator[Coefficient]:
+        """All of them, row by row.
+
+        Yields:
+            Numbers and tensors.
+        """
+        for row in (*self.inputs, self.output, *self.kept, self.history):
+            yield from row
+        yield self.noise
+
+    def like(self, x: Tensor) -> "Step":
+        """The step with its tensors in the precision and on the device of ``x``."""
+        if not have_tensors(self.coefficients()):
+            return self
+
+        def ready(row: Row) -> Row:
+            return tuple(like(value, x) for value in row)
+
+        return replace(
+            self,
+            inputs=tuple(map(ready, self.inputs)),
+            output=ready(self.output),
+            noise=like(self.noise, x),
+            kept=tuple(map(ready, self.kept)),
+            history=ready(self.history),
+        )
+
+    def numbers(self) -> list:
+        """All that tells the step from another, as JSON can hold it."""
+        sizes = [*map(len, self.inputs), *map(len, self.kept)]
+        return [self.times, self.end, sizes, [as_key(value) for value in self.coefficients()]]
 
 
-class Solver(Protocol):
+@dataclass(frozen=True)
+class Solver(ABC):
     """A sampler: how many steps, and the coefficients of each.
+
+    A solver of one's own is a subclass with a ``name``, ``steps`` and, if it is not for every path
+    or draws noise, ``check`` and ``stochastic``.
 
     Attributes:
         name: what a user types for it, as in ``solver=euler``.
-        family: family of the paths it can follow, ``flow`` or ``diffusion``.
         stages: network evaluations of a step, at most.
         num_steps: steps from noise to data.
         guidance: classifier-free guidance scale, 1 for none.
         grid: how the times of the steps are spread, a name of ``time_grid``.
     """
 
-    name: str
-    family: str
-    stages: int
     num_steps: int
-    guidance: float
-    grid: str
+    guidance: float = 1.0
+    grid: str = "uniform"
 
+    name: ClassVar[str]
+    stages: ClassVar[int] = 1
+
+    @abstractmethod
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
-        """Coefficients of the steps between consecutive ``times`` (n + 1 increasing numbers)."""
-        ...
+        """Coefficients of the steps between consecutive ``times`` (n + 1 of them).
+
+        The times increase; of a deterministic solver they may as well decrease, from data to
+        noise.
+        """
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its steps draw noise."""
+        return False
+
+    def check(self, path: ProbabilityPath) -> None:  # noqa: B027 - most serve every path
+        """Refuse a path it cannot follow, with a ``UserError``."""
+
+    def times(self, path: ProbabilityPath, skip_interval: int = 1) -> list[float]:
+        """Times from noise to data, every k-th of those it has and the last one."""
+        return time_grid(self.grid, path, self.num_steps, skip_interval)
+
+
+def plan(
+    solver: Solver, path: ProbabilityPath, prediction: str, skip_interval: int = 1
+) -> list[Step]:
+    """Steps from noise to data, on every k-th of the solver's times."""
+    return solver.steps(path, prediction, solver.times(path, skip_interval))
 
 
 def check_solver(solver: Solver, path: ProbabilityPath, conditional: bool) -> None:
     """Refuse a solver that does not fit the model.
 
     Raises:
-        UserError: for another family, an unknown grid, too many steps for a discrete schedule, or
-            guidance of an unconditional model.
+        UserError: for a path it does not serve, an unknown grid, too many steps for a discrete
+            schedule, or guidance of an unconditional model.
     """
-    if solver.family != path.family:
-        raise UserError(
-            f"solver={solver.name} is for {solver.family} models, this model is a {path.family} "
-            f"model; choose from {NAMES[path.family]}"
-        )
+    solver.check(path)
     at_least("solver.num_steps", solver.num_steps)
-    time_grid(solver.grid, path, solver.num_steps)
+    solver.times(path)
     if isinstance(solver.guidance, bool) or not isinstance(solver.guidance, (int, float)):
         raise UserError(f"solver.guidance must be a number, got {solver.guidance!r}; 1 is none")
     if not 0 <= solver.guidance < float("inf"):
@@ -96,7 +163,25 @@ def check_solver(solver: Solver, path: ProbabilityPath, conditional: bool) -> No
         )
 
 
-def coefficients(path: ProbabilityPath, times: Sequence[float]) -> list[tuple[float, float]]:
-    """Pairs (alpha, sigma) at the times, as Python floats."""
+def check_finite(solver: Solver, prediction: str, steps: Sequence[Step]) -> None:
+    """Refuse steps that the prediction leaves open.
+
+    Raises:
+        UserError: if a coefficient is not finite.
+    """
+    for step in steps:
+        if not all(map(is_finite, step.coefficients())):
+            raise UserError(
+                f"solver={solver.name} has no finite step from t={step.times[0]:g} to "
+                f"t={step.end:g} with model.prediction={prediction} on this path; use another "
+                "solver, or model.prediction=v on a path that preserves variance and velocity on "
+                "any other"
+            )
+
+
+def coefficients(
+    path: ProbabilityPath, times: Sequence[float]
+) -> list[tuple[Coefficient, Coefficient]]:
+    """Pairs (alpha, sigma) at the times: Python floats, or tensors of a path that has tensors."""
     c = path.coefficients(torch.tensor(times, dtype=torch.float64))
-    return list(zip(c.alpha.tolist(), c.sigma.tolist(), strict=True))
+    return list(zip(at_times(c.alpha), at_times(c.sigma), strict=True))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.models import GenerativeModel
-from bayesdiff.solvers import Solver
+from bayesdiff.solvers import Solver, plan
+from bayesdiff.solvers.integrate import held_after
 from bayesdiff.uncertainty.estimator import Estimator
 
 GIB = 2**30
@@ -40,7 +41,8 @@ def images_at_once(
         UserError: if one image is too many.
     """
     image = 4 * prod(image_shape)
-    held = estimator.copies(solver) * (activation_bytes(model, image_shape) + _STATES * image)
+    states = _STATES + max(0, _reach(solver, model) - 1)
+    held = estimator.copies(solver) * (activation_bytes(model, image_shape) + states * image)
     record = 2 * (solver.num_steps + len(estimator.times)) * image
     count = int(estimator.max_memory * GIB // (held + record))
     if count < 1:
@@ -50,6 +52,11 @@ def images_at_once(
             f"{cure}"
         )
     return min(count, estimator.batch_size)
+
+
+def _reach(solver: Solver, model: GenerativeModel) -> int:
+    """Combinations that the solver holds for later steps."""
+    return max(held_after(plan(solver, model.path, model.prediction)), default=0)
 
 
 @torch.inference_mode()

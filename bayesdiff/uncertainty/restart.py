@@ -60,6 +60,10 @@ class Restart(Trajectory):
         noise = RestartNoise(state, later)
         return cls(start.model, start.solver, start.condition, noise, start.device, tuple(times))
 
+    def initial(self) -> Tensor:
+        """The state itself."""
+        return self.draw()
+
     def steps(self, skip_interval: int = 1) -> list[Step]:
         """Steps on every k-th of the times, and on the last one."""
         times = [*self.times[:-1:skip_interval], self.times[-1]]

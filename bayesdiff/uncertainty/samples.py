@@ -10,7 +10,7 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import ProbabilityPath
-from bayesdiff.solvers import Field, SampleNoise, Solver, Step, time_grid
+from bayesdiff.solvers import Field, SampleNoise, Solver, Step, plan
 
 # model: images in [-1, 1], as the model sees them; unit: in [0, 1].
 UNITS = ("model", "unit")
@@ -152,8 +152,7 @@ class Trajectory:
 
     def steps(self, skip_interval: int = 1) -> list[Step]:
         """Steps on every k-th time of the image's own grid."""
-        times = time_grid(self.solver.grid, self.path, self.solver.num_steps, skip_interval)
-        return self.solver.steps(self.path, self.model.prediction, times)
+        return plan(self.solver, self.path, self.model.prediction, skip_interval)
 
     @property
     def nfe(self) -> int:
@@ -164,6 +163,10 @@ class Trajectory:
         """Network evaluations per image of these steps."""
         guided = self.solver.guidance != 1 and self.condition is not None
         return (2 if guided else 1) * sum(len(step.times) for step in steps)
+
+    def initial(self) -> Tensor:
+        """The state at t = 0, ``(B, C, H, W)``, of the first noise of the batch."""
+        return self.path.initial_state(self.draw())
 
     def draw(self) -> Tensor:
         """The next noise of the batch, ``(B, C, H, W)``."""
@@ -191,7 +194,7 @@ def starts_of(
     """
 
     def start(numbers: Sequence[int]) -> Trajectory:
-        noise = SampleNoise(seed, numbers, shape)
+        noise = SampleNoise(seed, numbers, model.path.noise_shape(shape))
         given = model.condition.of_samples(numbers).to(device) if model.condition else None
         return Trajectory(model, solver, given, noise, device)
 

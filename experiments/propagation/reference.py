@@ -65,7 +65,7 @@ def members(run: Run, solver: Solver, posterior: HeadPosterior, count: int = MEM
     weights = posterior.draw(count, torch.Generator().manual_seed(SEED)).to(run.device)
     start_of = starts(run, solver)
     steps = start_of([0]).steps()
-    numbers = [(s.times, s.inputs, s.output, s.noise, s.kept, s.history) for s in steps]
+    numbers = [step.numbers() for step in steps]
     key = key_of(run.key, numbers, run.cfg.seed, pipeline.settings_of(posterior), count, IMAGES)
     path = ROOT / "outputs" / "propagation" / f"reference-{key}.npz"
     stored = read_arrays(path, key)
@@ -74,7 +74,7 @@ def members(run: Run, solver: Solver, posterior: HeadPosterior, count: int = MEM
     parts = []
     for indices in track(list(torch.arange(IMAGES).split(4)), "reference"):
         start = start_of(indices.tolist())
-        field, x_0 = start.field(), start.draw()
+        field, x_0 = start.field(), start.initial()
         parts.append(
             integrate(MemberField(field, weights), start.steps(), x_0[None], start.draw).cpu()
         )

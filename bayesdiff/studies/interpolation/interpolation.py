@@ -21,7 +21,7 @@ from bayesdiff.report import table
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.setup import Setup
 from bayesdiff.runs.stages import Rows, made_rows
-from bayesdiff.solvers import Solver, time_grid
+from bayesdiff.solvers import Solver, plan
 from bayesdiff.studies.interpolation import figures as pictures
 from bayesdiff.studies.study import Place, Report, Study, conditions
 from bayesdiff.uncertainty import Estimator, Samples, Starts
@@ -110,8 +110,7 @@ class Interpolation(Study):
                 "interpolation needs two samples of one condition, and here every sample has an "
                 "embedding of its own; use condition=labels, or leave interpolation out"
             )
-        times = time_grid(solver.grid, run.model.path, solver.num_steps)
-        if any(step.noise for step in solver.steps(run.model.path, run.model.prediction, times)):
+        if any(step.stochastic for step in plan(solver, run.model.path, run.model.prediction)):
             raise UserError(
                 f"interpolation needs a deterministic solver, solver={solver.name} adds noise on "
                 "the way; use solver=ddim, or another without noise"

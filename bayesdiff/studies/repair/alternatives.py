@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.paths import Coefficient
+from bayesdiff.paths.coefficient import level, like
 from bayesdiff.solvers import SampleNoise, Step, integrate
-from bayesdiff.solvers.integrate import advance, evaluate
+from bayesdiff.solvers.integrate import Memory, advance, evaluate, held_after
 from bayesdiff.solvers.step import coefficients
 from bayesdiff.uncertainty.members.ensemble import MemberField
 from bayesdiff.uncertainty.restart import Restart
@@ -55,8 +57,14 @@ class Middle:
     image: Tensor
     trajectories: Tensor
     region: Tensor
-    alpha: float
-    sigma: float
+    alpha: Coefficient
+    sigma: Coefficient
+
+    @property
+    def level(self) -> tuple[Coefficient, Coefficient]:
+        """Mean square of sigma over the pixels, and the square of each over it."""
+        mean = level(self.sigma**2)
+        return mean, self.sigma**2 / mean if isinstance(self.sigma, Tensor) else 1.0
 
     @property
     def power(self) -> Tensor:
@@ -101,11 +109,14 @@ def renoise_matched(middle: Middle, z: Tensor) -> Tensor:
 
     With E = |e|^2, D values and T = power of V_c / sigma_c^2, the expected squared distance from
     x_c is sigma_c^2 (E u^2 + D u (2 - u)); it is the power of V_c for the smaller root of
-    (E - D) u^2 + 2 D u = T. Beyond u = 1 there is only fresh noise.
+    (E - D) u^2 + 2 D u = T. Beyond u = 1 there is only fresh noise. Where every pixel has a sigma
+    of its own, its square over the mean of all weighs it in E and D.
     """
     own = (middle.state - middle.alpha * middle.image) / middle.sigma
-    wanted, size = middle.power / middle.sigma**2, middle.size
-    root = (size**2 + (middle.inside(own.square()) - size) * wanted).clamp(min=0).sqrt()
+    mean, weight = middle.level
+    wanted = middle.power / mean
+    size = middle.inside(weight * torch.ones_like(middle.state))
+    root = (size**2 + (middle.inside(weight * own.square()) - size) * wanted).clamp(min=0).sqrt()
     u = (wanted / (size + root)).clamp(max=1)
     return middle.alpha * middle.image + middle.sigma * ((1 - u) * own + (u * (2 - u)).sqrt() * z)
 
@@ -190,7 +201,7 @@ class Origin:
     @torch.inference_mode()
     def of(cls, start: Trajectory) -> Self:
         """Follow the trained model from the start of a batch."""
-        steps, x_0 = start.steps(), start.draw()
+        steps, x_0 = start.steps(), start.initial()
         noise, states = start.noise.copy(), []
         integrate(start.field(), steps, x_0, start.draw, lambda _, x: states.append(x.clone()))
         return cls(start, x_0, noise, steps, torch.stack(states))
@@ -229,6 +240,7 @@ class Origin:
         """What alternatives of the state after a step are made from; see ``Middle``."""
         [(alpha, sigma)] = coefficients(self.start.path, [self.steps[place].end])
         state = self.states[place]
+        alpha, sigma = like(alpha, state), like(sigma, state)
         return Middle(state, variance, self.image, trajectories, region, alpha, sigma)
 
     @torch.inference_mode()
@@ -252,10 +264,12 @@ class Origin:
         def outputs(x: Tensor, t: float) -> Tensor:
             return field(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
 
-        kept: Tensor | None = None
-        for step, own in zip(self._rest(place), self.states[place + 1 :], strict=True):
-            x, kept = advance(step, x, evaluate(outputs, step, x), kept)
-            if step.noise:
+        memory: Memory = ()
+        steps = [step.like(x) for step in self._rest(place)]
+        later = zip(steps, held_after(steps), self.states[place + 1 :], strict=True)
+        for step, held, own in later:
+            x, memory = advance(step, x, evaluate(outputs, step, x), memory, held)
+            if step.stochastic:
                 x = x + step.noise * next(fresh)
             x = x if region is None else torch.where(region, x, own)
         return x
@@ -264,7 +278,7 @@ class Origin:
         """What follows a state ``(B, C, H, W)`` after a step, with the samples' own noise."""
         later = self.noise.copy()
         for step in self.steps[: place + 1]:
-            if step.noise:
+            if step.stochastic:
                 later()
         times = [step.end for step in self.steps[place:]]
         return Restart.of(self.start, times, state, later)
@@ -287,7 +301,7 @@ class Origin:
         """
         again = self.noise.copy()
         for number, step in enumerate(self.steps):
-            if step.noise:
+            if step.stochastic:
                 drawn = again()
                 if number > place:
                     yield drawn.to(self.start.device)

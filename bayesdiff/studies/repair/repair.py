@@ -16,7 +16,7 @@ from bayesdiff.report import table
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.setup import Setup, scored
 from bayesdiff.runs.stages import Rows, made_rows, make_maps
-from bayesdiff.solvers import Solver, time_grid
+from bayesdiff.solvers import Solver
 from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.repair import figures as pictures
 from bayesdiff.studies.repair.alternatives import Origin, weight_draws

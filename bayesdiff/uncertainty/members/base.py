@@ -13,6 +13,7 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.models import GenerativeModel
+from bayesdiff.paths.coefficient import like, share_of
 from bayesdiff.solvers import Field, SampleNoise, Solver, Step, integrate
 from bayesdiff.solvers.integrate import Observe
 from bayesdiff.uncertainty.estimator import Estimator
@@ -71,7 +72,7 @@ class Members(Estimator):
         """Of image, members, and those for a stochastic solver's own noise."""
         steps, coarse = start.steps(), start.steps(self.skip_interval)
         share = sum(len(step.times) for step in coarse) / sum(len(step.times) for step in steps)
-        noise = self.noise_members if any(step.noise for step in steps) else 0
+        noise = self.noise_members if any(step.stochastic for step in steps) else 0
         return start.nfe * (1 + self.count * share + noise)
 
     @property
@@ -94,7 +95,7 @@ class Members(Estimator):
         def observe(step: Step, x: Tensor) -> None:
             recorder(step.end, states.get(step.end), x.var(0))
 
-        field, x_0 = start.field(), start.draw()
+        field, x_0 = start.field(), start.initial()
         noise = start.noise.copy()
         image = integrate(field, start.steps(), x_0, start.draw, keep)
         members = self._members(field, start, posterior, x_0, noise, observe)
@@ -106,7 +107,7 @@ class Members(Estimator):
     @torch.inference_mode()
     def images(self, start: Trajectory, posterior: HeadPosterior) -> tuple[Tensor, Tensor]:
         """The trained model's images ``(B, C, H, W)`` and the members' ``(M, B, C, H, W)``."""
-        field, x_0 = start.field(), start.draw()
+        field, x_0 = start.field(), start.initial()
         noise = start.noise.copy()
         image = integrate(field, start.steps(), x_0, start.draw)
         return image, self._members(field, start, posterior, x_0, noise)
@@ -133,7 +134,7 @@ class Members(Estimator):
     def _sampler_noise(self, field: Field, start: Trajectory, x_0: Tensor) -> Tensor | None:
         """Variance over the solver's noise from the same x_0, under the trained weights."""
         steps, count = start.steps(), self.noise_members
-        if not count or not any(step.noise for step in steps):
+        if not count or not any(step.stochastic for step in steps):
             return None
         fresh = start.noise.fork(self.seed)
 
@@ -212,9 +213,10 @@ def _of_coarse_steps(
         Noise of the coarse steps that need it, ``(B, C, H, W)``, of unit variance.
     """
     for first in range(0, len(fine), skip_interval):
-        drawn = [(s.noise, noise()) for s in fine[first : first + skip_interval] if s.noise]
+        steps = (step for step in fine[first : first + skip_interval] if step.stochastic)
+        drawn = [(step.noise, noise()) for step in steps]
         if len(drawn) == 1:
             yield drawn[0][1]
         elif drawn:
-            size = sum(scale**2 for scale, _ in drawn) ** 0.5
-            yield torch.stack([scale / size * z for scale, z in drawn]).sum(0)
+            size = sum(c**2 for c, _ in drawn) ** 0.5
+            yield torch.stack([like(share_of(c, size), z) * z for c, z in drawn]).sum(0)

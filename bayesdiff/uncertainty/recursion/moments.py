@@ -10,7 +10,7 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.solvers import DDPM, Solver, Step
-from bayesdiff.solvers.integrate import advance
+from bayesdiff.solvers.integrate import Memory, advance, held_after
 from bayesdiff.uncertainty.estimator import Estimator, Training
 from bayesdiff.uncertainty.recursion.covariance import COVARIANCES
 from bayesdiff.uncertainty.recursion.propagate import (
@@ -145,23 +145,24 @@ class Moments(Estimator):
         field = start.field()
         head = UncertainHead(field, posterior, self.cfg_joint, self.shared)
         draws = self._draws(start, head)
-        x, kept = start.draw(), None
-        steps = start.steps()
-        stochastic = any(step.noise for step in steps)
-        # Of x and, after a step that keeps something, of that; two parts if the solver has noise.
+        memory: Memory = ()
+        x = start.initial()
+        steps = [step.like(x) for step in start.steps()]
+        stochastic = any(step.stochastic for step in steps)
+        # Of x and all that earlier steps kept and is held; two parts if the solver has noise.
         mean = x[None]
         covariance = x.new_zeros(1, 1, 1 + stochastic, *x.shape)
         recorder = Recorder(len(steps), self.times)
-        for number, step in enumerate(steps):
+        for number, (step, held) in enumerate(zip(steps, held_after(steps), strict=True)):
             here = evaluate(head, step, x)
-            noise = step.noise * start.draw() if step.noise else torch.zeros_like(x)
+            noise = step.noise * start.draw() if step.stochastic else torch.zeros_like(x)
             if number % self.skip_interval:
                 moments = OutputMoments.at_point(effective(step, here.outputs))
             else:
                 whole = covariance[0, 0].sum(0)
                 moments = self._moments(draws, step, here, mean[0], whole)
-            mean, covariance = self._advance(step, mean, covariance, moments)
-            x, kept = advance(step, x, list(here.outputs), kept)
+            mean, covariance = self._advance(step, mean, covariance, moments, held)
+            x, memory = advance(step, x, list(here.outputs), memory, held)
             x = x + noise
             recorder(step.end, x, covariance[0, 0, 0])
         epistemic, *of_noise = covariance[0, 0]
@@ -188,10 +189,15 @@ class Moments(Estimator):
         return draws.moments(step, mean, variance, gam2 if self.gam2_at == "realised" else None)
 
     def _advance(
-        self, step: Step, mean: Tensor, covariance: Tensor, moments: OutputMoments
+        self,
+        step: Step,
+        mean: Tensor,
+        covariance: Tensor,
+        moments: OutputMoments,
+        held: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Mean and covariance after the step."""
-        new_mean, new = propagate(step, mean, covariance, moments)
+        new_mean, new = propagate(step, mean, covariance, moments, held)
         if not self.ddpm_fix:
             a = step.output[0]
             new_mean, new = mean, new + (a - a**2) * covariance

@@ -53,15 +53,23 @@ class UncertainHead:
 
         Args:
             features: of each of the E evaluations.
-            rows: ``(R, E)``.
+            rows: ``(R, E)``, or ``(R, E, C, H, W)``.
 
         Returns:
             ``(R, R, N, C, H, W)``.
         """
         if len(features) == 1 or not self.shared:
             single = torch.stack([self._variance([one], [1.0]) for one in features])
+            if rows.ndim > 2:
+                rows = rows.to(single)
+                return torch.einsum("re...,qe...,e...->rq...", rows, rows, single)
             weights = torch.einsum("re,qe->rqe", rows, rows).to(single)
             return torch.einsum("rqe,e...->rq...", weights, single)
+        if rows.ndim > 2:
+            # Features have no pixels to weigh: the evaluations' own covariance, weighed after.
+            own = self.covariance(features, torch.eye(rows.shape[1], dtype=rows.dtype))
+            rows = rows.to(own)
+            return torch.einsum("re...,qf...,ef...->rq...", rows, rows, own)
         # The same weights everywhere: combine features first. 4 Cov(f, g) = Var(f+g) - Var(f-g).
         pairs = [
             self._variance(features, (r + q).tolist()) - self._variance(features, (r - q).tolist())

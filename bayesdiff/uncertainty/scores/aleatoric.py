@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.paths import convert
+from bayesdiff.paths.coefficient import as_coefficient, like
 from bayesdiff.solvers import Field, Step, integrate
 from bayesdiff.uncertainty.samples import Trajectory
 
@@ -67,7 +68,7 @@ def aleatoric(
     steps = start.steps()
     chosen = _chosen(window, len(steps))
     fresh = start.noise.fork(_FORK + seed)
-    field, x_0 = start.field(), start.draw()
+    field, x_0 = start.field(), start.initial()
     states = {0: x_0} if 0 in chosen else {}
     count = iter(range(1, len(steps) + 1))
 
@@ -90,9 +91,10 @@ def answer_spread(field: Field, x: Tensor, t: float, noise: Tensor) -> tuple[Ten
     """Spread of the network's answer over states that predict the same data.
 
     The data x_1hat predicted at x meets fresh noise z, x~ = alpha x_1hat + sigma z, and the
-    network answers again: with its noise prediction on a diffusion path, its velocity on a flow.
-    For a noise prediction kap x, the centred form is kap^2 sigma^2 (1 + prediction^2) on average
-    and contains the prediction itself; the variance is kap^2 sigma^2.
+    network answers again: with its noise prediction on a path that preserves variance, with its
+    velocity on any other. For a noise prediction kap x, the centred form is on average
+    kap^2 sigma^2 (1 + prediction^2) and contains the prediction itself; the variance is
+    kap^2 sigma^2.
 
     With several rounds ("zigzag") the data is predicted again from x~ and meets fresh noise again;
     the last answer counts. With rho = 1 - sigma kap and R rounds, the variance above is then
@@ -111,16 +113,19 @@ def answer_spread(field: Field, x: Tensor, t: float, noise: Tensor) -> tuple[Ten
     """
     path = field.model.path
     c = path.coefficients(torch.tensor(t, dtype=torch.float64))
-    p, q = map(float, convert(field.model.prediction, "noise", c))
-    sigma = float(c.sigma)
+    sigma, p, q = (
+        like(as_coefficient(each), x)
+        for each in (c.sigma, *convert(field.model.prediction, "noise", c))
+    )
     output = field(x, t)
     states, outputs = x, output
     for fresh in noise if noise.ndim > x.ndim + 1 else noise[None]:
         # alpha x_1hat is x without its predicted noise; so written, it is finite at alpha = 0.
         states = states - sigma * (p * states + q * outputs) + sigma * fresh
         outputs = field(states.flatten(0, 1), t).unflatten(0, fresh.shape[:2])
-    if path.family == "flow":
-        p, q = map(float, convert(field.model.prediction, "velocity", c))
+    if not path.variance_preserving:
+        pair = convert(field.model.prediction, "velocity", c)
+        p, q = (like(as_coefficient(each), x) for each in pair)
     answers = p * states + q * outputs
     return (answers - (p * x + q * output)).square().mean(0), answers.var(0)
 

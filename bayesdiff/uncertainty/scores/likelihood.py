@@ -13,7 +13,6 @@ eq. 39, for diffusion.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,14 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.module import to_model_range
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks.forward_mode import jvp
-from bayesdiff.paths import CondOT, ProbabilityPath, convert
+from bayesdiff.paths import Coefficient, CondOT, ProbabilityPath, convert
+from bayesdiff.paths.coefficient import at_times, is_one, like
 from bayesdiff.solvers import RK4, Field, Heun, SampleNoise, Step, integrate, time_grid
 from bayesdiff.solvers.grid import log_snr, time_at
 from bayesdiff.uncertainty.estimator import check_derivative
 
 # Of every s: its time, and (p, q) with dx/ds = p x + q g for the network's output g.
-Rates = dict[float, tuple[float, float, float]]
+Rates = dict[float, tuple[float, Coefficient, Coefficient]]
 
 _METHODS = {"rk4": RK4, "heun": Heun}
 # A trace by all coordinates costs one derivative for each.
@@ -131,10 +131,10 @@ def log_likelihood(
 ) -> Likelihood:
     """Log-density of images under the model's probability-flow equation.
 
-    A flow is followed in its own time, from t = 1. Diffusion is followed in half log-SNR, where
-    the equation is smooth at both ends, in equal steps from ``path.last_time``, the least noise
-    that the network was trained with: the density is that of data with so little noise, and the
-    images are taken as they are.
+    A path that is smooth in time, as a flow's, is followed in it, from t = 1. A discrete schedule
+    is followed in half log-SNR, where the equation is smooth at both ends, in equal steps from
+    ``path.last_time``, the least noise that the network was trained with: the density is that of
+    data with so little noise, and the images are taken as they are.
 
     Args:
         field: the trained network at the images' labels; guidance makes a density of its own.
@@ -156,9 +156,18 @@ def log_likelihood(
     state = integrate(slope, steps, state, lambda: state)
     field.evaluations += field.evaluations - before  # a derivative costs about as much again
     latents, gained = state[:, :-1], state[:, -1]
-    prior = -0.5 * (latents.square() + math.log(2 * math.pi)).sum(1)
     latents = latents.unflatten(1, images.shape[1:])
+    prior = _log_prior(field.model.path, latents)
     return Likelihood(prior + gained, latents, field.evaluations - before)
+
+
+def _log_prior(path: ProbabilityPath, latents: Tensor) -> Tensor:
+    """Log-density ``(B,)`` of states at t = 0."""
+    scale = path.noise_scale
+    if is_one(scale):
+        return -0.5 * (latents.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    scale = torch.as_tensor(scale, dtype=latents.dtype, device=latents.device).expand_as(latents)
+    return torch.distributions.Normal(0, scale).log_prob(latents).flatten(1).sum(1)
 
 
 def check_likelihood(model: GenerativeModel, num_steps: int = 50) -> None:
@@ -183,15 +192,14 @@ def _plan(
         raise UserError(f"unknown likelihood solver {solver!r}; choose from {', '.join(_METHODS)}")
     at_least("num_steps", num_steps)
     path = model.path
-    if path.family == "flow":
+    if path.smooth:
         nodes = time_grid(grid, path, num_steps)[::-1]
     else:
         ends = torch.tensor([path.last_time, 0.0], dtype=torch.float64)
         high, low = log_snr(path, ends).tolist()
         nodes = torch.linspace(high, low, num_steps + 1, dtype=torch.float64).tolist()
     # The tableau as steps of dx/ds = f, whatever s is.
-    plain = cast(ProbabilityPath, CondOT())
-    steps = _METHODS[solver](num_steps).steps(plain, "velocity", nodes)
+    steps = _METHODS[solver](num_steps).steps(CondOT(), "velocity", nodes)
     return steps, _rates(model, [s for step in steps for s in step.times])
 
 
@@ -214,9 +222,15 @@ class _Slope:
         directions = self.vectors.flatten(0, 1)
         found: tuple = jvp(lambda y: self.field(y, t), (states,), (directions,))
         outputs, tangents = (values.unflatten(0, self.vectors.shape[:2]) for values in found)
-        products = (self.vectors.double() * tangents).flatten(2).sum((0, 2))
+        p, q = like(p, x), like(q, x)
         slope = p * x + q * outputs[0]
-        divergence = p * x[0].numel() + q * self.weight * products
+        if isinstance(p, Tensor) or isinstance(q, Tensor):
+            products = (self.vectors.double() * q * tangents).flatten(2).sum((0, 2))
+            total = torch.as_tensor(p, dtype=x.dtype, device=x.device).expand_as(x[0]).sum()
+            divergence = total + self.weight * products
+        else:
+            products = (self.vectors.double() * tangents).flatten(2).sum((0, 2))
+            divergence = p * x[0].numel() + q * self.weight * products
         return torch.cat([slope.flatten(1), divergence[:, None]], 1)
 
 
@@ -227,16 +241,17 @@ def _rates(model: GenerativeModel, places: Sequence[float]) -> Rates:
         UserError: where the prediction leaves the velocity open.
     """
     s = torch.tensor(places, dtype=torch.float64)
-    flow = model.path.family == "flow"
-    t = s if flow else time_at(model.path, s)
+    own_time = model.path.smooth
+    t = s if own_time else time_at(model.path, s)
     c = model.path.coefficients(t)
     p, q = convert(model.prediction, "velocity", c)
-    speed = torch.ones_like(s) if flow else c.d_alpha / c.alpha - c.d_sigma / c.sigma  # ds/dt
-    unknown = t[~(p.isfinite() & q.isfinite())].tolist()
+    speed = torch.ones_like(p) if own_time else c.d_alpha / c.alpha - c.d_sigma / c.sigma  # ds/dt
+    finite = (p.isfinite() & q.isfinite()).view(len(s), -1).all(1)
+    unknown = t[~finite].tolist()
     if unknown:
         raise UserError(
             f"model.prediction={model.prediction} leaves the velocity at t={unknown[0]:g} open, "
             "which the likelihood needs; use model.prediction=velocity"
         )
-    found = zip(t.tolist(), (p / speed).tolist(), (q / speed).tolist(), strict=True)
+    found = zip(t.tolist(), at_times(p / speed), at_times(q / speed), strict=True)
     return dict(zip(places, found, strict=True))

@@ -88,7 +88,7 @@ class Linearised(Estimator):
 
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once."""
-        noise = self.noise_draws if solver.family == "diffusion" else 0
+        noise = self.noise_draws if solver.stochastic else 0
         return 1 + noise + (_ROWS if self.draws == "all" else min(int(self.draws), _ROWS))
 
     @torch.no_grad()
@@ -204,8 +204,8 @@ def follow(
         noise_draws: directions of the sampler's own noise, for a stochastic solver.
         seed: of these.
     """
-    steps, x_0, count = start.steps(), start.draw(), len(deltas)
-    extra = noise_draws if any(step.noise for step in steps) else 0
+    steps, x_0, count = start.steps(), start.initial(), len(deltas)
+    extra = noise_draws if any(step.stochastic for step in steps) else 0
     fork = start.noise.fork(seed)
     field = start.field()
     tangent = TangentField(field, deltas.to(start.device), product, rule)

@@ -70,7 +70,7 @@ class _Exact(TangentField):
         self.answers: list[Tensor] = [torch.empty(0)]
 
     def computed(self, x: Tensor, output: Tensor, d: Tensor, forced: Tensor, t: float) -> Tensor:
-        p, q = answer_coefficients(self.field, t)
+        p, q = answer_coefficients(self.field, t, x)
         response = self.product(self.field, x, output, d, t)
         self.answers.append(p * d + q * response)
         return response
@@ -87,7 +87,7 @@ class _Fitted(TangentField):
         self.coefficients = [torch.zeros(2, 5, dtype=torch.float64)]
 
     def computed(self, x: Tensor, output: Tensor, d: Tensor, forced: Tensor, t: float) -> Tensor:
-        p, q = answer_coefficients(self.field, t)
+        p, q = answer_coefficients(self.field, t, x)
         gate = undecided(self.field, x, output, t)
         fitted = self.memory.fit(self.answers[self.number], d, forced, gate)
         self.coefficients.append(fitted)
@@ -106,7 +106,7 @@ def _totals(start: Trajectory, field: TangentField) -> list[float]:
     def observe(step: Step, rows: Tensor) -> None:
         totals.append(float(rows[1:].double().square().sum()))
 
-    x_0 = start.draw()
+    x_0 = start.initial()
     rows = torch.cat([x_0[None], x_0.new_zeros(len(field.deltas), *x_0.shape)])
     integrate(field, start.steps(), rows, noise_of(start, len(field.deltas)), observe)
     return totals

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bayesdiff.laplace.gram import apply_head
 from bayesdiff.networks.forward_mode import jvp
-from bayesdiff.paths import convert
+from bayesdiff.paths import Coefficient, convert
+from bayesdiff.paths.coefficient import as_coefficient, like
 from bayesdiff.solvers import Field
 from bayesdiff.uncertainty.sensitivities.predicted_products import Memory, Rule
 
@@ -81,7 +82,7 @@ class TangentField:
         """J d of the rows with weights by the rule, of the others by the product."""
         assert self.rule is not None
         known, others = d[: len(forced)], d[len(forced) :]
-        p, q = answer_coefficients(self.field, t)
+        p, q = answer_coefficients(self.field, t, x)
         gate = undecided(self.field, x, output, t)
         guess = self.memory.predict(self.rule.coefficients[self.number], known, forced, gate)
         if self.number in self.rule.nodes:
@@ -94,26 +95,29 @@ class TangentField:
         return torch.cat([response, self.product(self.field, x, output, others, t)])
 
 
-def answer_coefficients(field: Field, t: float) -> tuple[float, float]:
+def answer_coefficients(field: Field, t: float, x: Tensor) -> tuple[Coefficient, Coefficient]:
     """(p, q) of the answer r = p d + q J d: that of the predicted data, or J d itself.
 
     The second where the output says nothing of the data, as the velocity of a flow at t = 1.
     """
-    p, q = data_coefficients(field, t)
+    p, q = data_coefficients(field, t, x)
+    if isinstance(p, Tensor) or isinstance(q, Tensor):
+        known = torch.as_tensor(q).abs() > _DECOUPLED
+        return torch.where(known, p, 0.0), torch.where(known, q, 1.0)
     return (p, q) if abs(q) > _DECOUPLED else (0.0, 1.0)
 
 
-def data_coefficients(field: Field, t: float) -> tuple[float, float]:
-    """(p, q) with predicted data = p x + q g at time ``t``."""
+def data_coefficients(field: Field, t: float, x: Tensor) -> tuple[Coefficient, Coefficient]:
+    """(p, q) with predicted data = p x + q g at time ``t``, ready to meet ``x``."""
     model = field.model
     c = model.path.coefficients(torch.tensor(t, dtype=torch.float64))
     p, q = convert(model.prediction, "data", c)
-    return float(p), float(q)
+    return like(as_coefficient(p), x), like(as_coefficient(q), x)
 
 
 def undecided(field: Field, x: Tensor, output: Tensor, t: float) -> Tensor:
     """1 - x_1hat^2: near 0 where the predicted pixel is black or white, up to 1 between."""
-    p, q = data_coefficients(field, t)
+    p, q = data_coefficients(field, t, x)
     return 1 - (p * x + q * output).clamp(-1, 1).square()
 
 

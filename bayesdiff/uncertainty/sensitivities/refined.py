@@ -116,13 +116,13 @@ class Refined(Estimator):
 
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once."""
-        noise = self.noise_draws if solver.family == "diffusion" else 0
+        noise = self.noise_draws if solver.stochastic else 0
         return 1 + noise + self.draws(solver.stages * solver.num_steps)
 
     def evaluations(self, start: Trajectory) -> float:
         """Of image, products, and a stochastic solver's own noise, not of the training."""
         count = evaluations(start)
-        noise = self.noise_draws if any(step.noise for step in start.steps()) else 0
+        noise = self.noise_draws if any(step.stochastic for step in start.steps()) else 0
         return start.nfe * (1 + self.draws(count) * len(self.nodes(count)) / count + noise)
 
     def nodes(self, count: int) -> frozenset[int]:
@@ -174,9 +174,7 @@ class Refined(Estimator):
     def key(self, start: Trajectory, posterior: HeadPosterior) -> str:
         """Changes with all that rule and refiner depend on; the same for posteriors that share."""
         near, _ = refiner_file.representative(posterior)
-        numbers = [
-            [s.times, s.inputs, s.output, s.noise, s.kept, s.history] for s in start.steps()
-        ]
+        numbers = [step.numbers() for step in start.steps()]
         mine = [self.budget, self.products, self.skip_interval, self.product(start).__name__]
         return key_of(
             weights_key(start.model),
@@ -224,7 +222,7 @@ class Refined(Estimator):
             first = mine(rows[:count], t)
             return torch.cat([first, theirs(torch.cat([rows[:1], rows[count:]]), t)[1:]])
 
-        x_0 = start.draw()
+        x_0 = start.initial()
         rows = torch.cat([x_0[None], x_0.new_zeros(count - 1 + len(others), *x_0.shape)])
         end = integrate(together, start.steps(), rows, noise)
         size, target_size = (float(r.correction[-1]) ** 0.5 for r in (rule, careful))
