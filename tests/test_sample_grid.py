@@ -167,10 +167,10 @@ def test_after_the_last_step_there_is_no_dropout_either():
     assert torch.equal(trained, evaluated) and net.training
 
 
-def test_a_path_of_another_family_is_refused_before_it_trains(tmp_path):
+def test_a_path_that_no_grid_can_follow_is_refused_before_it_trains(tmp_path):
     own = model(None)
-    own.path = type("Own", (CondOT,), {"family": "bridge"})()
-    with pytest.raises(UserError, match="'bridge', only for flow and diffusion; leave it out"):
+    own.path = type("Own", (CondOT,), {"smooth": False})()
+    with pytest.raises(UserError, match="smooth in time.*leave grids out, callbacks.samples=null"):
         trainer_of(tmp_path, SampleGrid(), max_steps=1).fit(own, datamodule=small_data())
 
 

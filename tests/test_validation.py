@@ -134,7 +134,7 @@ def test_the_images_of_the_members_are_those_behind_the_map(solver, skip):
     from hand import FLOW, LINEAR
 
     net, posterior, _ = curved()
-    path = LINEAR if solver.family == "diffusion" else FLOW
+    path = LINEAR if isinstance(solver, DDPM) else FLOW
     model = model_of(net, path, "v" if path is LINEAR else "velocity")
     ensemble = Ensemble(members=5, skip_interval=skip)
     start = starts(model, solver)

@@ -90,8 +90,8 @@ class DiffusionSolver(Solver):
         """
         if not path.variance_preserving:
             raise UserError(
-                f"solver={self.name} is for diffusion, whose paths keep alpha^2 + sigma^2 = 1, "
-                "and not for a flow; use solver=euler, heun, midpoint or rk4"
+                f"solver={self.name} is for diffusion models, whose paths have "
+                "alpha^2 + sigma^2 = 1, unlike a flow's; use solver=euler, heun, midpoint or rk4"
             )
 
 

@@ -78,7 +78,7 @@ class Repair(RedrawOptions, Study):
             UserError: one line with the cure.
         """
         skip = own.skip_interval if isinstance(own, Members) else 1  # they record at their steps
-        ends = time_grid(solver.grid, run.model.path, solver.num_steps, skip)[1:]
+        ends = solver.times(run.model.path, skip)[1:]
         found = [next(end for end in ends if time <= end + 1e-9) for time in self.from_time]
         for time, end in zip(self.from_time, found, strict=True):
             if end == ends[-1]:
