@@ -14,7 +14,7 @@ from bayesdiff.solvers.step import Solver, Step, check_finite, plan
 
 @torch.inference_mode()
 def encode(
-    model: GenerativeModel, solver: Solver, images: Tensor, labels: Tensor | None = None
+    model: GenerativeModel, solver: Solver, images: Tensor, condition: Tensor | None = None
 ) -> Tensor:
     """The states at t = 0 that images come from: the solver's steps from data to noise.
 
@@ -27,7 +27,7 @@ def encode(
         model: trained; dropout is off whatever its mode.
         solver: deterministic.
         images: ``(B, C, H, W)`` in [-1, 1].
-        labels: ``(B,)``, None for none.
+        condition: values ``(B, ...)`` that the network is given, such as labels; None for none.
 
     Returns:
         ``(B, C, H, W)``.
@@ -36,7 +36,8 @@ def encode(
         UserError: for a solver that draws noise, or that the model's prediction leaves open at
             data.
     """  # noqa: DOC502 - raised one level down
-    return _follow(model, solver, backward(solver, model.path, model.prediction), images, labels)
+    steps = backward(solver, model.path, model.prediction)
+    return _follow(model, solver, steps, images, condition)
 
 
 @torch.inference_mode()
@@ -44,7 +45,7 @@ def decode(
     model: GenerativeModel,
     solver: Solver,
     latents: Tensor,
-    labels: Tensor | None = None,
+    condition: Tensor | None = None,
     noise: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Images of states at t = 0: the solver's steps from noise to data.
@@ -53,7 +54,7 @@ def decode(
         model: trained; dropout is off whatever its mode.
         solver: any; one that draws noise takes it from ``noise``.
         latents: ``(B, C, H, W)``, as of ``encode``.
-        labels: ``(B,)``, None for none.
+        condition: values ``(B, ...)`` that the network is given, such as labels; None for none.
         noise: fresh standard noise for each step that draws some, such as a ``SampleNoise``.
 
     Returns:
@@ -68,7 +69,7 @@ def decode(
             "solver=ddim, or another without noise"
         )
     steps = plan(solver, model.path, model.prediction)
-    return _follow(model, solver, steps, latents, labels, noise)
+    return _follow(model, solver, steps, latents, condition, noise)
 
 
 def backward(solver: Solver, path: ProbabilityPath, prediction: str) -> list[Step]:
@@ -96,11 +97,11 @@ def _follow(
     solver: Solver,
     steps: list[Step],
     x: Tensor,
-    labels: Tensor | None,
+    condition: Tensor | None,
     noise: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     training = model.training
-    field = Field(model, labels, len(x), solver.guidance)
+    field = Field(model, condition, len(x), solver.guidance)
 
     def fresh() -> Tensor:
         assert noise is not None  # a deterministic solver asks for none

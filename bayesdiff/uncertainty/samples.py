@@ -82,10 +82,9 @@ class Samples:
     @classmethod
     def join(cls, parts: list[Self]) -> Self:
         """Batches put together; frames are kept from the first one."""
-        first = parts[0]
         batched = {"images": 0, "variance": 0, "labels": 0, "summed": 1, "sampler_noise": 0}
         batched |= {"states": 1, "state_variance": 1, "numbers": 0, "spatial": 1}
-        values = {f.name: getattr(first, f.name) for f in fields(cls)}
+        values = {f.name: getattr(parts[0], f.name) for f in fields(cls)}
         for name, dim in batched.items():
             own = [getattr(part, name) for part in parts]
             values[name] = None if any(each is None for each in own) else torch.cat(own, dim)
@@ -104,11 +103,9 @@ class Samples:
             return self
         images = ("images", "frames", "states")
         squares = ("variance", "summed", "frame_variance", "sampler_noise", "state_variance")
-        values = {name: getattr(self, name) for name in images + squares}
-        found = {name: value for name, value in values.items() if value is not None}
+        own = {n: v for n in images + squares if (v := getattr(self, n)) is not None}
         changed: dict[str, Any] = {
-            name: convert(value) if name in images else scale * value
-            for name, value in found.items()
+            name: convert(v) if name in images else scale * v for name, v in own.items()
         }
         if self.spatial is not None:
             changed["spatial"] = scale**2 * self.spatial

@@ -238,9 +238,8 @@ class Origin:
 
     def middle(self, place: int, variance: Tensor, region: Tensor, trajectories: Tensor) -> Middle:
         """What alternatives of the state after a step are made from; see ``Middle``."""
-        [(alpha, sigma)] = coefficients(self.start.path, [self.steps[place].end])
-        state = self.states[place]
-        alpha, sigma = like(alpha, state), like(sigma, state)
+        [pair], state = coefficients(self.start.path, [self.steps[place].end]), self.states[place]
+        alpha, sigma = (like(value, state) for value in pair)
         return Middle(state, variance, self.image, trajectories, region, alpha, sigma)
 
     @torch.inference_mode()
@@ -265,9 +264,9 @@ class Origin:
             return field(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
 
         memory: Memory = ()
-        steps = [step.like(x) for step in self._rest(place)]
-        later = zip(steps, held_after(steps), self.states[place + 1 :], strict=True)
-        for step, held, own in later:
+        steps, states = self.restart(place, x).steps(), self.states[place + 1 :]
+        steps = [step.like(x) for step in steps]
+        for step, held, own in zip(steps, held_after(steps), states, strict=True):
             x, memory = advance(step, x, evaluate(outputs, step, x), memory, held)
             if step.stochastic:
                 x = x + step.noise * next(fresh)
@@ -277,9 +276,8 @@ class Origin:
     def restart(self, place: int, state: Tensor) -> Restart:
         """What follows a state ``(B, C, H, W)`` after a step, with the samples' own noise."""
         later = self.noise.copy()
-        for step in self.steps[: place + 1]:
-            if step.stochastic:
-                later()
+        for _ in filter(lambda step: step.stochastic, self.steps[: place + 1]):
+            later()
         times = [step.end for step in self.steps[place:]]
         return Restart.of(self.start, times, state, later)
 
@@ -287,11 +285,6 @@ class Origin:
         """Network evaluations per image up to and with a step, and after it."""
         before, after = self.steps[: place + 1], self.steps[place + 1 :]
         return self.start.evaluations(before), self.start.evaluations(after)
-
-    def _rest(self, place: int) -> list[Step]:
-        """The later steps, as a trajectory of their own."""
-        times = [step.end for step in self.steps[place:]]
-        return self.start.solver.steps(self.start.path, self.start.model.prediction, times)
 
     def _later_noise(self, place: int) -> Iterator[Tensor]:
         """The samples' own noise of the steps after one, ``(B, C, H, W)`` each.
