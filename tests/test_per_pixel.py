@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from bayesdiff.checks import UserError
 from bayesdiff.paths import PathCoefficients, VPPerPixel
 from bayesdiff.paths.coefficient import matrix
-from bayesdiff.runs.build import fitted_path
+from bayesdiff.paths.fitting import fitted_path
 from bayesdiff.solvers import (
     DDIM,
     DDPM,

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from bayesdiff.networks import UNet
 from bayesdiff.options.targets import arguments, fitting
 from bayesdiff.options.trainer import check_interval, check_trainer, steps_and_epochs
 from bayesdiff.options.values import plain as plain
-from bayesdiff.paths import ProbabilityPath
+from bayesdiff.paths.fitting import fitted_path
 from bayesdiff.report.loggers import check_loggers
 from bayesdiff.runs.defaults import run_folder
 from bayesdiff.runs.fit_key import fit_key, takes_weights
@@ -135,26 +135,6 @@ def build_condition(options: DictConfig, images: ImageData) -> Condition | None:
         return None
     condition: Condition | None = instantiate(made, _partial_=True)(images, options.num_classes)
     return condition
-
-
-def fitted_path(path: ProbabilityPath, shape: Sequence[int]) -> ProbabilityPath:
-    """The path made ready for samples of this shape.
-
-    Raises:
-        UserError: if its coefficients do not broadcast against them.
-    """
-    path = path.for_shape(shape)
-    alpha = path.coefficients(torch.tensor(0.5, dtype=torch.float64)).alpha
-    sizes = tuple(alpha.shape)
-    fits = len(sizes) in (0, len(shape)) and all(
-        own in (1, whole) for own, whole in zip(sizes, shape, strict=False)
-    )
-    if not fits:
-        raise UserError(
-            f"the path's coefficients have the shape {sizes} and samples {tuple(shape)}; give "
-            "numbers, or one value for every pixel of a sample"
-        )
-    return path
 
 
 def build_network(
