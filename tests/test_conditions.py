@@ -15,6 +15,7 @@ from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule, to_model_range
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.head import head_matrix
+from bayesdiff.laplace.training_draws import draws_of
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import Embedding, Labels, repeated, values_of
 from bayesdiff.networks import UNet
@@ -167,22 +168,23 @@ def test_other_vectors_give_other_images_and_the_classes_of_their_test_images(da
     assert torch.equal(start.labels, model.condition.classes[:2])
 
 
-def test_the_pass_over_the_data_sees_every_image_with_its_vector(data, model):
-    """All features are a function of the vector alone where the image does not count."""
-    net = AngleNet(1, 2)
-    with torch.no_grad():
-        net.body.weight.zero_()
-        net.given.weight[:, 0] = 0  # nor does the time
-    condition = Embedding(data.test_embeddings)
-    single = GenerativeModel(net, CondOT(), "velocity", torch.optim.SGD, condition=condition)
-    given = values_of(condition, data)
-    found = fit_curvature(single, data.images, given, source="test", batch_size=100)
-    zeros = torch.zeros(len(given), 1, 8, 8)
-    with torch.no_grad():
-        phi = net.features(zeros, torch.zeros(len(given)), given).double()
-    phi = phi.permute(0, 2, 3, 1).flatten(0, 2)
-    phi = torch.cat([phi, torch.ones(len(phi), 1)], 1)
-    torch.testing.assert_close(found.gram, phi.T @ phi, rtol=1e-5, atol=1e-3)
+def test_the_pass_over_the_data_gives_every_image_its_vector(monkeypatch):
+    """Images are as bright as their vectors are long."""
+    images = torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1).expand(9, 1, 8, 8)
+    vectors = torch.arange(9.0)[:, None].expand(9, 2)
+    model = GenerativeModel(
+        AngleNet(1, 2), CondOT(), "velocity", torch.optim.SGD, condition=Embedding(vectors)
+    )
+    data = SimpleNamespace(embeddings=vectors)
+    seen, real = [], model.corrupt
+    monkeypatch.setattr(model, "corrupt", lambda x, *rest: (seen.append(x), real(x, *rest))[1])
+    given = values_of(model.condition, data)
+    drawn = [draw.y for draw in draws_of(model, images, given, batch_size=4)]
+    bright = torch.cat([(x[:, 0, 0, 0] + 1) * 127.5 for x in seen])
+    torch.testing.assert_close(torch.cat(drawn)[:, 0], bright, rtol=0, atol=1e-3)
+    assert sorted(bright.round().tolist()) == list(range(9))
+    found = fit_curvature(model, images, given, source="test", batch_size=4)
+    assert found.num_images == 9
 
 
 @pytest.mark.parametrize("net", [OWN_NET, ("net=tiny",)], ids=["own", "unet"])
