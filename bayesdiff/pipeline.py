@@ -21,23 +21,17 @@ from bayesdiff.options.local_paths import settle
 from bayesdiff.report import table
 from bayesdiff.report.layout import estimator_of
 from bayesdiff.runs import run_log
-from bayesdiff.runs.address import Address, scores_key, scores_path
+from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run, build, check_groups, is_main_process, plain
 from bayesdiff.runs.callback_options import check_callbacks
 from bayesdiff.runs.cell_report import report
 from bayesdiff.runs.chosen_estimator import settle_estimator
 from bayesdiff.runs.fit_key import likelihood_options, network_code
 from bayesdiff.runs.processes import check_devices, launch
+from bayesdiff.runs.scores import check_metrics, make_scores
 from bayesdiff.runs.settings import settings
 from bayesdiff.runs.setup import Setup, settings_of
-from bayesdiff.runs.stages import (
-    check_metrics,
-    make_images,
-    make_maps,
-    make_scores,
-    make_validation,
-    starts,
-)
+from bayesdiff.runs.stages import make_images, make_maps, make_validation
 from bayesdiff.runs.training import fit, weights_in_words
 from bayesdiff.solvers import Solver, plan
 from bayesdiff.solvers.step import check_finite, check_solver
@@ -99,28 +93,21 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
     with stage("curvature"):
         posterior = laplace.fit(this.model, this.data.data)
     estimator = with_block(estimator, laplace.block)
-    made_by = this, solver, estimator, posterior
-    setup = Setup(*made_by, weights, settings(this, posterior, solver, estimator))
+    told = settings(this, posterior, solver, estimator)
+    setup = Setup(this, solver, estimator, posterior, weights, told)
     at = Address.of(setup, study_keys(setup))
     images = None
     if cfg.metrics.num_images:
-        with together(at.images_path):
-            images = make_images(this, solver, cfg.metrics.num_images, at.images_path, at.images)
-    with together(at.samples_path):
-        numbers = sample_numbers(estimator, this)
-        samples = make_maps(*made_by, at.samples_path, at.maps, numbers=numbers)
-    checked = None
-    if at.checked:
-        with together(at.checked_path):
-            checked = make_validation(*made_by, samples, at.checked_path, at.checked)
+        images = make_images(this, solver, cfg.metrics.num_images, at.images)
+    samples = make_maps(setup, at.maps, numbers=sample_numbers(estimator, this))
+    checked = None if at.checked is None else make_validation(setup, samples, at.checked)
     scores: dict[str, float] = {}
     if images is not None:
-        path = scores_path(this, at.images)
-        with together(path), stage("scores"):
-            scores = make_scores(this, images, path, scores_key(this, at.images))
+        with stage("scores"):
+            scores = make_scores(this, images, at.scores)
     studies = make_studies(setup)
     result = Result(
-        at.folder, at.samples_path, {}, setup.settings, studies, weights_in_words(this),
+        at.folder, at.maps.path, {}, setup.settings, studies, weights_in_words(this),
         headlines_of(studies),
     )  # fmt: skip
     shown = report_scores(at, samples)
@@ -134,7 +121,7 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
             loggers = report(this, at, *found, evidence_curve(posterior))
             curves = tuple(loggers.places(cfg.output_dir))
             result = replace(result, metrics=metrics, curves=curves)
-        export(this, solver, estimator, at, samples, images)
+        export(at, samples, images)
     barrier()
     return result
 
@@ -203,22 +190,16 @@ def statistics_of(samples: Samples, classes: tuple[str, ...] = ()) -> dict[str, 
     return metrics | {f"summed_variance/{name}": value for name, value in statistics.items()}
 
 
-def export(
-    this: Run,
-    solver: Solver,
-    estimator: Estimator,
-    at: Address,
-    samples: Samples,
-    images: Tensor | None,
-) -> None:
+def export(at: Address, samples: Samples, images: Tensor | None) -> None:
     """Single images and maps as files, where they are asked for; each folder is made once."""
     from bayesdiff.report.export import export_images, export_samples
 
-    if estimator.export:
-        export_samples(at.folder / "png", samples, this.classes, at.samples_path.name)
-    if this.cfg.metrics.export and images is not None:
-        labels = starts(this, solver)(range(len(images))).labels
-        export_images(at.images_path.with_suffix(""), images, this.classes, labels)
+    run = at.setup.run
+    if at.setup.estimator.export:
+        export_samples(at.folder / "png", samples, run.classes, at.maps.path.name)
+    if run.cfg.metrics.export and images is not None:
+        labels = at.setup.starts(range(len(images))).labels
+        export_images(at.images.path.with_suffix(""), images, run.classes, labels)
 
 
 def show(result: Result) -> None:

@@ -63,7 +63,10 @@ def test_what_no_sample_has_is_refused_in_one_line(options, words):
 
 
 BAD_RUNS = [
-    (("model.num_classes=null", "uncertainty.labels=[3]"), ["uncertainty.labels=[3]", "uncondit"]),
+    (
+        ("model.num_classes=null", "uncertainty.labels=[3]"),
+        ["uncertainty.labels=[3]", "no classes"],
+    ),
     (("uncertainty.export=jpg",), ["uncertainty.export 'jpg'", "png"]),
     (("metrics.export=true",), ["metrics.export True", "png"]),
 ]
@@ -158,11 +161,12 @@ def test_a_folder_of_files_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(path, pixels)
 
+    labels = torch.tensor([0, 1, 0])
     monkeypatch.setattr(export, "_write", fails)
     with pytest.raises(KeyboardInterrupt):
-        export.export_images(tmp_path / "png", images, ["T-shirt/top", "a b:c"], 2)
+        export.export_images(tmp_path / "png", images, ["T-shirt/top", "a b:c"], labels)
     assert [path.name for path in tmp_path.iterdir()] == [".locks"]
-    export.export_images(tmp_path / "png", images, ["T-shirt/top", "a b:c"], 2)
+    export.export_images(tmp_path / "png", images, ["T-shirt/top", "a b:c"], labels)
     names = sorted(path.name for path in (tmp_path / "png").iterdir())
     assert names == ["00000-T-shirt-top.png", "00001-a-b-c.png", "00002-T-shirt-top.png"]
     assert [export.class_file_name(name) for name in ("..", "é/ü", "x" * 99)] == [

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +17,10 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.module import to_uint8
 from bayesdiff.metrics.features import untrained
 from bayesdiff.report import board
-from bayesdiff.runs import stages
+from bayesdiff.runs.setup import Setup, starts
 from bayesdiff.storage.artefacts import key_of
 from bayesdiff.studies import image_pool as pools
 from bayesdiff.studies import scoring as doubts
-from bayesdiff.studies import study
 from bayesdiff.studies.filtering import figures, filtering
 from bayesdiff.studies.filtering.filtering import Filtering, Judged
 from bayesdiff.studies.scoring import ScoreOptions, Seen, doubts_of
@@ -111,7 +110,7 @@ def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, m
     assert "auroc_within" in (folder / "table-profile.md").read_text()
     assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (folder / "results.json").read_text()))
     before = (folder / "results.json").stat().st_mtime_ns
-    monkeypatch.setattr(study, "ImagePool", None)
+    monkeypatch.setattr(filtering, "ImagePool", None)
     assert pipeline.run(compose(*SMALL)).studies == (folder,)
     assert (folder / "results.json").stat().st_mtime_ns == before
     # Members that were trained again.
@@ -179,7 +178,7 @@ def test_further_scores_come_from_options(copied: Trained, compose: Compose, mon
     mask = torch.sigmoid(4 * samples.images.clamp(-1, 1))
     expected = foreground_mean(samples.variance, samples.images, mask)
     torch.testing.assert_close(doubts["ensemble.foreground_mean"], expected)
-    start = stages.starts(run, instantiate(run.cfg.solver), 0)(range(3))
+    start = starts(run, instantiate(run.cfg.solver), 0)(range(3))
     probes = random_probes(start.noise.fork(pools._PROBES))
     bits = log_likelihood(start.field(), samples.images[:3], probes, 2).bits_per_dim
     torch.testing.assert_close(doubts["likelihood.bits_per_dim"][:3], bits, rtol=1e-4, atol=1e-4)
@@ -201,9 +200,16 @@ def test_further_scores_come_from_options(copied: Trained, compose: Compose, mon
     assert all(f"{name}_low" in row for name in gained for row in rows if row["keep"] == 0.8)
 
 
+def pool_in(folder, run, solver, estimator, posterior, count):
+    """Samples 0 ... count - 1 of seed 3, kept in this run folder."""
+    run = dataclasses.replace(run, folder=folder)
+    return pools.ImagePool(Setup(run, solver, estimator, posterior, "x"), count, 3)
+
+
 def test_parts_of_pools_keep_their_names():
     """A pool that was made before is found again: its key is a matter of these words alone."""
-    pool = pools.ImagePool(None, None, None, 9, 3, Path("pools"), "x")
+    at = SimpleNamespace(made_from="x", run=None)
+    pool = pools.ImagePool(at, 9, 3)
     (block,) = pool.blocks
     words = "members 2"
     assert pool._key(block, words) == key_of("x", 3, 0, 9, words)
@@ -328,8 +334,7 @@ def test_every_batch_has_the_likelihood_of_its_own_images(
     found = []
     for size in (2, 5):
         monkeypatch.setattr(pools.ImagePool, "_at_once", lambda *_, size=size: size)
-        folder = copied.folder / f"of-{size}"
-        pool = pools.ImagePool(this, solver, posterior, 5, 3, folder, "x")
+        pool = pool_in(copied.folder / f"of-{size}", this, solver, None, posterior, 5)
         found.append(pool.likelihood(images, 2)["bits_per_dim"])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     assert found[0].std() > 0.01
@@ -339,9 +344,7 @@ def test_image_scores_see_the_images_that_are_shown(copied: Trained, compose: Co
     this, solver, estimator, laplace = pipeline.prepare(compose())
     this.model.load_state_dict(torch.load(copied.checkpoint, weights_only=True)["state_dict"])
     posterior = laplace.fit(this.model.eval(), this.data.data)
-    maps = pools.ImagePool(this, solver, posterior, 12, 3, copied.folder / "pools", "x").maps(
-        estimator
-    )
+    maps = pool_in(copied.folder, this, solver, estimator, posterior, 12).maps(estimator)
     found = doubts_of(this, {"own": maps}, Seen(), 0)
     seen = to_uint8(maps.images).double() / 255
     steps = [seen.diff(dim=dim).abs().flatten(1).sum(1) for dim in (-1, -2)]
@@ -368,7 +371,8 @@ def test_a_pool_is_the_same_for_every_batch_size_and_made_once(
         )
         this.model.load_state_dict(torch.load(copied.checkpoint, weights_only=True)["state_dict"])
         posterior = laplace.fit(this.model.eval(), this.data.data)
-        return pools.ImagePool(this, solver, posterior, 9, 3, copied.folder / name, "x"), estimator
+        folder = copied.folder / name
+        return pool_in(folder, this, solver, estimator, posterior, 9), estimator
 
     (one, estimator), (other, again) = pool(2, "one"), pool(9, "two")
     first, second = one.maps(estimator), other.maps(again)
@@ -402,7 +406,7 @@ def test_a_larger_pool_adds_to_a_smaller_one(copied: Trained, compose: Compose, 
     folder = copied.folder / "pools"
 
     def made(count):
-        pool = pools.ImagePool(this, solver, posterior, count, 3, folder, "x")
+        pool = pool_in(copied.folder, this, solver, estimator, posterior, count)
         members, maps = pool.members(2), pool.maps(estimator)
         return members, maps, {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
@@ -417,9 +421,9 @@ def test_a_larger_pool_adds_to_a_smaller_one(copied: Trained, compose: Compose, 
     looked_for = []
     real = pools.make_maps
     monkeypatch.setattr(
-        pools, "make_maps", lambda *given: looked_for.append(given[4]) or real(*given)
+        pools, "make_maps", lambda *given: looked_for.append(given[1].path) or real(*given)
     )
-    pool = pools.ImagePool(this, solver, posterior, 10, 3, folder, "x")
+    pool = pool_in(copied.folder, this, solver, estimator, posterior, 10)
     pool.maps(dataclasses.replace(estimator, batch_size=3, max_memory=1.0))
     assert set(looked_for) <= before.keys() | after.keys() and len(looked_for) == 3
     assert made(10)[2] == after
@@ -479,7 +483,7 @@ def test_kept_images_are_the_least_doubtful_ones(monkeypatch):
 
 def test_members_of_guided_samples_take_both_evaluations(compose: Compose, monkeypatch):
     run, solver, *_ = pipeline.prepare(compose("solver.guidance=2"))
-    pool = pools.ImagePool(run, solver, None, 9, 3, Path("pools"), "x")
+    pool = pool_in(run.folder, run, solver, None, None, 9)
     monkeypatch.setattr(pools.ImagePool, "members", lambda *_: None)
     _, spent = doubts.seen_of(pool, ScoreOptions(members=5, aleatoric_draws=0), None)
     assert spent == {"members": 5 * 2 * 3}

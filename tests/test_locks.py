@@ -31,11 +31,11 @@ import sys
 sys.path.insert(0, "tests")
 from conftest import QUICK_CLASSIFIER, compose_list
 from bayesdiff import pipeline
-from bayesdiff.runs import stages
-from bayesdiff.runs import training
+from bayesdiff.runs import scores as run_scores, training
 from bayesdiff.laplace import callback
 from bayesdiff.metrics import classifier, scores
 from bayesdiff.report import board
+from bayesdiff.storage import artefacts
 
 def counted(module, name, what):
     make = getattr(module, name)
@@ -48,10 +48,10 @@ def counted(module, name, what):
 
 counted(training, "train", "training")
 counted(callback, "fit_curvature", "curvature")
-counted(stages, "write_arrays", lambda path, *_: path.name.split("-")[0])
+counted(artefacts, "write_arrays", lambda path, *_: path.name.split("-")[0])
 counted(classifier, "train_classifier", "classifier")
 counted(scores, "_reference", "reference")
-counted(stages, "score", "score")
+counted(run_scores, "score", "score")
 counted(board, "write", "pictures")
 classifier._epochs = QUICK_CLASSIFIER[1]
 pipeline.run(compose_list(sys.argv[2:]))
@@ -149,5 +149,5 @@ def test_two_processes_at_once_make_everything_once(tmp_path):
     errors = [process.communicate(timeout=240)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     made = Counter((tmp_path / "log").read_text().split())
-    once = "training curvature images samples classifier reference score pictures".split()
+    once = "training curvature images samples image classifier reference score pictures".split()
     assert made == Counter(once)

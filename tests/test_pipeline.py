@@ -16,8 +16,9 @@ from bayesdiff import pipeline
 from bayesdiff.data.module import to_uint8
 from bayesdiff.laplace import callback
 from bayesdiff.report import board, table
-from bayesdiff.runs import stages, training
-from bayesdiff.storage.artefacts import key_of, weights_key
+from bayesdiff.runs import scores, stages, training
+from bayesdiff.runs.setup import Setup
+from bayesdiff.storage.artefacts import Artefact, key_of, weights_key
 from bayesdiff.uncertainty import Ensemble
 
 
@@ -38,7 +39,7 @@ def work(monkeypatch) -> Counter:
         ("pass", callback, "fit_curvature"),
         ("integrate", stages, "integrate"),
         ("maps", Ensemble, "__call__"),
-        ("score", stages, "score"),
+        ("score", scores, "score"),
     ):
         monkeypatch.setattr(owner, attribute, count(name, getattr(owner, attribute)))
     # Drawing takes seconds; the session's finished run has drawn everything once.
@@ -185,7 +186,7 @@ def test_the_same_images_for_every_batch_size(copied: Trained, compose: Compose)
     for size in (12, 5, 1):
         this, solver = prepared(compose(f"metrics.batch_size={size}"))
         path = copied.output_dir / f"{size}.npz"
-        made[size] = stages.make_images(this, solver, 12, path, str(size)).int()
+        made[size] = stages.make_images(this, solver, 12, Artefact(path, str(size))).int()
     # Different batch sizes round differently in float32, which may tip a uint8 over.
     for size in (5, 1):
         assert (made[size] - made[12]).abs().max() <= 1
@@ -218,8 +219,8 @@ def test_sampling_leaves_the_weights_alone(copied: Trained, compose: Compose, wo
     this.model.eval()
     posterior = laplace.fit(this.model, this.data.data)
     path = copied.output_dir / "new.npz"
-    stages.make_images(this, solver, 6, path, "new")
-    stages.make_maps(this, solver, estimator, posterior, path, "maps")
+    stages.make_images(this, solver, 6, Artefact(path, "new"))
+    stages.make_maps(Setup(this, solver, estimator, posterior, before), Artefact(path, "maps"))
     assert work["pass"] == 0 and work["maps"] == 2
     assert weights_key(this.model) == before
 
@@ -283,12 +284,13 @@ def test_maps_do_not_depend_on_the_memory_they_are_given(
     for memory in (4.0, 5e-4):
         cfg = compose(f"uncertainty.max_memory={memory}", "uncertainty.batch_size=4")
         this, solver, estimator, laplace = pipeline.prepare(cfg)
-        pipeline.fit(this, laplace)
+        weights = pipeline.fit(this, laplace)
         this.model.eval()
         posterior = laplace.fit(this.model, this.data.data)
         path = copied.output_dir / f"{memory}.npz"
+        setup = Setup(this, solver, estimator, posterior, weights)
         before = work["maps"]
-        made[memory] = stages.make_maps(this, solver, estimator, posterior, path, "key")
+        made[memory] = stages.make_maps(setup, Artefact(path, "key"))
         made[memory, "batches"] = work["maps"] - before
     assert made[4.0, "batches"] == 1 and made[5e-4, "batches"] == 4
     for name in ("images", "variance", "summed"):

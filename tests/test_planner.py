@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, smallest
 
 from bayesdiff import pipeline
-from bayesdiff.runs.stages import starts
+from bayesdiff.runs.setup import starts
 from bayesdiff.storage.artefacts import read_json
 from bayesdiff.sweeps.plan import dry_run, planner
 from bayesdiff.sweeps.plan.estimate import Estimates

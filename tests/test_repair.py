@@ -15,9 +15,9 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.module import to_uint8
 from bayesdiff.metrics.subsets import Pool
 from bayesdiff.report import board
-from bayesdiff.studies import study
 from bayesdiff.studies.repair import figures as pictures
 from bayesdiff.studies.repair import judged as figures_of
+from bayesdiff.studies.repair import repair
 from bayesdiff.studies.repair import results as repair_results
 from bayesdiff.studies.repair.alternatives import WAYS, Origin, weight_draws
 from bayesdiff.studies.repair.judged import Redraws, draws_row, images_row, over, pick_row
@@ -207,7 +207,7 @@ def test_the_command_draws_and_judges_once(copied: Trained, compose: Compose, mo
     assert "renoise_matched" in tables and "nan" not in tables
     assert f"{results['original']['wrong']} of 6 judged wrong" in tables
     before = (folder / "results.json").stat().st_mtime_ns
-    monkeypatch.setattr(study, "ImagePool", None)
+    monkeypatch.setattr(repair, "ImagePool", None)
     assert pipeline.run(compose(*SMALL)).studies == (folder,)
     assert (folder / "results.json").stat().st_mtime_ns == before
     with pytest.raises(TypeError):

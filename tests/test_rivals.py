@@ -433,7 +433,7 @@ def test_checkpoints_and_swag_follow_the_runs_own_snapshots(kept, compose: Compo
 
 
 def pipeline_start(this, solver):
-    from bayesdiff.runs.stages import starts
+    from bayesdiff.runs.setup import starts
 
     return starts(this, solver)(range(4))
 

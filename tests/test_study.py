@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.report import board
-from bayesdiff.runs.address import maps_settings, scores_key
+from bayesdiff.runs.address import maps_settings, scores_at
 from bayesdiff.runs.setup import Setup, with_effect
 from bayesdiff.studies import image_pool as pools
 from bayesdiff.studies import study
@@ -144,7 +144,7 @@ def test_what_changes_no_number_makes_no_study_anew(ready):
             "filtering.maps.published.batch_size=3")  # fmt: skip
     same, other = keys(ready, *idle)
     assert same == before
-    assert scores_key(run, "x") == scores_key(other, "x")
+    assert scores_at(run, "x") == scores_at(other, "x")
     for override, changed in (
         ("uncertainty.members=3", {*before}),
         ("metrics.seed=1", {"filtering", "repair"}),
@@ -231,5 +231,5 @@ def test_a_pool_smaller_than_the_maps_that_are_validated_is_made(
     run.model.load_state_dict(torch.load(copied.checkpoint, weights_only=True)["state_dict"])
     posterior = laplace.fit(run.model.eval(), run.data.data)
     at = Setup(run, solver, estimator, posterior, "x")
-    assert len(ImagePool.of(at, 5, 3).maps(estimator).images) == 5
+    assert len(ImagePool(at, 5, 3).maps(estimator).images) == 5
     assert with_effect(run.cfg.uncertainty).keys() & {"validate", "num_images"} == {"num_images"}

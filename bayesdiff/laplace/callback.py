@@ -20,10 +20,10 @@ from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.laplace.structures import check_likelihood, check_structure
 from bayesdiff.likelihoods import likelihood_of
-from bayesdiff.machine.ranks import barrier, rank
+from bayesdiff.machine.ranks import rank
 from bayesdiff.models.conditions import values_of
 from bayesdiff.options.spelling import near
-from bayesdiff.storage.artefacts import key_of, weights_key
+from bayesdiff.storage.artefacts import Artefact, key_of, weights_key
 from bayesdiff.storage.locks import together
 
 log = logging.getLogger(__name__)
@@ -84,9 +84,8 @@ class LastLayerLaplace(Callback):
     ) -> None:
         for name in curvature:
             if name not in _PASS:
-                raise UserError(
-                    f"LastLayerLaplace has no option {name!r}{near(name, (*_OWN, *_PASS))}"
-                )
+                meant = near(name, (*_OWN, *_PASS))
+                raise UserError(f"LastLayerLaplace has no option {name!r}{meant}")
         self.subset, self.probes = subset, probes
         self.settings: dict[str, Any] = {
             "structure": structure,
@@ -195,39 +194,47 @@ class LastLayerLaplace(Callback):
     def fit(self, model: Any, data: Any) -> HeadPosterior:
         """Posterior for the model's present weights; a kept curvature of the same is reused."""
         with nullcontext() if self.path is None else together(self.path):
-            return self._fit(model, data)
+            weights = weights_key(model)
+            curvature = self._curvature(model, data, self.source(weights, data))
+            factors = None
+            if self.subset == "last_block":
+                source = self._block_source(weights, data)
+                factors = factors_of(model, data, self.block_path, source, **self._block_pass)
+        return self._settled(model, curvature, factors)
 
     def kept(self, model: Any, data: Any) -> HeadPosterior | None:
         """The posterior where all it needs is kept; None where ``fit`` would pass over data."""
         weights = weights_key(model)
-        if self._stored(self.source(weights, data)) is None:
+        curvature = self._stored(self.source(weights, data))
+        wider = self.subset == "last_block"
+        place = self.block_path if wider else None
+        factors = stored_factors(place, self._block_source(weights, data))
+        if curvature is None or (wider and factors is None):
             return None
-        source = f"{weights}-{data.fingerprint}-{key_of(self._block_pass, *self.context)}"
-        if self.subset == "last_block" and stored_factors(self.block_path, source) is None:
-            return None
-        return self._fit(model, data)
+        return self._settled(model, curvature, factors)
 
-    def _fit(self, model: Any, data: Any) -> HeadPosterior:
-        weights = weights_key(model)
-        made_from, source = f"{weights}-{data.fingerprint}", self.source(weights, data)
-        curvature = self._stored(source)
-        if curvature is None:
+    def _curvature(self, model: Any, data: Any, source: str) -> Curvature:
+        """What is kept of this source, or a new one."""
+
+        def make() -> Curvature:
             values = values_of(model.condition, data)
-            curvature = fit_curvature(
-                model, data.images, values, source=source, **self.pass_options
-            )
-            if self.path is not None and rank() == 0:
-                curvature.save(self.path)
-            barrier()
+            return fit_curvature(model, data.images, values, source=source, **self.pass_options)
+
+        if (path := self.path) is None:
+            return make()
+        file = Artefact(path, source)
+        return file.once(lambda: self._stored(source), make, lambda new: new.save(path))
+
+    def _settled(self, model: Any, curvature: Curvature, factors: Any) -> HeadPosterior:
         curvature.require_likelihood(likelihood_of(model).name)
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
         _remark(self.posterior)
-        if self.subset == "last_block":
-            options = self._block_pass
-            source = f"{made_from}-{key_of(options, *self.context)}"
-            factors = factors_of(model, data, self.block_path, source, **options)
+        if factors is not None:
             self.block = BlockPosterior.beside(self.posterior, factors)
         return self.posterior
+
+    def _block_source(self, weights: str, data: Any) -> str:
+        return f"{weights}-{data.fingerprint}-{key_of(self._block_pass, *self.context)}"
 
     def source(self, weights: str, data: Any) -> str:
         """What the curvature of these weights and data comes from."""
@@ -285,11 +292,9 @@ def _remark(posterior: HeadPosterior) -> None:
     known = posterior.eigenvalues[posterior.eigenvalues > 0]
     free = posterior.num_parameters - posterior.rank if posterior.rank is not None else 0
     if free and len(known) and float(known.min()) > 100 * posterior.prior_precision:
+        numbers = free, posterior.num_parameters, posterior.prior_precision, float(known.min())
         log.warning(
             "laplace: %d of %d directions have the prior alone, and prior_precision=%g is far "
             "below the data's %.3g; maps will be mostly those directions, raise it",
-            free,
-            posterior.num_parameters,
-            posterior.prior_precision,
-            float(known.min()),
+            *numbers,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bayesdiff.data.module import to_model_range
 from bayesdiff.machine.progress import track
-from bayesdiff.machine.ranks import rank, world_size
+from bayesdiff.machine.ranks import dealt
 from bayesdiff.models import GenerativeModel
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ def draws_of(
     order = torch.randperm(len(images), generator=_generator(seed, 0))[:num_images]
     numbered = list(enumerate(order.split(batch_size), start=1))
     log.info("%s: one pass over %d images, %d at once", what, len(order), batch_size)
-    mine = numbered[rank() :: world_size()]
-    for number, chosen in track(mine, what, "images", lambda each: len(each[1])):
+    for number, chosen in track(dealt(numbered), what, "images", lambda each: len(each[1])):
         x_1 = to_model_range(images[chosen]).to(device)
         y = None if given is None or model.condition is None else given[chosen].to(device)
         for draw in range(draws):

@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+Part = TypeVar("Part")
 
 # Seconds for a process to end by itself, and to say why, once another one of its run has ended.
 _GRACE = 10.0
@@ -47,6 +50,11 @@ def gather_rows(rows: Tensor, indices: Tensor, count: int) -> Tensor:
     table = torch.zeros(count, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
     table[indices] = rows
     return total(table)
+
+
+def dealt(work: Sequence[Part]) -> list[Part]:
+    """This process's share of the work; every part is one process's."""
+    return list(work[rank() :: world_size()])
 
 
 def barrier() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.machine.progress import track
-from bayesdiff.machine.ranks import gather_rows, rank, world_size
+from bayesdiff.machine.ranks import dealt, gather_rows
 
 Rows = dict[str, Tensor]
 Batch = Callable[[list[int]], Rows]
@@ -25,7 +25,7 @@ def shared_rows(
         each: network evaluations that a sample is expected to take, see ``track``.
     """
     batches = torch.arange(numbers.start, numbers.stop).split(size)
-    mine = list(batches[rank() :: world_size()])
+    mine = dealt(batches)
     parts = [batch(part.tolist()) for part in track(mine, what, "images", len, each)]
     if not parts:  # there are more processes than batches; the shapes must be known all the same
         parts = [{name: value[:0] for name, value in batch([numbers.start]).items()}]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.progress import track
-from bayesdiff.machine.ranks import gather_rows, rank, world_size
+from bayesdiff.machine.ranks import dealt, gather_rows
 from bayesdiff.metrics.agreement import mean, pixel_ranks, spearman, with_intervals
 from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver
@@ -120,7 +120,7 @@ def validate(
         batch_size: images at once.
     """
     count = len(variance)
-    batches = torch.arange(count).split(batch_size)[rank() :: world_size()]
+    batches = dealt(torch.arange(count).split(batch_size))
     parts = []
     each = reference.evaluations(starts([0]))
     for numbers in track(batches, "validation", "maps", len, each):

@@ -10,7 +10,7 @@ from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.defaults import damage_of, differences, likelihood_choice, named, words
 from bayesdiff.runs.setup import UNSCORED, Setup, sampled_from, scored, settings_of, with_effect
 from bayesdiff.solvers import Solver
-from bayesdiff.storage.artefacts import key_of
+from bayesdiff.storage.artefacts import Artefact, key_of
 from bayesdiff.storage.source_code import code_of
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.chosen import sample_numbers
@@ -27,23 +27,19 @@ class Address:
 
     Attributes:
         folder: of the cell, inside the run folder: its numbers and pictures.
-        images_path: of the images for the scores.
-        samples_path: of the images with their maps.
-        checked_path: of the maps' comparison with a reference.
-        images: key of the images.
-        maps: key of the maps.
-        checked: key of the comparison, None where none is asked for.
+        images: for the scores.
+        scores: of these images.
+        maps: the images with their maps.
+        checked: the maps' comparison with a reference, None where none is asked for.
         cell: key of all numbers of the cell.
         setup: what the cell works with.
     """
 
     folder: Path
-    images_path: Path
-    samples_path: Path
-    checked_path: Path
-    images: str
-    maps: str
-    checked: str | None
+    images: Artefact
+    scores: Artefact
+    maps: Artefact
+    checked: Artefact | None
     cell: str
     setup: Setup
 
@@ -57,20 +53,19 @@ class Address:
         """
         run, solver, estimator, posterior = setup.quartet
         name = f"{solver.name}-{estimator.name}"
-        images = images_key(run, setup.weights)
+        images = images_at(run, solver, setup.weights)
         told, sources = maps_settings(run, estimator), estimator.sources(run)
         maps = key_of(*sampled_from(run, setup.weights), settings_of(posterior), told, *sources)
         asked = key_of(maps, estimator.validate_images, estimator.validate_members)
-        checked = asked if estimator.validate else None
-        cell = key_of(maps, images, scored(run), checked, *studies)
+        checked = Artefact(run.folder / f"validation-{asked[:8]}.json", asked)
+        validated = asked if estimator.validate else None
+        cell = key_of(maps, images.key, scored(run), validated, *studies)
         return cls(
             folder=named(run.folder, name, cell_words(run, solver, estimator, posterior), cell),
-            images_path=images_path(run, solver, images),
-            samples_path=run.folder / f"samples-{name}-{maps[:8]}.npz",
-            checked_path=run.folder / f"validation-{asked[:8]}.json",
             images=images,
-            maps=maps,
-            checked=checked,
+            scores=scores_at(run, images.key),
+            maps=Artefact(run.folder / f"samples-{name}-{maps[:8]}.npz", maps),
+            checked=checked if estimator.validate else None,
             cell=cell,
             setup=setup,
         )
@@ -141,21 +136,13 @@ def _of_posterior(posterior: HeadPosterior) -> dict[str, Any]:
     }
 
 
-def images_key(run: Run, weights: str) -> str:
-    """What the images come from, the posterior not among it."""
-    return key_of(*sampled_from(run, weights), run.cfg.metrics.num_images)
+def images_at(run: Run, solver: Solver, weights: str) -> Artefact:
+    """The images for the scores; what they come from has no posterior in it."""
+    key = key_of(*sampled_from(run, weights), run.cfg.metrics.num_images)
+    return Artefact(run.folder / f"images-{solver.name}-{key[:8]}.npz", key)
 
 
-def images_path(run: Run, solver: Solver, key: str) -> Path:
-    """Where the images with this key are."""
-    return run.folder / f"images-{solver.name}-{key[:8]}.npz"
-
-
-def scores_path(run: Run, key: str) -> Path:
-    """Where the scores of the images with this key are."""
-    return run.folder / f"scores-{key[:8]}.json"
-
-
-def scores_key(run: Run, images: str) -> str:
-    """What the scores of the images with this key come from."""
-    return key_of(images, scored(run), run.data.data.fingerprint)
+def scores_at(run: Run, images: str) -> Artefact:
+    """The scores of the images with this key."""
+    key = key_of(images, scored(run), run.data.data.fingerprint)
+    return Artefact(run.folder / f"scores-{images[:8]}.json", key)

@@ -95,7 +95,7 @@ def report(
         "key": at.cell,
         "metrics": metrics,
         "settings": settings,
-        "samples": at.samples_path.name,
+        "samples": at.maps.path.name,
         "estimator": samples.estimator,
         "weights": weights_key(run.model),
         "report": plain(run.cfg.get("report")),

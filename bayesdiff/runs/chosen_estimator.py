@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from omegaconf import open_dict, read_write
 
 from bayesdiff.runs.build import Run, is_main_process, plain
-from bayesdiff.runs.stages import starts
+from bayesdiff.runs.setup import starts
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.chosen import sample_numbers

@@ -8,17 +8,23 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.options.values import plain
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.fit_key import likelihood_options, network_code
-from bayesdiff.runs.stages import starts
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
 from bayesdiff.storage.source_code import code_of
-from bayesdiff.uncertainty import Estimator, Starts
+from bayesdiff.uncertainty import Estimator, Starts, starts_of
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 
 # Options of ``metrics`` that change no score.
 UNSCORED = ("batch_size", "export")
 # Which of the run's own samples get a map.
 _OF_THE_RUN = ("num_images", "times", "units")
+
+
+def starts(run: Run, solver: Solver, seed: int | None = None) -> Starts:
+    """Start of samples by their numbers; None takes the run's own seed."""
+    shape = run.data.data.images.shape[1:]
+    seed = run.cfg.seed if seed is None else seed
+    return starts_of(run.model, solver, seed, shape, run.device)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,26 @@
 
 import hashlib
 import json
+import logging
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.storage.atomic import write_atomic
+from bayesdiff.storage.locks import together
+
+log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 # All that NumPy and zipfile raise over a damaged file.
 BROKEN_NPZ = (
@@ -96,3 +104,72 @@ def read_arrays(path: Path, key: str | None = None) -> dict[str, Tensor] | None:
             return {name: torch.from_numpy(file[name]) for name in file.files if name != "key"}
     except BROKEN_NPZ:
         return None
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file that is made once, by whoever comes first, and the key of all that it comes from.
+
+    Attributes:
+        path: of the file.
+        key: what the file must say of itself.
+    """
+
+    path: Path
+    key: str
+
+    def once(
+        self,
+        read: Callable[[], Made | None],
+        make: Callable[[], Made],
+        write: Callable[[Made], None],
+    ) -> Made:
+        """What the file holds, made and written where it holds nothing of this key.
+
+        Every process of a run calls it; all of them make, since they share work, and the first
+        one writes.
+
+        Args:
+            read: gives what the file holds, None for nothing of this key.
+            make: makes it.
+            write: keeps it.
+        """
+        with together(self.path):
+            found = read()
+            barrier()  # nobody writes before everybody has looked
+            if found is not None:
+                log.info("%s: made before", self.path.name)
+                return found
+            made = make()
+            if rank() == 0:
+                write(made)
+            return made
+
+    def arrays(self, make: Callable[[], Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
+        """Tensors, kept as an npz; None among those that are made is left out."""
+
+        def present() -> dict[str, Tensor]:
+            return {name: value for name, value in make().items() if value is not None}
+
+        return self.once(
+            lambda: read_arrays(self.path, self.key),
+            present,
+            lambda made: write_arrays(self.path, self.key, made),
+        )
+
+    def record(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Plain values, kept as JSON beside the key."""
+        return self.once(
+            self._read_record, make, lambda made: write_json(self.path, {"key": self.key, **made})
+        )
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the file is there and says this key; npz and JSON."""
+        if self.path.suffix == ".json":
+            return self._read_record() is not None
+        return read_arrays(self.path, self.key) is not None
+
+    def _read_record(self) -> dict[str, Any] | None:
+        found = read_json(self.path) or {}
+        return found if found.get("key") == self.key else None

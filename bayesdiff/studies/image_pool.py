@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bayesdiff.data.module import to_uint8
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.machine.shared_rows import Rows
 from bayesdiff.runs.build import Run
-from bayesdiff.runs.setup import Setup
-from bayesdiff.runs.stages import Rows, made_rows, make_maps, starts
-from bayesdiff.solvers import Solver
-from bayesdiff.storage.artefacts import key_of
+from bayesdiff.runs.setup import Setup, starts
+from bayesdiff.runs.stages import made_rows, make_maps
+from bayesdiff.storage.artefacts import Artefact, key_of
 from bayesdiff.storage.source_code import code_of
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples, Trajectory
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
@@ -37,28 +37,29 @@ class ImagePool:
     """Samples 0 ... count - 1 of a seed.
 
     Attributes:
-        run: with its trained model.
-        solver: of the samples.
-        posterior: of the head.
+        at: what they are made with; its estimator is not among it.
         count: images.
         seed: of their noise.
-        folder: where the parts are kept.
-        made_from: key of the network, the solver and the posterior.
     """
 
-    run: Run
-    solver: Solver
-    posterior: HeadPosterior
+    at: Setup
     count: int
     seed: int
-    folder: Path
-    made_from: str
 
-    @classmethod
-    def of(cls, at: Setup, count: int, seed: int) -> "ImagePool":
-        """Samples 0 ... count - 1 of a seed, which all studies of a cell share."""
-        folder = at.run.folder / "pools"
-        return cls(at.run, at.solver, at.posterior, count, seed, folder, at.made_from)
+    @property
+    def run(self) -> Run:
+        """With its trained model."""
+        return self.at.run
+
+    @property
+    def posterior(self) -> HeadPosterior:
+        """Of the head."""
+        return self.at.posterior
+
+    @property
+    def folder(self) -> Path:
+        """Where the parts are kept, for all studies of a run."""
+        return self.at.run.folder / "pools"
 
     def maps(self, estimator: Estimator) -> Samples:
         """Images with their maps under an estimator."""
@@ -73,15 +74,15 @@ class ImagePool:
 
     def start(self, numbers: Sequence[int]) -> Trajectory:
         """The samples with these numbers, at their noise."""
-        return starts(self.run, self.solver, self.seed)(numbers)
+        return starts(self.run, self.at.solver, self.seed)(numbers)
 
     def _block_of_maps(self, estimator: Estimator, block: range) -> Samples:
         made_by = _settings(estimator), _code(estimator), estimator.sources(self.run)
         key = self._key(block, estimator.name, *made_by)
         path = self._path(estimator.name, block, key)
         log.info("pool: seed %d, images %d to %d", self.seed, block[0], block[-1])
-        given = self.run, self.solver, estimator, self.posterior, path, key
-        return make_maps(*given, self.seed, block)
+        at = replace(self.at, estimator=estimator)
+        return make_maps(at, Artefact(path, key), self.seed, block)
 
     def members(self, count: int) -> Tensor:
         """Images of posterior trajectories from the pool's noise, uint8 ``(N, M, C, H, W)``."""
@@ -143,7 +144,7 @@ class ImagePool:
 
     def _at_once(self, estimator: Estimator) -> int:
         shape = self.run.data.data.images.shape[1:]
-        return images_at_once(estimator, self.solver, self.run.model, shape)
+        return images_at_once(estimator, self.at.solver, self.run.model, shape)
 
     def _rows(self, name: str, what: str, size: int, batch: Callable[[list[int]], Rows]) -> Rows:
         """Rows of all images, block after block."""
@@ -157,10 +158,10 @@ class ImagePool:
         key = self._key(block, what)
         path = self._path(name, block, key)
         what = f"{name}, seed {self.seed}, from {block.start}"
-        return made_rows(path, key, block, size, batch, what)
+        return made_rows(Artefact(path, key), block, size, batch, what)
 
     def _key(self, block: range, *parts: object) -> str:
-        return key_of(self.made_from, self.seed, block.start, block.stop, *parts)
+        return key_of(self.at.made_from, self.seed, block.start, block.stop, *parts)
 
     def _path(self, name: str, block: range, key: str) -> Path:
         return self.folder / f"{name}-seed{self.seed}-from{block.start}-{key[:8]}.npz"

@@ -3,13 +3,12 @@
 from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.machine.ranks import barrier, rank
+from bayesdiff.machine.ranks import rank
 from bayesdiff.report.options import SCORES_FILE, options_of
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.setup import Setup, scored
-from bayesdiff.storage.artefacts import key_of, read_arrays, write_arrays
-from bayesdiff.storage.locks import together
+from bayesdiff.storage.artefacts import Artefact, key_of
 from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.scoring import Seen, judged
 from bayesdiff.studies.study import check_judge
@@ -76,15 +75,12 @@ def report_scores(at: Address, samples: Samples) -> dict[str, Tensor]:
         at: where the cell is, with its run.
         samples: the run's own.
     """
-    path, key = at.folder / SCORES_FILE, scores_key(at.setup.run, at.maps)
-    with together(path):
-        kept = read_arrays(path, key)
-        barrier()  # nobody writes before everybody has looked
-        if kept is None:
-            kept = _computed(at.setup, samples.in_model_range())
-            if rank() == 0:
-                write_arrays(path, key, kept)
-    return kept
+    return scores_of(at).arrays(lambda: _computed(at.setup, samples.in_model_range()))
+
+
+def scores_of(at: Address) -> Artefact:
+    """The file of the scores that the report asks for."""
+    return Artefact(at.folder / SCORES_FILE, scores_key(at.setup.run, at.maps.key))
 
 
 def scores_key(run: Run, maps: str) -> str:
@@ -114,7 +110,7 @@ def _computed(setup: Setup, samples: Samples) -> dict[str, Tensor]:
             found[name] = map_score(samples, what)
         elif kind == "image":
             found[name] = IMAGE_SCORES[what](images)
-    pool = ImagePool.of(setup, len(images), run.cfg.seed)
+    pool = ImagePool(setup, len(images), run.cfg.seed)
     if NLL in shown.scores:
         found[NLL] = pool.likelihood(images, shown.likelihood_steps)["bits_per_dim"]
     members = pool.members(shown.members) if "members" in kinds else None

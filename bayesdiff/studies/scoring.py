@@ -12,7 +12,7 @@ from bayesdiff.data.module import to_model_range, to_uint8
 from bayesdiff.metrics.agreement import ranks_within
 from bayesdiff.metrics.neighbours import neighbours
 from bayesdiff.runs.build import Run
-from bayesdiff.runs.stages import judge
+from bayesdiff.runs.scores import judge
 from bayesdiff.studies.image_pool import ImagePool, Rows
 from bayesdiff.uncertainty import Samples
 from bayesdiff.uncertainty.scores.likelihood import check_likelihood

@@ -27,8 +27,10 @@ from bayesdiff.machine.device import autocast_dtype
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT
+from bayesdiff.runs.setup import Setup
 from bayesdiff.runs.stages import make_maps
 from bayesdiff.runs.training import fit
+from bayesdiff.storage.artefacts import Artefact
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,6 +196,7 @@ def sampling(overrides: list[str], folder: Path) -> float:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", overrides)
     run, solver, estimator, laplace = pipeline.prepare(cfg)
-    fit(run, laplace)
+    weights = fit(run, laplace)
     posterior = laplace.fit(run.model.eval(), run.data.data)
-    return seconds(lambda: make_maps(run, solver, estimator, posterior, folder / "a.npz", "new"))
+    setup = Setup(run, solver, estimator, posterior, weights)
+    return seconds(lambda: make_maps(setup, Artefact(folder / "a.npz", "new")))

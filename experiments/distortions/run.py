@@ -32,7 +32,7 @@ from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart, picture, put, sheet
 from bayesdiff.report.style import look, style
 from bayesdiff.runs.build import build
-from bayesdiff.runs.stages import judge
+from bayesdiff.runs.scores import judge
 from bayesdiff.storage.artefacts import (
     finite,
     key_of,

@@ -21,8 +21,8 @@ from bayesdiff.metrics.subsets import pool
 from bayesdiff.report import figures
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
+from bayesdiff.runs.scores import judge
 from bayesdiff.runs.setup import Setup
-from bayesdiff.runs.stages import judge
 from bayesdiff.runs.training import fit
 from bayesdiff.storage.artefacts import finite, read_json, write_json
 from bayesdiff.studies.filtering.gains import gains
@@ -53,7 +53,7 @@ def of_model(model: str, *more: str) -> list[dict[str, Any]]:
     extractor, reference = judge(run)
     tables = []
     for seed in wanted.seeds:
-        made = ImagePool.of(setup, wanted.num_images, seed)
+        made = ImagePool(setup, wanted.num_images, seed)
         samples = made.maps(own).in_model_range()
         labels = samples.labels
         assert labels is not None  # filtering asks for classes

@@ -21,16 +21,14 @@ from bayesdiff import pipeline
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import to_uint8
 from bayesdiff.laplace.callback import LastLayerLaplace
-from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.classifier import load_or_train
 from bayesdiff.metrics.features import classifier_extractor, extract
 from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.metrics.selection import auroc
 from bayesdiff.report import figures, table
-from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.setup import Setup
 from bayesdiff.runs.training import fit
-from bayesdiff.solvers import Solver
-from bayesdiff.storage.artefacts import finite, key_of, read_json, write_json, write_text
+from bayesdiff.storage.artefacts import finite, read_json, write_json, write_text
 from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.scoring import ScoreOptions, doubts_of, seen_of
 from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published, Refined, Samples
@@ -94,16 +92,15 @@ def overrides(case: str, seed: int) -> list[str]:
     return [*given, f"corruption={corruption_of(case)}", *lines]
 
 
-def trained(case: str, seed: int, *more: str) -> tuple[Run, Solver, HeadPosterior, str]:
-    """A run with its network, which is trained if it does not exist, its posterior and its key."""
+def trained(case: str, seed: int, *more: str) -> Setup:
+    """A run with its network, which is trained if it does not exist, and its posterior."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", [*overrides(case, seed), *more])
-    run, solver, _, laplace = pipeline.prepare(cfg)
+    run, solver, estimator, laplace = pipeline.prepare(cfg)
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
     posterior = laplace.fit(run.model, run.data.data)
-    made_from = key_of(weights, plain(cfg.solver), pipeline.settings_of(posterior))
-    return run, solver, posterior, made_from
+    return Setup(run, solver, estimator, posterior, weights)
 
 
 def judged(clean: ImageData, cache: Path, seed: int, images: Tensor) -> tuple[Tensor, float]:
@@ -127,11 +124,10 @@ class Case:
     """
 
     def __init__(self, case: str, seed: int, clean: ImageData, images: int, *more: str) -> None:
-        self.run, solver, self.posterior, made_from = trained(case, seed, *more)
-        run = self.run
-        pool = self.pool = ImagePool(
-            run, solver, self.posterior, images, seed, run.folder / "pools", made_from
-        )
+        at = trained(case, seed, *more)
+        run = self.run = at.run
+        self.posterior = at.posterior
+        pool = self.pool = ImagePool(at, images, seed)
         maps = {name: pool.maps(estimator) for name, estimator in MAPS.items()}
         self.samples: Samples = maps["refined"].in_model_range()
         seen, _ = seen_of(pool, SCORES, self.samples.images)
@@ -154,8 +150,9 @@ def all_counted(case: Case, clean: ImageData, under: Tensor, names: list[str]) -
     """
     laplace = LastLayerLaplace(sigma_noise=case.posterior.sigma_noise)
     posterior = laplace.fit(case.run.model, clean)
-    made_from = key_of(case.pool.made_from, clean.fingerprint)
-    made = replace(case.pool, posterior=posterior, made_from=made_from).maps(MAPS["ensemble"])
+    made = ImagePool(
+        replace(case.pool.at, posterior=posterior), case.pool.count, case.pool.seed
+    ).maps(MAPS["ensemble"])
     made = made.in_model_range()
     kinds = {kind: MAP_SCORES[kind](made.variance, made.images) for kind in ("sum", "mean_log")}
     return areas(kinds, under) | _of({"relative_variance": by_label(made)}, clean, names)

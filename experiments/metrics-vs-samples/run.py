@@ -20,10 +20,12 @@ from bayesdiff.metrics.subsets import pool
 from bayesdiff.report import figures, table
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import look, style
-from bayesdiff.runs.build import Run, plain
-from bayesdiff.runs.stages import judge, make_images
+from bayesdiff.runs.address import images_at
+from bayesdiff.runs.build import Run
+from bayesdiff.runs.scores import judge
+from bayesdiff.runs.stages import make_images
 from bayesdiff.runs.training import fit
-from bayesdiff.storage.artefacts import finite, key_of, write_json, write_text
+from bayesdiff.storage.artefacts import finite, write_json, write_text
 from bayesdiff.studies.sample_sizes import fid_of_infinity, sample_size_curve
 
 HERE = Path(__file__).parent
@@ -56,12 +58,7 @@ def images_of(model: str, *more: str) -> tuple[Run, Tensor]:
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
     count = cfg.metrics.num_images
-    # As the pipeline names them.
-    key = key_of(
-        weights, cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed, count
-    )
-    path = run.folder / f"images-{solver.name}-{key[:8]}.npz"
-    return run, make_images(run, solver, count, path, key)
+    return run, make_images(run, solver, count, images_at(run, solver, weights))
 
 
 def curve_of(run: Run, images: Tensor) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def summed_maps(cfg: DictConfig) -> dict[str, dict[str, Tensor]]:
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
     posterior = laplace.fit(run.model, run.data.data)
-    pool = ImagePool.of(Setup(run, solver, own, posterior, weights), IMAGES, seed)
+    pool = ImagePool(Setup(run, solver, own, posterior, weights), IMAGES, seed)
 
     def summed(estimator: Estimator) -> Tensor:
         return pool.maps(estimator).variance.double().flatten(1).sum(1)

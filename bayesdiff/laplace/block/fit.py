@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.block.record import BlockFactors, LayerFactors, stored_factors
 from bayesdiff.laplace.training_draws import draws_of
-from bayesdiff.machine.ranks import barrier, rank, total
+from bayesdiff.machine.ranks import total
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import values_of
 from bayesdiff.networks import Network
+from bayesdiff.storage.artefacts import Artefact
 
 SUBSETS = ("head", "last_block")
 # Structures of the head whose like exists for a Kronecker-factored layer: with and without what
@@ -259,11 +260,12 @@ def factors_of(
         source: as for ``fit_block``, like the options.
         **options: draws, num_images, batch_size, seed and probes.
     """
-    factors = stored_factors(path, source)
-    if factors is None:
+
+    def make() -> BlockFactors:
         given = values_of(model.condition, data)
-        factors = fit_block(model, data.images, given, source=source, **options)
-        if path is not None and rank() == 0:
-            factors.save(path)
-        barrier()
-    return factors
+        return fit_block(model, data.images, given, source=source, **options)
+
+    if path is None:
+        return make()
+    file = Artefact(path, source)
+    return file.once(lambda: stored_factors(path, source), make, lambda new: new.save(path))

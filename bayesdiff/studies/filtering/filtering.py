@@ -21,8 +21,8 @@ from bayesdiff.metrics.selection import kept_count
 from bayesdiff.metrics.subsets import pool
 from bayesdiff.report import table
 from bayesdiff.runs.build import Run
+from bayesdiff.runs.scores import judge
 from bayesdiff.runs.setup import Setup, scored
-from bayesdiff.runs.stages import judge
 from bayesdiff.solvers import Solver
 from bayesdiff.studies.filtering import figures as pictures
 from bayesdiff.studies.filtering.choice import choice
@@ -162,7 +162,7 @@ class Filtering(ScoreOptions, Study):
         tables: list[Judged] = []
         shown: Shown | None = None
         for seed in self.seeds:
-            made = ImagePool.of(at, self.num_images, seed)
+            made = ImagePool(at, self.num_images, seed)
             by_name = {at.estimator.name: at.estimator, **self.maps}
             maps = {name: made.maps(each).in_model_range() for name, each in by_name.items()}
             own = maps[at.estimator.name]

@@ -27,7 +27,7 @@ from bayesdiff.runs.fit_key import network_code
 from bayesdiff.runs.processes import check_devices
 from bayesdiff.runs.setup import Setup
 from bayesdiff.solvers import Solver
-from bayesdiff.storage.artefacts import read_arrays, weights_key, write_arrays
+from bayesdiff.storage.artefacts import Artefact, weights_key
 from bayesdiff.studies.head_chain.comparison import ChainTest, measure
 from bayesdiff.studies.head_chain.figures import posterior_and_chains
 from bayesdiff.studies.study import Place, Report, Study, conditions, without
@@ -157,14 +157,14 @@ class HeadChain(Study):
         parts = list(batches(run.model, data.images, given, draws=1, **once))
         features = torch.cat([part.features for part in parts]).double().cpu()[None]
         target = torch.cat([part.target for part in parts]).double().cpu()
-        path = place.folder / "draws.npz"
-        kept = read_arrays(path, place.key)
-        if kept is None:
+
+        def sampled() -> dict[str, Tensor]:
             began = time.process_time()
             chains = self._sampled(run, posterior, features, target)
             seconds = torch.tensor(time.process_time() - began)
-            kept = {"draws": chains.draws, "acceptance": chains.acceptance, "seconds": seconds}
-            write_arrays(path, place.key, kept)
+            return {"draws": chains.draws, "acceptance": chains.acceptance, "seconds": seconds}
+
+        kept = Artefact(place.folder / "draws.npz", place.key).arrays(sampled)
         made = kept["draws"], kept["acceptance"], float(kept["seconds"])
         return ChainTest(posterior, *made, features[:, :_PREDICTED])
 

@@ -16,12 +16,14 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least, listed, seed_of
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.ranks import rank
+from bayesdiff.machine.shared_rows import Rows
 from bayesdiff.metrics.agreement import Figures, mean, with_intervals
 from bayesdiff.report import table
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.setup import Setup
-from bayesdiff.runs.stages import Rows, made_rows
+from bayesdiff.runs.stages import made_rows
 from bayesdiff.solvers import Solver, plan
+from bayesdiff.storage.artefacts import Artefact
 from bayesdiff.studies.interpolation import figures as pictures
 from bayesdiff.studies.study import Place, Report, Study, conditions
 from bayesdiff.uncertainty import Estimator, Samples, Starts
@@ -134,8 +136,8 @@ class Interpolation(Study):
             }
 
         size = images_at_once(ready, at.solver, at.run.model, at.run.data.data.images.shape[1:])
-        path, numbers = place.folder / "path.npz", range(len(pairs))
-        drawn = made_rows(path, place.key, numbers, size, batch, "interpolation")
+        file = Artefact(place.folder / "path.npz", place.key)
+        drawn = made_rows(file, range(len(pairs)), size, batch, "interpolation")
         if rank():
             return None
         results = results_of(self, pairs, drawn["variance"])

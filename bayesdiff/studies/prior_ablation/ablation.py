@@ -21,8 +21,8 @@ from bayesdiff.laplace.evidence_grid import (
 )
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import check_noise_level
-from bayesdiff.machine.progress import track
-from bayesdiff.machine.ranks import gather_rows, rank, world_size
+from bayesdiff.machine.ranks import rank
+from bayesdiff.machine.shared_rows import Rows, shared_rows
 from bayesdiff.metrics.agreement import agreement, pixel_ranks, spearman
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.setup import Setup
@@ -104,14 +104,11 @@ def _with_structure(posterior: HeadPosterior, structure: str, rank: int | None) 
 
 def _batched(make: GridMaps, count: int, size: int, what: str) -> list[Tensor]:
     """Rows of all images; batches are shared by all processes."""
-    batches = torch.arange(count).split(size)
-    mine = list(batches[rank() :: world_size()])
-    made = [make(each.tolist()) for each in track(mine, f"ablation, {what}", "images", len)]
-    if not made:
-        image, maps, single = make([0])
-        made = [(image[:0], maps[:0], single[:0])]
-    place = torch.cat(mine) if mine else torch.zeros(0, dtype=torch.long)
-    return [gather_rows(torch.cat(parts), place, count) for parts in zip(*made, strict=True)]
+
+    def batch(numbers: list[int]) -> Rows:
+        return dict(zip(("images", "maps", "single"), make(numbers), strict=True))
+
+    return list(shared_rows(range(count), size, batch, f"ablation, {what}").values())
 
 
 def _numbers(

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError
 from bayesdiff.machine.ranks import rank
+from bayesdiff.machine.shared_rows import Rows
 from bayesdiff.report import table
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.setup import Setup, scored
-from bayesdiff.runs.stages import Rows, made_rows, make_maps
+from bayesdiff.runs.stages import made_rows, make_maps
 from bayesdiff.solvers import Solver
+from bayesdiff.storage.artefacts import Artefact
 from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.repair import figures as pictures
 from bayesdiff.studies.repair.alternatives import Origin, weight_draws
@@ -121,9 +123,9 @@ class Repair(RedrawOptions, Study):
         """The images with their maps, and their variances at the times."""
         timed = replace(at.estimator, times=self.times)
         if self.numbers is None:
-            return ImagePool.of(at, self.num_images, at.run.cfg.seed).maps(timed).in_model_range()
-        given = at.run, at.solver, timed, at.posterior, place.folder / "maps.npz", place.key
-        return make_maps(*given, numbers=self.numbers).in_model_range()
+            return ImagePool(at, self.num_images, at.run.cfg.seed).maps(timed).in_model_range()
+        file = Artefact(place.folder / "maps.npz", place.key)
+        return make_maps(replace(at, estimator=timed), file, numbers=self.numbers).in_model_range()
 
     def _batches(self, own: Estimator) -> Ensemble:
         """As many trajectories of an image at once as there are alternatives."""
@@ -151,8 +153,8 @@ class Repair(RedrawOptions, Study):
         size = images_at_once(self._batches(own), at.solver, at.run.model, shape)
         if self.reads_maps:
             size = min(size, images_at_once(ready, at.solver, at.run.model, shape))
-        path = place.folder / "draws.npz"
-        return made_rows(path, place.key, range(self.count), size, batch, "repair")
+        file = Artefact(place.folder / "draws.npz", place.key)
+        return made_rows(file, range(self.count), size, batch, "repair")
 
     def _table(self, results: Mapping[str, Any], picks: list[dict[str, Any]]) -> str:
         """The images, the alternatives, and the best by the score."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesdiff.metrics.subsets import pool
 from bayesdiff.runs.build import Run
-from bayesdiff.runs.stages import judge
+from bayesdiff.runs.scores import judge
 from bayesdiff.studies.repair.judged import (
     Redraws,
     Row,

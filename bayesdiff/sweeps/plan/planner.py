@@ -13,19 +13,15 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.machine.progress import duration
 from bayesdiff.pipeline import prepare
 from bayesdiff.report import table
-from bayesdiff.report.options import SCORES_FILE
 from bayesdiff.runs.address import (
     Address,
-    images_key,
-    images_path,
+    images_at,
     maps_settings,
-    scores_key,
-    scores_path,
+    scores_at,
 )
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.cell_report import is_made
-from bayesdiff.runs.setup import Setup, scored, with_effect
-from bayesdiff.runs.stages import starts
+from bayesdiff.runs.setup import Setup, scored, starts, with_effect
 from bayesdiff.runs.training import chosen, is_finished
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import (
@@ -34,7 +30,7 @@ from bayesdiff.storage.artefacts import (
     read_json,
 )
 from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
-from bayesdiff.studies.report_scores import kinds_of
+from bayesdiff.studies.report_scores import kinds_of, scores_of
 from bayesdiff.studies.report_scores import scores_key as scores_of_report
 from bayesdiff.studies.study import study_keys
 from bayesdiff.sweeps.plan.estimate import Estimates, schedule
@@ -113,19 +109,23 @@ def _works(
         key = key_of(*told, maps_settings(run, estimator))
         refiner = key_of(*told, with_effect(run.cfg.uncertainty, "num_images"))
         check = key_of(key, estimator.validate_images, estimator.validate_members)
-        studies = [images_key(run, known), *(plain(run.cfg[name]) for name in run.studies)]
+        studies = [
+            images_at(run, solver, known).key,
+            *(plain(run.cfg[name]) for name in run.studies),
+        ]
         report = key_of(key, scored(run), estimator.validate and check, studies)
         made = dict.fromkeys(("refiner", "maps", "validation", "image_scores", "report"), False)
     else:
         estimator = with_block(estimator, laplace.block)
         setup = Setup(run, solver, estimator, posterior, known)
         at = Address.of(setup, study_keys(setup))
-        key, refiner, check, report = at.maps, at.maps, str(at.checked), at.cell
+        key, refiner, report = at.maps.key, at.maps.key, at.cell
+        check = "" if at.checked is None else at.checked.key
         made = {
-            "maps": has_key(at.samples_path, at.maps),
-            "validation": has_key(at.checked_path, at.checked),
+            "maps": at.maps.is_made,
+            "validation": at.checked is not None and at.checked.is_made,
             "report": is_made(run, at.folder, at.cell),
-            "image_scores": has_key(at.folder / SCORES_FILE, scores_of_report(run, key)),
+            "image_scores": scores_of(at).is_made,
         }
         if isinstance(estimator, Refined):
             refiner = estimator.key(starts(run, solver)([0]), posterior)
@@ -142,10 +142,10 @@ def _works(
 
 def _of_images(run: Run, solver: Solver, weights: str) -> list[Work]:
     """Images, their scores, and the classifier behind these."""
-    key = images_key(run, weights)
-    works = [Work("images", f"{run.folder} {key}", has_key(images_path(run, solver, key), key))]
-    scored = scores_key(run, key)
-    done = has_key(scores_path(run, key), scored)
+    images = images_at(run, solver, weights)
+    works = [Work("images", f"{run.folder} {images.key}", images.is_made)]
+    scores = scores_at(run, images.key)
+    done = scores.is_made
     if run.cfg.metrics.features == "classifier":
         from bayesdiff.metrics.classifier import _epochs, _read_cache, cache_path
 
@@ -153,7 +153,7 @@ def _of_images(run: Run, solver: Solver, weights: str) -> list[Work]:
         epochs = _epochs(len(data.images))
         path = cache_path(cache, data.fingerprint, run.cfg.metrics.seed, epochs)
         works.append(Work("classifier", str(path), done or _read_cache(path) is not None))
-    return [*works, Work("scores", scored, done)]
+    return [*works, Work("scores", scores.key, done)]
 
 
 def trained(run: Run) -> tuple[Work, str | None]:

@@ -1,0 +1,119 @@
+"""FID and its kin of a run's own images, and what judges them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from bayesdiff.checks import UserError, at_least, seed_of
+from bayesdiff.data.images import check_classifiable
+from bayesdiff.machine.ranks import rank
+from bayesdiff.runs.build import Run, is_main_process
+from bayesdiff.storage.artefacts import Artefact
+from bayesdiff.uncertainty.chosen import check_export
+
+if TYPE_CHECKING:  # these import torch-fidelity, which costs seconds
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    from bayesdiff.metrics.scores import Reference
+
+# Names that metrics.features takes.
+ENCODERS = ("classifier", "inception", "clip", "dinov2")
+
+
+def check_metrics(cfg: DictConfig, run: Run) -> None:
+    """Refuse scores that could not be computed once the images are there.
+
+    Raises:
+        UserError: for bad values, data without labels, or Inception weights that are not there.
+    """
+    check_export("metrics.export", cfg.export, run, cfg.num_images)
+    at_least("metrics.batch_size", cfg.batch_size)
+    seed_of("metrics.seed", cfg.seed)
+    if cfg.features not in ENCODERS:
+        raise UserError(
+            f"unknown metrics.features {cfg.features!r}; choose from {', '.join(ENCODERS)}"
+        )
+    if at_least("metrics.num_images", cfg.num_images, 0) == 1:
+        raise UserError("metrics.num_images=1 cannot be scored; give 2 or more, or 0 for none")
+    if cfg.num_images and cfg.features != "classifier" and is_main_process():
+        from bayesdiff.metrics.features import build_extractor
+
+        weights = cfg.weights_path
+        build_extractor(cfg.features, None, cache_dir="", seed=0, weights_path=weights)
+    if cfg.num_images and cfg.features == "classifier":
+        check_classifiable(
+            run.data.data, "use metrics=inception, or metrics.num_images=0 for no scores"
+        )
+
+
+def make_scores(run: Run, images: Tensor, file: Artefact) -> dict[str, float]:
+    """FID and its kin of the images, made once for all cells that share them."""
+    return file.record(lambda: {"metrics": score(run, images)})["metrics"]
+
+
+def score(run: Run, images: Tensor) -> dict[str, float]:
+    """FID, IS, KID, precision, recall and CMMD of the images, and of real test images.
+
+    All processes extract features; the first one has the scores, the others nothing.
+    """
+    from bayesdiff.metrics.cmmd import cmmd
+    from bayesdiff.metrics.features import extract
+    from bayesdiff.metrics.scores import scores
+
+    cfg, data = run.cfg.metrics, run.data.data
+    extractor, reference = judge(run, shared=True)
+    name, seed = cfg.features, cfg.seed
+    known = torch.from_numpy(reference.subset)
+    own = extract(extractor, images, cfg.batch_size, shared=True)
+    # Test images often come sorted by class.
+    mixed = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(seed))
+    some = data.test_images[mixed[: len(images)]]
+    real = extract(extractor, some, cfg.batch_size, shared=True)
+    if rank():
+        return {}
+    values = scores(own, reference, seed=seed, extractor=name)
+    values |= cmmd(own.features, known, encoder=name)
+    if len(real) > 1:
+        of_real = scores(real, reference, seed=seed, extractor=name)
+        of_real |= cmmd(real.features, known, encoder=name)
+        values |= {f"real/{key}": value for key, value in of_real.items()}
+    accuracy = getattr(getattr(extractor, "classifier", None), "test_accuracy", None)
+    if accuracy is not None:
+        values["classifier_test_accuracy"] = float(accuracy)
+    return values
+
+
+def judge(
+    run: Run, seed: int | None = None, shared: bool = False
+) -> tuple["FeatureExtractorBase", "Reference"]:
+    """The extractor that ``metrics`` names with the statistics of the training images under it.
+
+    Args:
+        run: gives both.
+        seed: of a classifier; None is that of the run's scores.
+        shared: whether all processes call it and share the work.
+    """
+    from bayesdiff.metrics.features import build_extractor, extract, weights_hash
+    from bayesdiff.metrics.scores import reference_statistics
+
+    cfg, data = run.cfg.metrics, run.data.data
+    cache = Path(run.cfg.output_dir) / "cache"
+    extractor = build_extractor(
+        cfg.features,
+        data,
+        cache_dir=cache,
+        seed=cfg.seed if seed is None else seed,
+        weights_path=cfg.weights_path,
+        device=run.device,
+    )
+    reference = reference_statistics(
+        lambda: extract(extractor, data.images, cfg.batch_size, shared=shared),
+        key=f"{data.fingerprint}-{weights_hash(extractor)}",
+        cache_dir=cache,
+        seed=cfg.seed,
+        shared=shared,
+    )
+    return extractor, reference
