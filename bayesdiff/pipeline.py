@@ -37,7 +37,13 @@ from bayesdiff.solvers import Solver, plan
 from bayesdiff.solvers.step import check_finite, check_solver
 from bayesdiff.storage.locks import alone, together
 from bayesdiff.studies.report_scores import check_report, report_scores
-from bayesdiff.studies.study import headlines_of, make_study, studies_of, study_keys
+from bayesdiff.studies.study import (
+    check_studies,
+    headlines_of,
+    make_study,
+    studies_of,
+    study_keys,
+)
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
 from bayesdiff.uncertainty.members.block_ensemble import check_block_ensemble, with_block
@@ -158,17 +164,16 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     model = this.model
     check_solver(solver, model.path, model.condition is not None and model.class_dropout > 0)
     check_finite(solver, model.prediction, plan(solver, model.path, model.prediction))
-    shape = this.data.data.images.shape[1:]
+    shape = this.data.space.shape
     images_at_once(estimator, solver, model, shape)
     estimator.check_run(this)
     check_samples(estimator, this)
     note_missing_snapshots(this.folder, plain(cfg.callbacks), cfg.trainer.get("max_epochs"))
     if estimator.validate:
         reference_at_once(estimator, solver, model, shape)
-    check_metrics(cfg.metrics, this)
+    check_metrics(this)
     check_report(this)
-    for study in this.studies.values():
-        study.check(this, solver, estimator)
+    check_studies(this, solver, estimator)
     laplace.check_files()
     if not cfg.get("dry_run"):
         launch(cfg, devices)

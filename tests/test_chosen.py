@@ -12,7 +12,7 @@ from PIL import Image
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.report import board, export
 from bayesdiff.runs import stages
 from bayesdiff.solvers import Euler

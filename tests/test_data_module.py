@@ -7,7 +7,8 @@ import torch
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData
-from bayesdiff.data.module import ImageDataModule, to_model_range, to_uint8
+from bayesdiff.data.module import ImageDataModule
+from bayesdiff.data.spaces import to_model_range, to_uint8
 
 
 def images(count: int = 20, labels: bool = True, tests: int = 7) -> ImageData:

@@ -14,7 +14,7 @@ from torch import nn
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.metrics.features import untrained
 from bayesdiff.report import board
 from bayesdiff.runs.setup import Setup, starts

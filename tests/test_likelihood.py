@@ -8,7 +8,7 @@ from hand import FLOW, LINEAR, Hand, model_of, small_unet
 from torch import nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.data.module import to_model_range, to_uint8
+from bayesdiff.data.spaces import to_model_range, to_uint8
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import VariancePreserving, convert

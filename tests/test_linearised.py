@@ -32,7 +32,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.data.module import to_model_range
+from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.gram import head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior

@@ -51,7 +51,7 @@ counted(callback, "fit_curvature", "curvature")
 counted(artefacts, "write_arrays", lambda path, *_: path.name.split("-")[0])
 counted(classifier, "train_classifier", "classifier")
 counted(scores, "_reference", "reference")
-counted(run_scores, "score", "score")
+counted(run_scores.FeatureScores, "__call__", "score")
 counted(board, "write", "pictures")
 classifier._epochs = QUICK_CLASSIFIER[1]
 pipeline.run(compose_list(sys.argv[2:]))

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from bayesdiff import pipeline
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.laplace import callback
 from bayesdiff.report import board, table
 from bayesdiff.runs import scores, stages, training
@@ -39,7 +39,7 @@ def work(monkeypatch) -> Counter:
         ("pass", callback, "fit_curvature"),
         ("integrate", stages, "integrate"),
         ("maps", Ensemble, "__call__"),
-        ("score", scores, "score"),
+        ("score", scores.FeatureScores, "__call__"),
     ):
         monkeypatch.setattr(owner, attribute, count(name, getattr(owner, attribute)))
     # Drawing takes seconds; the session's finished run has drawn everything once.

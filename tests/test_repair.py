@@ -12,7 +12,7 @@ from hand import real_start, small_unet
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.metrics.subsets import Pool
 from bayesdiff.report import board
 from bayesdiff.studies.repair import figures as pictures

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, few, positive
+from bayesdiff.data.spaces import Pixels, Space
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class ImageData:
         fingerprint: 16 hex digits that change with any pixel, label, class name or vector.
         embeddings: a vector for each training image, shape (N, E), float32; None for none.
         test_embeddings: the same for the held-out images, shape (M, E).
+        states: the space that a model works in, None for the data's own; see ``space``.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ImageData:
     fingerprint: str
     embeddings: Tensor | None = field(default=None, repr=False)
     test_embeddings: Tensor | None = field(default=None, repr=False)
+    states: Space | None = field(default=None, repr=False)
 
     @classmethod
     def build(
@@ -61,9 +64,9 @@ class ImageData:
         for part, x, y in (("training", images, labels), ("test", test_images, test_labels)):
             _check_images(f"data set {name}", part, x)
             if y is not None:
-                _check_labels(f"data set {name}", part, x, y, len(classes))
+                check_labels(f"data set {name}", part, x, y, len(classes))
         if labels is not None:
-            _check_classes(f"data set {name}", labels, classes)
+            check_classes(f"data set {name}", labels, classes)
         if images.shape[1:] != test_images.shape[1:]:
             colours = images.shape[1] != test_images.shape[1]
             cure = "convert all to grey or all to RGB" if colours else "bring them to one size"
@@ -75,8 +78,13 @@ class ImageData:
         vectors = embeddings or (None, None)
         if embeddings is not None:
             _check_embeddings(f"data set {name}", embeddings, (len(images), len(test_images)))
-        fingerprint = _fingerprint((*parts, *(embeddings or ())), classes)
+        fingerprint = fingerprint_of((*parts, *(embeddings or ())), classes)
         return cls(name, *parts, classes, fingerprint, *vectors)
+
+    @property
+    def space(self) -> Space:
+        """The states in which a model trains and samples."""
+        return Pixels(self) if self.states is None else self.states
 
     @property
     def num_classes(self) -> int:
@@ -119,7 +127,12 @@ def _check_images(where: str, part: str, images: Tensor) -> None:
         raise UserError(f"{where}: no {part} images, shape {tuple(images.shape)}; add some")
 
 
-def _check_labels(where: str, part: str, images: Tensor, labels: Tensor, classes: int) -> None:
+def check_labels(where: str, part: str, images: Tensor, labels: Tensor, classes: int) -> None:
+    """One class number for each image.
+
+    Raises:
+        UserError: for another dtype or shape, or a number that is no class.
+    """
     if labels.dtype != torch.int64 or labels.ndim != 1:
         raise UserError(
             f"{where}: {part} labels are {labels.dtype} of shape {tuple(labels.shape)}; "
@@ -154,7 +167,7 @@ def _check_embeddings(where: str, vectors: tuple[Tensor, Tensor], counts: tuple[
         )
 
 
-def _check_classes(where: str, labels: Tensor, classes: tuple[str, ...]) -> None:
+def check_classes(where: str, labels: Tensor, classes: tuple[str, ...]) -> None:
     """A model would draw, map and score what it has never seen.
 
     Raises:
@@ -172,7 +185,7 @@ def _check_classes(where: str, labels: Tensor, classes: tuple[str, ...]) -> None
         raise UserError(f"{where}: two classes are named {twice}; give each its own name")
 
 
-def _fingerprint(parts: tuple[Tensor | None, ...], classes: tuple[str, ...]) -> str:
+def fingerprint_of(parts: tuple[Tensor | None, ...], classes: tuple[str, ...]) -> str:
     """Hash of shapes, contents and class names, the same on every platform."""
     digest = hashlib.sha256()
     for part in parts:

@@ -10,18 +10,9 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.corruption import RarelyVisited, images_per_epoch
 from bayesdiff.data.images import ImageData
+from bayesdiff.data.spaces import Space
 
 Batch = tuple[Tensor, Tensor | None]
-
-
-def to_model_range(images: Tensor) -> Tensor:
-    """uint8 in 0 ... 255 to float32 in [-1, 1], channels-last in memory."""
-    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float in [-1, 1] (values beyond are clipped) to uint8 in 0 ... 255."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -54,6 +45,10 @@ class ImageDataModule(L.LightningDataModule):
                 f"batch_size {batch_size} is larger than the {most} training images "
                 f"of {data.name}; choose a smaller one"
             )
+        if flip and not data.space.pictures:
+            raise UserError(
+                f"data.flip=true mirrors images, {data.name} has none; leave data.flip out"
+            )
         self.data = data
         self.batch_size = batch_size
         self.flip = flip
@@ -64,6 +59,11 @@ class ImageDataModule(L.LightningDataModule):
     def batches(self) -> int:
         """Of an epoch without limit."""
         return images_per_epoch(self.data) // self.batch_size
+
+    @property
+    def space(self) -> Space:
+        """The states that the batches are of."""
+        return self.data.space
 
     def train_dataloader(self) -> "TrainingBatches":
         """Shuffled batches of this process, a new order in every epoch.
@@ -92,7 +92,7 @@ class ValidationBatches:
         order = torch.randperm(
             len(module.data.test_images), generator=torch.Generator().manual_seed(0)
         )[:1024]
-        self.images = module.data.test_images[order]
+        self.images, self.encode = module.data.test_images[order], module.space.encode
         given = getattr(module.data, f"test_{module.given}")
         self.given = None if given is None else given[order]
         self.size = min(module.batch_size, len(self.images))
@@ -103,7 +103,7 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[Batch]:
         for i in range(0, len(self) * self.size, self.size):
             given = None if self.given is None else self.given[i : i + self.size]
-            yield to_model_range(self.images[i : i + self.size]), given
+            yield self.encode(self.images[i : i + self.size]), given
 
 
 class TrainingBatches:
@@ -142,8 +142,9 @@ class TrainingBatches:
         for i in range(seen, len(self)):
             chosen = order[i * module.batch_size : (i + 1) * module.batch_size]
             chosen = chosen[trainer.global_rank :: trainer.world_size].to(self.images.device)
-            images = to_model_range(self.images[chosen])
+            images = self.images[chosen]
             if module.flip:
                 flip = mirrored[chosen.cpu()].to(images.device)
                 images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-            yield images, None if self.given is None else self.given[chosen]
+            given = None if self.given is None else self.given[chosen]
+            yield module.space.encode(images), given

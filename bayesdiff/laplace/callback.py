@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from bayesdiff.checks import UserError
+from bayesdiff.data.spaces import space_of
 from bayesdiff.laplace.block.fit import check_block, check_subset, factors_of, stored_factors
 from bayesdiff.laplace.block.posterior import BlockPosterior
 from bayesdiff.laplace.block.record import BlockFactors
@@ -188,8 +189,7 @@ class LastLayerLaplace(Callback):
         data = trainer.datamodule.data  # type: ignore[attr-defined]
         self.fit(pl_module, data)
         for logger in trainer.loggers:
-            found = self.statistics() | self.block_statistics()
-            logger.log_metrics(found, step=trainer.global_step)
+            logger.log_metrics(self.statistics() | self.block_statistics(), trainer.global_step)
 
     def fit(self, model: Any, data: Any) -> HeadPosterior:
         """Posterior for the model's present weights; a kept curvature of the same is reused."""
@@ -209,16 +209,16 @@ class LastLayerLaplace(Callback):
         wider = self.subset == "last_block"
         place = self.block_path if wider else None
         factors = stored_factors(place, self._block_source(weights, data))
-        if curvature is None or (wider and factors is None):
-            return None
-        return self._settled(model, curvature, factors)
+        missing = wider and factors is None
+        return self._settled(model, curvature, factors) if curvature and not missing else None
 
     def _curvature(self, model: Any, data: Any, source: str) -> Curvature:
         """What is kept of this source, or a new one."""
 
         def make() -> Curvature:
+            options = self.pass_options | {"encode": space_of(data).encode}
             values = values_of(model.condition, data)
-            return fit_curvature(model, data.images, values, source=source, **self.pass_options)
+            return fit_curvature(model, data.images, values, source=source, **options)
 
         if (path := self.path) is None:
             return make()

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
+from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.coupled import coupled_gram, groups_of
 from bayesdiff.laplace.gradients import gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
-from bayesdiff.laplace.training_draws import draws_of
+from bayesdiff.laplace.training_draws import Encode, draws_of
 from bayesdiff.likelihoods import Likelihood, likelihood_of
 from bayesdiff.machine.ranks import total
 from bayesdiff.models import GenerativeModel
@@ -29,6 +30,7 @@ def fit_curvature(
     batch_size: int = 256,
     seed: int = 0,
     time_bins: int = 1,
+    encode: Encode = to_model_range,
 ) -> Curvature:
     """Sum phi phi^T over images, pixels and (t, noise) draws, and divide by the draws.
 
@@ -48,15 +50,16 @@ def fit_curvature(
         batch_size: images per network evaluation.
         seed: fixes subset and draws.
         time_bins: equal intervals of t whose sums are kept apart too; 1 for none.
+        encode: of the images' space, see ``draws_of``.
     """
     check_pass(draws, num_images, batch_size, len(images), time_bins)
     head, net, likelihood = model.net.head, model.net, likelihood_of(model)
     count = num_images or len(images)
     training = model.training
     model.eval()
-    groups = groups_of(model, images)
+    groups = groups_of(model, encode(images[:1]))
     sums = _Sums(head, likelihood, groups, time_bins, next(model.parameters()).device)
-    for seen in batches(model, images, labels, draws, count, batch_size, seed):
+    for seen in batches(model, images, labels, draws, count, batch_size, seed, encode):
         output = head(seen.features)
         folded = net.fold(output)
         residual = unfolded(net, output, likelihood.residual(folded, seen.target))
@@ -68,7 +71,7 @@ def fit_curvature(
         num_images=count,
         draws=draws,
         squared_error=float(bins.squared_error.sum()),
-        num_outputs=count * images[0].numel(),
+        num_outputs=count * encode(images[:1]).numel(),
         mean=head_matrix(head).cpu(),
         source=source,
         geometry=sums.geometry,
@@ -103,6 +106,7 @@ def batches(
     num_images: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
+    encode: Encode = to_model_range,
 ) -> Iterator[Batch]:
     """What the head sees of ``draws_of``.
 
@@ -114,6 +118,7 @@ def batches(
         num_images: a random subset of this size; None for all.
         batch_size: images at once.
         seed: fixes subset and draws.
+        encode: of the images' space, see ``draws_of``.
 
     Yields:
         The same batches in the same order whenever the arguments are the same.
@@ -126,6 +131,7 @@ def batches(
         num_images=num_images,
         batch_size=batch_size,
         seed=seed,
+        encode=encode,
     ):
         yield Batch(draw.t, model.net.features(draw.x_t, draw.time, draw.y), draw.target)
 

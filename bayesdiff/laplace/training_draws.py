@@ -1,18 +1,20 @@
 """What a pass over the data sees: images, each with noise and a time, the same for every pass."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bayesdiff.data.module import to_model_range
+from bayesdiff.data.spaces import to_model_range
 from bayesdiff.machine.progress import track
 from bayesdiff.machine.ranks import dealt
 from bayesdiff.models import GenerativeModel
 
 log = logging.getLogger(__name__)
+
+Encode = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def draws_of(
     batch_size: int = 256,
     seed: int = 0,
     what: str = "curvature",
+    encode: Encode = to_model_range,
 ) -> Iterator[Draw]:
     """This process's share of the batches, each as often as there are draws.
 
@@ -61,6 +64,7 @@ def draws_of(
         batch_size: images at once.
         seed: fixes subset and draws.
         what: the progress bar's name.
+        encode: of the images' space: images as they are stored to states.
 
     Yields:
         The same in the same order whenever the arguments are the same.
@@ -70,7 +74,7 @@ def draws_of(
     numbered = list(enumerate(order.split(batch_size), start=1))
     log.info("%s: one pass over %d images, %d at once", what, len(order), batch_size)
     for number, chosen in track(dealt(numbered), what, "images", lambda each: len(each[1])):
-        x_1 = to_model_range(images[chosen]).to(device)
+        x_1 = encode(images[chosen]).to(device)
         y = None if given is None or model.condition is None else given[chosen].to(device)
         for draw in range(draws):
             generator = _generator(seed, number * draws + draw)

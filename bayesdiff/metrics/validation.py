@@ -139,7 +139,8 @@ def compare(variance: Tensor, image: Tensor, members: Tensor) -> Tensor:
         image: the trained model's images, same shape.
         members: ``(M, B, C, H, W)``.
     """
-    variance, image, members = (x.double().flatten(-3) for x in (variance, image, members))
+    variance, image = variance.double().flatten(1), image.double().flatten(1)
+    members = members.double().flatten(2)
     reference = members.var(0)
     floor = FLOOR * variance.clamp(min=0).mean(1, keepdim=True)
     counted = (variance > floor) & variance.isfinite()

@@ -1,5 +1,6 @@
 from bayesdiff.networks.adapter import Adapter
+from bayesdiff.networks.mlp import MLP
 from bayesdiff.networks.network import Network
 from bayesdiff.networks.unet import UNet
 
-__all__ = ["Adapter", "Network", "UNet"]
+__all__ = ["MLP", "Adapter", "Network", "UNet"]

@@ -1,7 +1,7 @@
 """A report in TensorBoard and in all other loggers: numbers, HPARAMS row, histogram, figures."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,8 @@ from bayesdiff.report import figures
 from bayesdiff.report.evidence import evidence_figure
 from bayesdiff.report.layout import conditions, conditions_of
 from bayesdiff.report.loggers import Loggers
-from bayesdiff.report.options import SUM, SUM_IN_WORDS, SUM_UNIT, ReportOptions
-from bayesdiff.report.sorted_sheet import Block, sorted_images
+from bayesdiff.report.options import SUM, ReportOptions
+from bayesdiff.report.pictures import PICTURES, Figures, Seen
 from bayesdiff.report.writer import Curves, flat, new_report, report
 from bayesdiff.uncertainty.scores.of_maps_and_images import map_score
 
@@ -37,6 +37,8 @@ def write(
     validation: "Validation | None" = None,
     evidence: "EvidenceCurve | None" = None,
     loggers: Loggers | None = None,
+    drawn_by: Figures = PICTURES,
+    measured: Mapping[str, Tensor] | None = None,
 ) -> list[Path]:
     """Write the report of one generated set; an earlier report in the same place is replaced.
 
@@ -53,6 +55,8 @@ def write(
         validation: comparison with a reference, drawn where there is one.
         evidence: over prior_precision, drawn where there is one.
         loggers: that get the same.
+        drawn_by: the figures of the samples' space.
+        measured: what these have measured beside the samples.
 
     Returns:
         The PNG files.
@@ -67,7 +71,7 @@ def write(
         board.curves(over_time(samples))
         board.histogram("uncertainty/score", known[shown.chosen_by])
         drawn = (
-            *_pictures(samples, classes, known, shown, hparams),
+            *drawn_by.every(Seen(samples, classes, known, shown, hparams, measured or {})),
             *_checked(validation, conditions(samples, hparams), metrics),
         )
         made = [board.picture(tag, figure) for tag, figure in drawn]
@@ -192,37 +196,6 @@ def over_time(samples: "Samples") -> Curves:
         f"over_t/{names.get(name, name)}": list(zip(steps, values.mean(1).tolist(), strict=True))
         for name, values in samples.in_model_range().over_time.items()
     }
-
-
-def _pictures(
-    samples: "Samples",
-    classes: Sequence[str],
-    scores: Mapping[str, Tensor],
-    shown: ReportOptions,
-    settings: Mapping[str, Any],
-) -> Iterator[tuple[str, "Figure"]]:
-    """The figures of a set of samples, made when asked for: large figures are not kept.
-
-    Yields:
-        Tag and figure.
-    """
-    made, values = conditions(samples, settings), scores[shown.chosen_by]
-    summed = shown.chosen_by == SUM
-    name, unit = (SUM_IN_WORDS, SUM_UNIT) if summed else (shown.chosen_by, "")
-    look: dict[str, Any] = {"settings": settings, "own_scale": shown.map_scale == "own"}
-    grid = samples.images, samples.labels, classes, 10, made, samples.units
-    yield "samples/samples", figures.sample_grid(*grid)
-    yield "uncertainty/image_and_map", figures.image_and_map(samples, classes, **look)
-    yield "uncertainty/over_time", figures.over_time(samples, classes, settings=settings)
-    yield "uncertainty/summed_over_time", figures.summed_over_time(samples, classes, settings)
-    along = f"{name} ({unit})" if unit else name
-    histogram = values, samples.labels, classes, made, along
-    yield "uncertainty/scores", figures.score_histogram(*histogram)
-    ends = figures.extremes(samples, classes, values, name=name, unit=unit, **look)
-    yield "uncertainty/extremes", ends
-    if shown.sorted_by:
-        blocks = [Block(n, samples.images, scores[n], samples.units) for n in shown.sorted_by]
-        yield "uncertainty/sorted", sorted_images(blocks, made)
 
 
 def _checked(

@@ -103,9 +103,19 @@ def _increasing(values: np.ndarray) -> np.ndarray:
 
 @style()
 def summed_over_time(
-    samples: "Samples", classes: Sequence[str], settings: Mapping[str, Any] | None = None
+    samples: "Samples",
+    classes: Sequence[str],
+    settings: Mapping[str, Any] | None = None,
+    units: str | None = None,
 ) -> "Figure":
-    """Variance summed over channels and pixels after each step: mean and quartiles per class."""
+    """Variance summed over channels and pixels after each step: mean and quartiles per class.
+
+    Args:
+        samples: with their summed variance.
+        classes: class names.
+        settings: of the run, for the caption.
+        units: of what is summed; None for those of the images.
+    """
     times, summed = samples.times.cpu().numpy(), samples.summed.detach().cpu().double().numpy()
     groups = by_class(samples.labels, summed.shape[1], classes)
     means = [np.nanmean(summed[:, chosen], axis=1) for _, chosen in groups]
@@ -127,7 +137,7 @@ def summed_over_time(
         if "marker" in how:
             low, high = np.nanquantile(summed[:, chosen], (0.25, 0.75), axis=1)
             axes.fill_between(times, low, high, color=how["color"], alpha=0.15, linewidth=0)
-    axes.set(xlabel="solver time t", ylabel=f"summed variance ({_squared(samples)})")
+    axes.set(xlabel="solver time t", ylabel=f"summed variance ({units or _squared(samples)})")
     positive = summed[np.isfinite(summed) & (summed > 0)]
     if spans_decades(positive) and not (summed < 0).any():
         axes.set_yscale("log")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.report.figures import MAP_COLOURS
 from bayesdiff.report.layout import image_range, standard_deviation
 from bayesdiff.storage.atomic import file_name, write_folder

@@ -12,12 +12,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
+from bayesdiff.data.spaces import space_of
 from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.machine.ranks import rank
 from bayesdiff.models import GenerativeModel, whole_of
 from bayesdiff.report import figures
 from bayesdiff.report.layout import MOST_CLASSES
 from bayesdiff.report.loggers import log_picture
+from bayesdiff.report.pictures import figures_of
 from bayesdiff.solvers import DDIM, Euler, Field, SampleNoise, Step, integrate, plan
 from bayesdiff.solvers.step import check_finite, check_solver
 
@@ -92,7 +94,8 @@ class SampleGrid(Callback):
 
     def _draw(self, trainer: L.Trainer, model: GenerativeModel) -> None:
         data = trainer.datamodule.data  # type: ignore[attr-defined]
-        images, labels = self.sample(model, data.images.shape[1:])
+        space = space_of(data)
+        states, labels = self.sample(model, space.shape)
         made = f"step {trainer.global_step}, {self.num_steps} solver steps"
         drawn = self.classes(model.num_classes)
         if model.num_classes and len(drawn) < model.num_classes:
@@ -100,8 +103,9 @@ class SampleGrid(Callback):
         if labels is not None and 1 < len(drawn) <= MOST_CLASSES:
             columns = self.rows
         else:  # a square holds all of them
-            columns = max(10, math.ceil(len(images) ** 0.5))
-        figure = figures.sample_grid(images, labels, data.classes, columns, made)
+            columns = max(10, math.ceil(len(states) ** 0.5))
+        shown = space.values(states)
+        figure = figures_of(space).grid(shown, labels, data.classes, columns, made)
         path = Path(trainer.default_root_dir) / "figures" / "training.png"
         figures.save(figure, path, pdf=False)  # replaced as the training goes on
         for logger in trainer.loggers:

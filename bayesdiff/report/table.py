@@ -12,6 +12,7 @@ Row = Mapping[str, Any]
 
 # What the closing table of a run shows, in this order.
 _SHOWN = (
+    "sliced_wasserstein@", "real/sliced_wasserstein@", "energy_distance@",
     "fid@", "is@", "kid@", "precision@", "recall@", "cmmd@", "real/fid@",
     "classifier_test_accuracy", "nfe",
     "summed_variance/mean", "sampler_noise/mean", "validation/", "laplace/effective_parameters",

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from bayesdiff.checks import UserError
+from bayesdiff.data.spaces import space_of
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.requirements import require_data, require_module
 from bayesdiff.machine.ranks import rank
@@ -76,7 +77,9 @@ class ValidateUncertainty(Callback):
         device, shape = trainer.strategy.root_device, self._shape(trainer)
         training = model.training
         model.to(device).eval()
-        starts = starts_of(model, self.solver, self.seed, shape, device)
+        space = space_of(trainer.datamodule.data)  # type: ignore[attr-defined]
+        decoder = space.values if space.decoded else None
+        starts = starts_of(model, self.solver, self.seed, shape, device, decoder)
         estimator = self.estimator.fit(starts, posterior)
         size = images_at_once(estimator, self.solver, model, shape)
         batches = torch.arange(estimator.validate_images).split(size)
@@ -100,4 +103,4 @@ class ValidateUncertainty(Callback):
 
     @staticmethod
     def _shape(trainer: L.Trainer) -> tuple[int, ...]:
-        return trainer.datamodule.data.images.shape[1:]  # type: ignore[attr-defined]
+        return space_of(trainer.datamodule.data).shape  # type: ignore[attr-defined]

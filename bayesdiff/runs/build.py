@@ -10,19 +10,17 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from bayesdiff.checks import UserError, at_least, positive, seed_of, share
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
+from bayesdiff.data.spaces import in_space
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.requirements import require_module
-from bayesdiff.likelihoods import Gaussian, Likelihood
 from bayesdiff.machine.device import autocast_dtype, settle_threads
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import Condition
-from bayesdiff.networks import UNet
-from bayesdiff.options.targets import arguments, fitting
+from bayesdiff.options.targets import fitting
 from bayesdiff.options.trainer import check_interval, check_trainer, steps_and_epochs
 from bayesdiff.options.values import plain as plain
 from bayesdiff.paths.fitting import fitted_path
@@ -30,6 +28,7 @@ from bayesdiff.report.loggers import check_loggers
 from bayesdiff.runs.defaults import run_folder
 from bayesdiff.runs.fit_key import fit_key, takes_weights
 from bayesdiff.runs.likelihood import build_likelihood
+from bayesdiff.runs.network import build_network as build_network
 from bayesdiff.storage.atomic import check_writable
 from bayesdiff.storage.checkpoints import checkpoint_at, load_weights, note_of, read_checkpoint
 from bayesdiff.storage.same_kind import differences, kind_of
@@ -81,7 +80,7 @@ def build(cfg: DictConfig) -> Run:
     check_values(cfg)
     device = choose_device(str(cfg.trainer.accelerator))
     data = ImageDataModule(
-        instantiate(cfg.data.source),
+        in_space(instantiate(cfg.data.source), cfg.data.get("space")),
         batch_size=cfg.data.batch_size,
         flip=cfg.data.flip,
         seed=cfg.seed,
@@ -106,7 +105,7 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     images = data.data
     condition = build_condition(cfg.model, images)
     torch.manual_seed(cfg.seed)
-    path = fitted_path(instantiate(cfg.path), images.images.shape[1:])
+    path = fitted_path(instantiate(cfg.path), data.space.shape)
     optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
     # Below its name, which errors then give in full.
     # A user's own model need not know of a likelihood.
@@ -135,44 +134,6 @@ def build_condition(options: DictConfig, images: ImageData) -> Condition | None:
         return None
     condition: Condition | None = instantiate(made, _partial_=True)(images, options.num_classes)
     return condition
-
-
-def build_network(
-    options: DictConfig,
-    images: ImageData,
-    condition: Condition | None,
-    likelihood: Likelihood | None = None,
-) -> nn.Module:
-    """The network for these images.
-
-    Raises:
-        UserError: for options that it does not take, or a condition that it would not read.
-    """
-    known = arguments(str(options.get("_target_")))
-    size: dict[str, Any] = {"in_channels": images.channels, "image_size": images.image_size}
-    given = {name: value for name, value in size.items() if known is None or name in known}
-    needed = condition.options() if condition else {}
-    if known is None or "num_classes" in known:
-        given["num_classes"] = None
-    for name, value in needed.items():
-        if known is not None and name not in known:
-            raise UserError(
-                f"net._target_={options._target_} takes no {name} and would not see the "
-                f"{condition.field if condition else ''}; give model.num_classes=null and "
-                f"condition=labels for no condition, or let it take {name}"
-            )
-        given[name] = value
-    outputs = (likelihood or Gaussian()).channels(images.channels)
-    if outputs != images.channels:
-        if known is not None and "out_channels" not in known:
-            raise UserError(
-                f"net._target_={options._target_} takes no out_channels, and the likelihood needs "
-                f"{outputs} outputs for {images.channels} channels; let it take out_channels"
-            )
-        given["out_channels"] = outputs
-    fitted = OmegaConf.create({"net": fitting(options, "net", UNet)}).net
-    net: nn.Module = instantiate(fitted, **given, _convert_="all")
-    return net
 
 
 def start_from(cfg: DictConfig, model: GenerativeModel) -> dict[str, Any] | None:

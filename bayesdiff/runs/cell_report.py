@@ -13,7 +13,13 @@ from bayesdiff.report.loggers import Loggers
 from bayesdiff.report.options import options_of
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run, plain
-from bayesdiff.storage.artefacts import read_json, weights_key, write_json, write_text
+from bayesdiff.storage.artefacts import (
+    read_json,
+    weights_key,
+    write_arrays,
+    write_json,
+    write_text,
+)
 from bayesdiff.storage.atomic import named_disk
 from bayesdiff.uncertainty import Samples
 
@@ -89,6 +95,7 @@ def report(
             validation=validation,
             evidence=evidence,
             loggers=loggers,
+            **_drawn(at, samples),
         )
     write_text(at.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(run.cfg, resolve=True))
     record = {
@@ -104,3 +111,15 @@ def report(
     (at.folder / "image-scores.json").unlink(missing_ok=True)  # of an older version
     write_json(path, record)
     return loggers
+
+
+def _drawn(at: Address, samples: Samples) -> dict[str, Any]:
+    """The figures of the run's space, and what they measure beside the samples, which is kept."""
+    from bayesdiff.report.pictures import figures_of
+
+    setup = at.setup
+    figures = figures_of(setup.run.data.space)
+    measured = figures.measure(setup.starts, setup.estimator, setup.posterior, samples)
+    if measured:
+        write_arrays(at.folder / "maps.npz", at.cell, measured)
+    return {"drawn_by": figures, "measured": measured}

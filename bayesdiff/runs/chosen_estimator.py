@@ -23,8 +23,10 @@ def settle_estimator(this: Run, solver: Solver, estimator: Estimator) -> tuple[R
     cfg = this.cfg
     numbers = sample_numbers(estimator, this)
     own = estimator.num_images if numbers is None else len(numbers)
+    space = this.data.space
+    pixels = space.pictures and not space.decoded
     maps = own + sum(study.map_count for study in this.studies.values())
-    chosen, reason = for_few_maps(estimator, starts(this, solver)([0]), maps)
+    chosen, reason = for_few_maps(estimator, starts(this, solver)([0]), maps, pixels)
     if not reason:
         return this, estimator
     if is_main_process():

@@ -22,9 +22,10 @@ _OF_THE_RUN = ("num_images", "times", "units")
 
 def starts(run: Run, solver: Solver, seed: int | None = None) -> Starts:
     """Start of samples by their numbers; None takes the run's own seed."""
-    shape = run.data.data.images.shape[1:]
+    space = run.data.space
     seed = run.cfg.seed if seed is None else seed
-    return starts_of(run.model, solver, seed, shape, run.device)
+    decoder = space.values if space.decoded else None
+    return starts_of(run.model, solver, seed, space.shape, run.device, decoder)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.data.module import to_uint8
 from bayesdiff.machine.progress import per_image, track
 from bayesdiff.machine.ranks import dealt, world_size
 from bayesdiff.machine.shared_rows import Batch, Rows, shared_rows
@@ -59,7 +58,7 @@ def make_images(run: Run, solver: Solver, count: int, file: Artefact) -> Tensor:
     def batch(numbers: list[int]) -> Rows:
         start = start_of(numbers)
         images = integrate(start.field(), start.steps(), start.initial(), start.draw)
-        return {"images": to_uint8(images.cpu())}
+        return {"images": run.data.space.decode(images).cpu()}
 
     size, first = run.cfg.metrics.batch_size, start_of([0])
     return made_rows(file, range(count), size, batch, "images", first.nfe)["images"]
@@ -84,7 +83,7 @@ def _maps(at: Setup, seed: int | None, numbers: Sequence[int] | None) -> Samples
     # Fitted on the run's own seed, so that the pools of a study share what is fitted.
     ready = at.estimator.fit(at.starts, posterior, run.folder)
     start_of = starts(run, solver, seed)
-    size = images_at_once(ready, solver, run.model, run.data.data.images.shape[1:])
+    size = images_at_once(ready, solver, run.model, run.data.space.shape)
     chosen = torch.arange(ready.num_images) if numbers is None else torch.tensor(list(numbers))
     batches = list(chosen.split(size))
     each = ready.evaluations(start_of([int(chosen[0])]))
@@ -113,7 +112,7 @@ def make_validation(at: Setup, samples: Samples, file: Artefact) -> Validation:
 def _validation(at: Setup, samples: Samples) -> Validation:
     run, estimator, start_of = at.run, at.estimator, at.starts
     reference = reference_of(estimator)
-    size = reference_at_once(estimator, at.solver, run.model, run.data.data.images.shape[1:])
+    size = reference_at_once(estimator, at.solver, run.model, run.data.space.shape)
     maps = samples.in_model_range().variance[: estimator.validate_images]
     numbers = range(len(maps)) if samples.numbers is None else samples.numbers.tolist()
     log.info("validation: %d maps, %d members", len(maps), reference.members)

@@ -63,7 +63,7 @@ class Field:
         copies = len(x) // self.batch
         times = torch.full((len(x),), t, device=x.device)
         given = None if self.condition is None else repeated(self.condition, copies)
-        x = x.to(memory_format=self.layout)
+        x = x.to(memory_format=self.layout) if x.dim() == 4 else x
         guided = self._evaluate(x, times, given)
         self.evaluations += copies
         condition = self.model.condition

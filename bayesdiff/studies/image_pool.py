@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.shared_rows import Rows
 from bayesdiff.runs.build import Run
@@ -143,7 +143,7 @@ class ImagePool:
         return self._rows("likelihood", f"likelihood {num_steps}", self._at_once(like), batch)
 
     def _at_once(self, estimator: Estimator) -> int:
-        shape = self.run.data.data.images.shape[1:]
+        shape = self.run.data.space.shape
         return images_at_once(estimator, self.at.solver, self.run.model, shape)
 
     def _rows(self, name: str, what: str, size: int, batch: Callable[[list[int]], Rows]) -> Rows:

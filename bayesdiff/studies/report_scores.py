@@ -5,6 +5,7 @@ from torch import Tensor
 from bayesdiff.checks import UserError
 from bayesdiff.machine.ranks import rank
 from bayesdiff.report.options import SCORES_FILE, options_of
+from bayesdiff.report.pictures import figures_of
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.setup import Setup, scored
@@ -36,6 +37,7 @@ def check_report(run: Run) -> None:
         UserError: for an unknown score, or one that needs what the run lacks.
     """
     shown = options_of(run.cfg)
+    figures_of(run.data.space).check(shown)
     for name in shown.scores:
         option = "chosen_by" if name == shown.chosen_by else "sorted_by"
         if name not in NAMES or (name == "classifier.off_label" and not run.model.num_classes):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.data.module import to_model_range, to_uint8
+from bayesdiff.data.spaces import to_model_range, to_uint8
 from bayesdiff.metrics.agreement import ranks_within
 from bayesdiff.metrics.neighbours import neighbours
 from bayesdiff.runs.build import Run

@@ -17,7 +17,8 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from bayesdiff.checks import UserError
-from bayesdiff.data.images import check_classifiable
+from bayesdiff.data.images import ImageData, check_classifiable
+from bayesdiff.data.spaces import require_pixels
 from bayesdiff.machine.ranks import barrier
 from bayesdiff.options.values import CONFIGS
 from bayesdiff.report import board
@@ -77,6 +78,10 @@ class Study(ABC):
 
     def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:  # noqa: B027
         """Refuse, before any work, what could not be made; the options themselves are fine."""
+
+    def check_data(self, data: ImageData, name: str) -> None:
+        """Refuse states that are no pixels; a study that works on others says so here."""
+        require_pixels(data, name, f"leave {name} out")
 
     def made_from(self, at: Setup) -> list[Any]:
         """All that it is made from beside its options, for its key."""
@@ -154,6 +159,13 @@ def studies_of(cfg: DictConfig) -> dict[str, Study]:
         elif options is not None and name in open_places():
             raise UserError(f"{name}={options} is no study; ask for one by experiment=...")
     return found
+
+
+def check_studies(run: Run, solver: Solver, estimator: Estimator) -> None:
+    """Refuse, before any work, what the run's studies could not make."""
+    for name, study in run.studies.items():
+        study.check_data(run.data.data, name)
+        study.check(run, solver, estimator)
 
 
 def makes_a_study(options: Any) -> bool:

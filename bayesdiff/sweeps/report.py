@@ -162,7 +162,7 @@ def _read(
         name = _cell_name(row, keys)
         if place < most[0]:
             curves.append(sweep_over_time.CellCurve.of(samples, name))
-        if place < most[1]:
+        if place < most[1] and samples.images.dim() == 4:  # points have no pictures
             lines = textwrap.wrap(name, 34, max_lines=4, placeholder=" …")
             maps.append(sweep_maps.CellMaps.of(samples, "\n".join(lines)))
         for score, values in (_sorted_by(row) if place < most[2] else {}).items():

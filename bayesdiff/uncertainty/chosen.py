@@ -46,7 +46,8 @@ def sample_numbers(estimator: Estimator, run: Training) -> list[int] | None:
 
 
 def check_samples(estimator: Estimator, run: Training) -> None:
-    """Refuse samples that there are none of, and images that no PNG can show."""
+    """Refuse samples that there are none of, and data that cannot have such maps or files."""
+    estimator.check_data(run.data.data)
     sample_numbers(estimator, run)
     check_export("uncertainty.export", estimator.export, run)
 
@@ -72,6 +73,8 @@ def check_export(name: str, kind: Any, run: Training, images: int = 1) -> None:
         )
     if kind != "png":
         raise UserError(f"unknown {name} {kind!r}; choose png, or null for no files")
+    if not run.data.space.pictures:
+        raise UserError(f"{name}=png writes pictures, and {run.data.data.name} has none; use null")
     channels = run.data.data.channels
     if channels not in (1, 3):
         raise UserError(

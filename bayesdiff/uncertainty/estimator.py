@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Protocol, Self
 from omegaconf import DictConfig
 
 from bayesdiff.checks import UserError, at_least, listed, positive, seed_of
+from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
+from bayesdiff.data.spaces import require_pixels
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.models import GenerativeModel
@@ -100,6 +102,8 @@ class Estimator(ABC):
     name: ClassVar[str]
     # Whether it needs the derivative of the network's prediction.
     differentiates: ClassVar[bool] = False
+    # Whether it looks at states as images.
+    of_pixels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         at_least("uncertainty.num_images", self.num_images)
@@ -144,6 +148,21 @@ class Estimator(ABC):
         """Refuse, before any work, a run that cannot have these maps."""
         if self.differentiates:
             check_derivative(run.model, f"uncertainty={self.name}")
+
+    def check_data(self, data: ImageData) -> None:
+        """Refuse, before any work, states that cannot have these maps; most can.
+
+        Raises:
+            UserError: for units of pictures where there are none.
+        """
+        if self.of_pixels:
+            cure = "use uncertainty=ensemble or linearised"
+            require_pixels(data, f"uncertainty={self.name}", cure)
+        if self.units != "model" and not data.space.pictures:
+            raise UserError(
+                f"uncertainty.units={self.units} is of pictures, and {data.name} has none; "
+                "leave it at model"
+            )
 
     def sources(self, run: Training) -> list[Any]:
         """What the maps come from beside weights, posterior and settings, for their key."""

@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 MEMBERS = 16
 
 
-def for_few_maps(estimator: Estimator, start: Trajectory, maps: int) -> tuple[Estimator, str]:
+def for_few_maps(
+    estimator: Estimator, start: Trajectory, maps: int, pixels: bool = True
+) -> tuple[Estimator, str]:
     """The estimator, or an ensemble of 16 where a refined one costs more network evaluations.
 
     Refined ones with options of their own are kept: who sets them means them.
@@ -29,6 +31,7 @@ def for_few_maps(estimator: Estimator, start: Trajectory, maps: int) -> tuple[Es
         estimator: as configured.
         start: of any image.
         maps: that the whole configuration asks for.
+        pixels: whether states are images; a refiner knows nothing else.
 
     Returns:
         The estimator and why it is another one, nothing if it is not.
@@ -39,6 +42,8 @@ def for_few_maps(estimator: Estimator, start: Trajectory, maps: int) -> tuple[Es
     if estimator != Refined(few_maps="ensemble", **shared):
         return estimator, ""
     ensemble = Ensemble(members=MEMBERS, **shared)
+    if not pixels:
+        return ensemble, "ensemble in place of refined, which is for states that are images"
     cost = maps * ensemble.evaluations(start)
     refined = training(estimator, start) + maps * estimator.evaluations(start)
     if refined <= cost:

@@ -58,7 +58,8 @@ class Restart(Trajectory):
             later: the samples' noise as it stands at that state.
         """
         noise = RestartNoise(state, later)
-        return cls(start.model, start.solver, start.condition, noise, start.device, tuple(times))
+        rest = start.device, start.decoder, tuple(times)
+        return cls(start.model, start.solver, start.condition, noise, *rest)
 
     def initial(self) -> Tensor:
         """The state itself."""
@@ -73,7 +74,9 @@ class Restart(Trajectory):
 def with_state(start: Trajectory, state: Tensor) -> Trajectory:
     """The batch from another starting noise ``(B, C, H, W)``; its own was drawn already."""
     noise = RestartNoise(state, start.noise)
-    return Trajectory(start.model, start.solver, start.condition, noise, start.device)
+    return Trajectory(
+        start.model, start.solver, start.condition, noise, start.device, start.decoder
+    )
 
 
 def fresh_start(start: Trajectory, number: int, seed: int) -> Trajectory:
@@ -85,4 +88,6 @@ def fresh_start(start: Trajectory, number: int, seed: int) -> Trajectory:
         seed: of all of them.
     """
     noise = start.noise.fork(_FRESH + seed * _MOST + number)
-    return Trajectory(start.model, start.solver, start.condition, noise, start.device)
+    return Trajectory(
+        start.model, start.solver, start.condition, noise, start.device, start.decoder
+    )

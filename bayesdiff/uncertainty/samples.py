@@ -11,10 +11,10 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import ProbabilityPath
 from bayesdiff.solvers import Field, SampleNoise, Solver, Step, plan
+from bayesdiff.uncertainty.decoded import Decoder
 
 # model: images in [-1, 1], as the model sees them; unit: in [0, 1].
 UNITS = ("model", "unit")
-_SAME = 1e-9  # times closer than this are the same
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Samples:
         units: ``model`` for images in [-1, 1], ``unit`` for [0, 1].
         numbers: ``(B,)``, of the samples; None for 0, 1, ...
         spatial: ``(S, B)`` variance over channels and pixels of the map at ``times``, or None.
+        latents: ``(B, *shape)``, the states that the images are decoded from; None where states
+            are images. All that is recorded on the way is of states.
+        latent_variance: their variance, of the same shape.
     """
 
     images: Tensor
@@ -63,6 +66,8 @@ class Samples:
     units: str = "model"
     numbers: Tensor | None = None
     spatial: Tensor | None = None
+    latents: Tensor | None = None
+    latent_variance: Tensor | None = None
 
     @property
     def over_time(self) -> dict[str, Tensor]:
@@ -74,7 +79,8 @@ class Samples:
         """
         found = {
             "summed": self.summed,
-            "mean": self.summed / self.images[0].numel(),
+            "mean": self.summed
+            / (self.images if self.latents is None else self.latents)[0].numel(),
             "increment": self.summed.diff(dim=0, prepend=torch.zeros_like(self.summed[:1])),
         }
         return found if self.spatial is None else found | {"spatial": self.spatial}
@@ -84,6 +90,7 @@ class Samples:
         """Batches put together; frames are kept from the first one."""
         batched = {"images": 0, "variance": 0, "labels": 0, "summed": 1, "sampler_noise": 0}
         batched |= {"states": 1, "state_variance": 1, "numbers": 0, "spatial": 1}
+        batched |= {"latents": 0, "latent_variance": 0}
         values = {f.name: getattr(parts[0], f.name) for f in fields(cls)}
         for name, dim in batched.items():
             own = [getattr(part, name) for part in parts]
@@ -101,13 +108,15 @@ class Samples:
     def _in(self, units: str, convert: Callable[[Tensor], Tensor], scale: float) -> Self:
         if self.units == units:
             return self
-        images = ("images", "frames", "states")
-        squares = ("variance", "summed", "frame_variance", "sampler_noise", "state_variance")
-        own = {n: v for n in images + squares if (v := getattr(self, n)) is not None}
+        images, squares = ["images"], ["variance", "sampler_noise"]
+        if self.latents is None:  # else what is recorded on the way has units of its own
+            images += ["frames", "states"]
+            squares += ["summed", "frame_variance", "state_variance"]
+        own = {n: v for n in [*images, *squares] if (v := getattr(self, n)) is not None}
         changed: dict[str, Any] = {
             name: convert(v) if name in images else scale * v for name, v in own.items()
         }
-        if self.spatial is not None:
+        if self.spatial is not None and self.latents is None:
             changed["spatial"] = scale**2 * self.spatial
         return replace(self, units=units, **changed)
 
@@ -122,6 +131,7 @@ class Trajectory:
         condition: values ``(B, ...)`` that the network is given, or None.
         noise: random inputs of the batch; its first draw is the starting noise.
         device: where to compute.
+        decoder: of states, None where they are their own values.
     """
 
     model: GenerativeModel
@@ -129,6 +139,7 @@ class Trajectory:
     condition: Tensor | None
     noise: SampleNoise
     device: torch.device
+    decoder: Decoder | None = None
 
     @property
     def path(self) -> ProbabilityPath:
@@ -179,6 +190,7 @@ def starts_of(
     seed: int,
     shape: Sequence[int],
     device: torch.device,
+    decoder: Decoder | None = None,
 ) -> Starts:
     """Gives the start of samples by their numbers: condition from number, noise from seed too.
 
@@ -186,104 +198,17 @@ def starts_of(
         model: with its trained weights.
         solver: of the samples.
         seed: of their noise.
-        shape: of one image, ``(C, H, W)``.
+        shape: of one state, ``(C, H, W)`` of an image.
         device: where to compute.
+        decoder: of states, None where they are their own values.
     """
 
     def start(numbers: Sequence[int]) -> Trajectory:
         noise = SampleNoise(seed, numbers, model.path.noise_shape(shape))
         given = model.condition.of_samples(numbers).to(device) if model.condition else None
-        return Trajectory(model, solver, given, noise, device)
+        return Trajectory(model, solver, given, noise, device, decoder)
 
     return start
-
-
-class Recorder:
-    """Keeps what a figure over time needs, for the first few images only, and requested times.
-
-    Args:
-        num_steps: how many steps will be recorded.
-        times: requested times; all images are kept at the first step that ends at or after one.
-        images: of the frames.
-        frames: evenly over the steps.
-    """
-
-    def __init__(
-        self, num_steps: int, times: Sequence[float] = (), images: int = 8, frames: int = 9
-    ) -> None:
-        chosen = torch.linspace(0, num_steps - 1, min(frames, num_steps)).round().long()
-        self.chosen = set(chosen.tolist())
-        self.num_steps = num_steps
-        self.images = images
-        self.pending = sorted(times)
-        self.requested: list[tuple[float, Tensor, Tensor]] = []
-        self.count = 0
-        self.times: list[float] = []
-        self.summed: list[Tensor] = []
-        self.spatial: list[Tensor] = []
-        self.frames: list[Tensor] = []
-        self.frame_variance: list[Tensor] = []
-        self.frame_times: list[float] = []
-
-    def wanted(self, ends: Sequence[float]) -> dict[float, slice]:
-        """Which images' states will be kept, for those of the steps' ends where any are."""
-        kept = {ends[number]: slice(self.images) for number in self.chosen}
-        for time in self.pending:
-            first = next((end for end in ends if time <= end + _SAME), ends[-1])
-            kept[first] = slice(None)
-        return kept
-
-    def __call__(self, time: float, state: Tensor | None, variance: Tensor) -> None:
-        """Record one step.
-
-        Args:
-            time: at the end of the step.
-            state: ``(B, C, H, W)``, or as much of it as is ``wanted``, None for nothing.
-            variance: ``(B, C, H, W)``.
-        """
-        self.times.append(time)
-        self.summed.append(variance.flatten(1).sum(1).cpu())
-        self.spatial.append(variance.flatten(1).var(1, correction=0).cpu())
-        if state is not None and self.count in self.chosen:
-            self.frames.append(state[: self.images].cpu())
-            self.frame_variance.append(variance[: self.images].cpu())
-            self.frame_times.append(time)
-        self.count += 1
-        last = self.count == self.num_steps
-        while self.pending and state is not None and (last or self.pending[0] <= time + _SAME):
-            self.pending.pop(0)
-            self.requested.append((time, state.cpu(), variance.cpu()))
-
-    def samples(
-        self,
-        images: Tensor,
-        variance: Tensor,
-        labels: Tensor | None,
-        nfe: int,
-        estimator: str,
-        sampler_noise: Tensor | None = None,
-    ) -> Samples:
-        """The finished record."""
-        times, states, variances = (
-            zip(*self.requested, strict=True) if self.requested else 3 * [()]
-        )
-        return Samples(
-            images=images.cpu(),
-            variance=variance.cpu(),
-            labels=None if labels is None else labels.cpu(),
-            times=torch.tensor(self.times),
-            summed=torch.stack(self.summed),
-            frames=torch.stack(self.frames),
-            frame_variance=torch.stack(self.frame_variance),
-            frame_times=torch.tensor(self.frame_times),
-            nfe=nfe,
-            estimator=estimator,
-            sampler_noise=None if sampler_noise is None else sampler_noise.cpu(),
-            requested_times=torch.tensor(times) if times else None,
-            states=torch.stack(states) if times else None,
-            state_variance=torch.stack(variances) if times else None,
-            spatial=torch.stack(self.spatial),
-        )
 
 
 def check_skip_interval(skip_interval: int, solver: Solver) -> None:

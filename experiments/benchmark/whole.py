@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from bayesdiff import pipeline
 from bayesdiff.data.images import ImageData
-from bayesdiff.data.module import ImageDataModule, to_model_range
+from bayesdiff.data.module import ImageDataModule
+from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.machine.device import autocast_dtype
 from bayesdiff.models import GenerativeModel

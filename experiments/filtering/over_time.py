@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from run import HERE, MODELS, POOL, ROOT
 
 from bayesdiff import pipeline
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.metrics.features import extract
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.subsets import pool

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.data.images import ImageData
-from bayesdiff.data.module import to_model_range
+from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.paths import CondOT

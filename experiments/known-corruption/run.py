@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bayesdiff import pipeline
 from bayesdiff.data.images import ImageData
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.metrics.classifier import load_or_train
 from bayesdiff.metrics.features import classifier_extractor, extract

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
+from bayesdiff.data.spaces import space_of, to_model_range
 from bayesdiff.laplace.block.record import BlockFactors, LayerFactors, stored_factors
-from bayesdiff.laplace.training_draws import draws_of
+from bayesdiff.laplace.training_draws import Encode, draws_of
 from bayesdiff.machine.ranks import total
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import values_of
@@ -129,6 +130,7 @@ def fit_block(
     batch_size: int = 256,
     seed: int = 0,
     probes: int | str = 4,
+    encode: Encode = to_model_range,
 ) -> BlockFactors:
     """Kronecker factors of the last block's layers, over the images and draws of the head's pass.
 
@@ -147,6 +149,7 @@ def fit_block(
         seed: fixes subset, draws and z.
         probes: backward passes through head and block for every batch; ``all`` for one per
             output of an image, which leaves no chance in the outer factors.
+        encode: of the images' space, see ``draws_of``.
     """
     net = cast(Network, deepcopy(model.net).eval().requires_grad_(False))  # type: ignore[attr-defined]
     layers, device = block_layers(net), next(model.parameters()).device
@@ -161,6 +164,7 @@ def fit_block(
         batch_size=batch_size,
         seed=seed,
         what="last block",
+        encode=encode,
     ):
         probe = int(torch.randint(2**31, (), generator=seen.generator))
         sums.add({"x": seen.x_t, "t": seen.time, "y": seen.y}, seen.target, probe)
@@ -262,8 +266,8 @@ def factors_of(
     """
 
     def make() -> BlockFactors:
-        given = values_of(model.condition, data)
-        return fit_block(model, data.images, given, source=source, **options)
+        encode, given = space_of(data).encode, values_of(model.condition, data)
+        return fit_block(model, data.images, given, source=source, encode=encode, **options)
 
     if path is None:
         return make()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, listed, seed_of, share
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.machine.ranks import rank
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.selection import kept_count
@@ -131,7 +131,8 @@ class Filtering(ScoreOptions, Study):
                 )
             other.check(solver)
             other.check_run(run)
-            images_at_once(other, solver, run.model, run.data.data.images.shape[1:])
+            other.check_data(run.data.data)
+            images_at_once(other, solver, run.model, run.data.space.shape)
         check_scores(self, run)
 
     def made_from(self, at: Setup) -> list[Any]:

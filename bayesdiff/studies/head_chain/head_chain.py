@@ -148,6 +148,7 @@ class HeadChain(Study):
         data, laplace = run.data.data, run.cfg.laplace
         once: dict[str, Any] = {
             "num_images": self.num_images, "batch_size": _AT_ONCE, "seed": self.seed,
+            "encode": data.space.encode,
         }  # fmt: skip
         given = values_of(run.model.condition, data)
         curvature = fit_curvature(run.model, data.images, given, source=place.key, **once)

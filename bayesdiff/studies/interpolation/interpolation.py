@@ -135,7 +135,7 @@ class Interpolation(Study):
                 "variance": torch.stack([each.variance for each in made], 1),
             }
 
-        size = images_at_once(ready, at.solver, at.run.model, at.run.data.data.images.shape[1:])
+        size = images_at_once(ready, at.solver, at.run.model, at.run.data.space.shape)
         file = Artefact(place.folder / "path.npz", place.key)
         drawn = made_rows(file, range(len(pairs)), size, batch, "interpolation")
         if rank():

@@ -66,7 +66,7 @@ class Ablation(GridOptions, Study):
         )
 
     def _at_once(self, run: Run, solver: Solver) -> int:
-        shape = run.data.data.images.shape[1:]
+        shape = run.data.space.shape
         return images_at_once(self.estimator, solver, run.model, shape, "lower ablation.draws")
 
     def _maps(self, at: Setup) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, listed, seed_of, share
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 from bayesdiff.studies.repair.alternatives import WAYS, Origin, fresh_noise, resample
 from bayesdiff.studies.repair.regions import Region, boxes_of, mask_of, region_of
 from bayesdiff.uncertainty.restart import fresh_start

@@ -61,7 +61,7 @@ class Repair(RedrawOptions, Study):
                 "repair judges images by the class they were asked to show; use "
                 "model.num_classes=auto"
             )
-        shape = run.data.data.images.shape[1:]
+        shape = run.data.space.shape
         self.check_size(*shape[1:])
         if self.rewinding:
             self._check_times(run, solver, estimator)

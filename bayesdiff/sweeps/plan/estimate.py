@@ -171,7 +171,7 @@ class Estimates:
 
     def report(self, run: Run, solver: Solver, estimator: Estimator) -> float:
         """Pictures and events, drawn once for samples of this size and thrown away."""
-        shape, shown = tuple(run.data.data.images.shape[1:]), options_of(run.cfg)
+        shape, shown = run.data.space.shape, options_of(run.cfg)
         size = min(estimator.map_count, 64)
         key = "report", shape, size, solver.num_steps, shown.pdf, len(shown.sorted_by)
         return self.once(key, lambda: _pictures(run, solver, estimator))
@@ -182,7 +182,7 @@ class Estimates:
         Training keeps the outputs of all layers, sampling those of all inputs held at once, as in
         ``images_at_once``.
         """
-        shape = run.data.data.images.shape[1:]
+        shape = run.data.space.shape
         layers = self.once(
             ("layers", id(self.probe(run))), lambda: activation_bytes(run.model, shape)
         )
@@ -221,7 +221,7 @@ def _refiner(run: Run, solver: Solver, estimator: Refined) -> float:
     """Seconds of the refiner's own training."""
     from bayesdiff.uncertainty.sensitivities.refiner import Evidence, train_refiner
 
-    shape, geometry = run.data.data.images.shape[1:], HeadGeometry.of(run.model.net.head)
+    shape, geometry = run.data.space.shape, HeadGeometry.of(run.model.net.head)
     evaluations = solver.stages * solver.num_steps
     nodes = len(estimator.nodes(evaluations) | {evaluations - 1})
     images = 64
@@ -242,7 +242,7 @@ def _pictures(run: Run, solver: Solver, estimator: Estimator) -> float:
     """Seconds of a cell's report."""
     from bayesdiff.report import board
 
-    shape, size = tuple(run.data.data.images.shape[1:]), min(estimator.map_count, 64)
+    shape, size = run.data.space.shape, min(estimator.map_count, 64)
     steps, frames = solver.num_steps, min(9, solver.num_steps)
     values = torch.rand(size, *shape)
     samples = Samples(

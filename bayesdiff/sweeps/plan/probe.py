@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from bayesdiff.data.module import to_model_range
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.gram import head_matrix
 from bayesdiff.laplace.head import HeadGeometry
@@ -68,7 +67,7 @@ class Probe:
         chosen = torch.arange(size) % len(data.images)
         labels = None if data.labels is None else data.labels[chosen].to(device)
         conditional = bool(self.model.num_classes)
-        return to_model_range(data.images[chosen]).to(device), labels if conditional else None
+        return data.space.encode(data.images[chosen]).to(device), labels if conditional else None
 
     def evaluation(self, size: int) -> float:
         """Seconds per image of one network evaluation in batches of ``size``."""

@@ -16,8 +16,10 @@ from bayesdiff.models import GenerativeModel
 from bayesdiff.paths.coefficient import like, share_of
 from bayesdiff.solvers import Field, SampleNoise, Solver, Step, integrate
 from bayesdiff.solvers.integrate import Observe
+from bayesdiff.uncertainty.decoded import decoded
 from bayesdiff.uncertainty.estimator import Estimator
-from bayesdiff.uncertainty.samples import Recorder, Samples, Trajectory, check_skip_interval
+from bayesdiff.uncertainty.recorder import Recorder
+from bayesdiff.uncertainty.samples import Samples, Trajectory, check_skip_interval
 
 # States ``(m, B, C, H, W)``, m = 1 or M, and a time, to outputs ``(M, B, C, H, W)``.
 Outputs = Callable[[Tensor, float], Tensor]
@@ -100,8 +102,15 @@ class Members(Estimator):
         image = integrate(field, start.steps(), x_0, start.draw, keep)
         members = self._members(field, start, posterior, x_0, noise, observe)
         of_noise = self._sampler_noise(field, start, x_0)
+        decoder = start.decoder
         return recorder.samples(
-            image, members.var(0), start.labels, field.evaluations, self.described, of_noise
+            decoded(decoder, image),
+            decoded(decoder, members, rows=True).var(0),
+            start.labels,
+            field.evaluations,
+            self.described,
+            of_noise,
+            None if decoder is None else (image, members.var(0)),
         )
 
     @torch.inference_mode()
@@ -110,7 +119,9 @@ class Members(Estimator):
         field, x_0 = start.field(), start.initial()
         noise = start.noise.copy()
         image = integrate(field, start.steps(), x_0, start.draw)
-        return image, self._members(field, start, posterior, x_0, noise)
+        members = self._members(field, start, posterior, x_0, noise)
+        decoder = start.decoder
+        return decoded(decoder, image), decoded(decoder, members, rows=True)
 
     def _members(
         self,
@@ -144,7 +155,8 @@ class Members(Estimator):
         def noise() -> Tensor:
             return torch.stack([fresh() for _ in range(count)]).to(x_0)
 
-        return integrate(outputs, steps, x_0[None], noise).var(0)
+        states = integrate(outputs, steps, x_0[None], noise)
+        return decoded(start.decoder, states, rows=True).var(0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
+from bayesdiff.data.images import ImageData
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.solvers import DDPM, Solver, Step
 from bayesdiff.solvers.integrate import Memory, advance, held_after
 from bayesdiff.uncertainty.estimator import Estimator, Training
+from bayesdiff.uncertainty.recorder import Recorder
 from bayesdiff.uncertainty.recursion.covariance import COVARIANCES
 from bayesdiff.uncertainty.recursion.propagate import (
     OutputMoments,
@@ -22,7 +24,7 @@ from bayesdiff.uncertainty.recursion.propagate import (
 )
 from bayesdiff.uncertainty.recursion.state_draws import Draws
 from bayesdiff.uncertainty.recursion.uncertain_head import Evaluations, UncertainHead, evaluate
-from bayesdiff.uncertainty.samples import Recorder, Samples, Trajectory, check_skip_interval
+from bayesdiff.uncertainty.samples import Samples, Trajectory, check_skip_interval
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,19 @@ class Moments(Estimator):
             raise UserError(
                 f"uncertainty={self.name} needs a prediction linear in the head's weights, which "
                 f"likelihood={likelihood.name} has not; use uncertainty=linearised or ensemble"
+            )
+
+    def check_data(self, data: ImageData) -> None:
+        """Refuse states that are decoded.
+
+        Raises:
+            UserError: where pixels are other than states.
+        """
+        super().check_data(data)
+        if data.space.decoded:
+            raise UserError(
+                f"uncertainty={self.name} follows the variance of every value of a state alone, "
+                "which says nothing of decoded pixels; use uncertainty=ensemble or linearised"
             )
 
     def copies(self, solver: Solver) -> int:

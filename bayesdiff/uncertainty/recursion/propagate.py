@@ -117,11 +117,11 @@ def _padded(values: Tensor, count: int, dim: int) -> Tensor:
 
 
 def _image_share(parts: Tensor) -> Tensor:
-    """Shares ``(P, B, 1, 1, 1)`` of the parts in an image's variance; the first has all of none.
+    """Shares ``(P, B, 1, ...)`` of the parts in an image's variance; the first has all of none.
 
     For pixels without variance: what varies there does so because of the others.
     """
-    sums = parts.clamp(min=0).sum((-3, -2, -1), keepdim=True)
+    sums = parts.clamp(min=0).sum(tuple(range(2, parts.dim())), keepdim=True)
     first = torch.zeros_like(sums)
     first[0] = 1
     return torch.where(sums.sum(0) > 0, sums / sums.sum(0), first)

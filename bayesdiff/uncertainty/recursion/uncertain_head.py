@@ -80,15 +80,17 @@ class UncertainHead:
 
     def _variance(self, features: Sequence[Features], row: Sequence[float]) -> Tensor:
         """Variance ``(N, C, H, W)`` of sum_i row[i] g_i under the same weights for all i."""
-        total = torch.zeros_like(features[0][0][:, :1])
+        axis = 1 if self.posterior.curvature.geometry.kernel_size else -1
+        total = torch.zeros_like(features[0][0].narrow(axis, 0, 1))
         for source, scale in enumerate(self._scales(features[0])):
             scaled = [scale * b for b in row]
             if any(scaled):
                 parts = [b * one[source] for b, one in zip(scaled, features, strict=True) if b]
                 combined = sum(parts[1:], parts[0])
                 total = total + self.posterior.predictive_variance(combined, ones=sum(scaled))
-        channels = len(self.posterior.curvature.mean)
-        return self.field.model.net.fold(total.expand(-1, channels, -1, -1))
+        shape = list(total.shape)
+        shape[axis] = len(self.posterior.curvature.mean)
+        return self.field.model.net.fold(total.expand(shape))
 
     def shared_noise(self, count: int, generator: torch.Generator) -> Noise:
         """What weights drawn once per step add to outputs; draw s of ``count`` has its own."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.data.module import to_model_range
+from bayesdiff.data.spaces import to_model_range
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks.forward_mode import jvp
 from bayesdiff.paths import Coefficient, CondOT, ProbabilityPath, convert

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least, positive, share
-from bayesdiff.data.module import to_uint8
+from bayesdiff.data.spaces import to_uint8
 
 if TYPE_CHECKING:
     from bayesdiff.uncertainty.samples import Samples

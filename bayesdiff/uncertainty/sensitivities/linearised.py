@@ -11,9 +11,10 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Solver, Step, integrate
+from bayesdiff.uncertainty.decoded import decoded, decoded_sensitivities
 from bayesdiff.uncertainty.estimator import Estimator
+from bayesdiff.uncertainty.recorder import Recorder
 from bayesdiff.uncertainty.samples import (
-    Recorder,
     Samples,
     Starts,
     Trajectory,
@@ -126,13 +127,15 @@ class Linearised(Estimator):
         # Many directions go in turns; the image is followed again with each.
         turns, noise = deltas.split(_ROWS), start.noise.copy()
         followed = follow(start, turns[0], weight, product, self.rule, count, self.seed)
-        variance, nfe = followed.variance, followed.nfe
+        variance, nfe, shown = followed.variance, followed.nfe, followed.shown
         for turn in turns[1:]:
             again = replace(start, noise=noise.copy())
             more = follow(again, turn, weight, product, self.rule, 0, self.seed)
             variance, nfe = variance + more.variance, nfe + more.nfe
+            shown = None if shown is None or more.shown is None else shown + more.shown
         label = f"linearised, {self.draws} draws, {self.derivative}, skip {self.skip_interval}"
-        return replace(followed, variance=variance, nfe=nfe).samples(start, label, self.times)
+        whole = replace(followed, variance=variance, nfe=nfe, shown=shown)
+        return whole.samples(start, label, self.times)
 
 
 def evaluations(start: Trajectory) -> int:
@@ -158,6 +161,7 @@ class Followed:
         features: of the evaluations where the rule has a product, and of the last one.
         ends: times of the states.
         nfe: network evaluations per image.
+        shown: variance of the last states' values, None where they are the states.
     """
 
     states: Tensor
@@ -167,19 +171,22 @@ class Followed:
     features: list[Tensor]
     ends: list[float]
     nfe: int
+    shown: Tensor | None = None
 
     def samples(self, start: Trajectory, estimator: str, times: Sequence[float]) -> Samples:
         """The record that every estimator returns."""
         recorder = Recorder(len(self.ends), times)
         for time, state, variance in zip(self.ends, self.states, self.variance, strict=True):
             recorder(time, state, variance)
+        state, variance = self.states[-1], self.variance[-1]
         return recorder.samples(
-            self.states[-1],
-            self.variance[-1],
+            decoded(start.decoder, state),
+            variance if self.shown is None else self.shown,
             start.labels,
             self.nfe,
             estimator,
             self.sampler_noise,
+            None if self.shown is None else (state, variance),
         )
 
 
@@ -223,12 +230,18 @@ def follow(
 
     rows = torch.cat([x_0[None], x_0.new_zeros(count + extra, *x_0.shape)])
     end = integrate(tangent, steps, rows, noise, observe)
+    decoder, shown, own = start.decoder, None, end[1 + count :]
+    if decoder is not None:
+        last = weight if rule is None else weight * float(rule.correction[-1])
+        shown = last * decoded_sensitivities(decoder, end[0], end[1 : 1 + count]).square().sum(0)
+        own = decoded_sensitivities(decoder, end[0], own) if extra else own
     return Followed(
         states=torch.stack(states),
         variance=torch.stack(variance),
         sensitivities=end[1 : 1 + count],
-        sampler_noise=end[1 + count :].square().mean(0) if extra else None,
+        sampler_noise=own.square().mean(0) if extra else None,
         features=list(tangent.features.values()),
         ends=[step.end for step in steps],
         nfe=field.evaluations,
+        shown=shown,
     )

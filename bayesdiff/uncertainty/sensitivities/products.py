@@ -139,9 +139,10 @@ def coarse_differences(field: Field, x: Tensor, output: Tensor, d: Tensor, t: fl
 
 def _unit(d: Tensor) -> tuple[Tensor, Tensor]:
     """Every image's d at a root mean square of 1, and what that was, 0 for d = 0."""
-    largest = d.abs().amax((-3, -2, -1), keepdim=True)  # squares of tiny numbers would vanish
+    values = tuple(range(2, d.dim()))  # of one state
+    largest = d.abs().amax(values, keepdim=True)  # squares of tiny numbers would vanish
     shape = d / torch.where(largest > 0, largest, 1)
-    size = shape.square().mean((-3, -2, -1), keepdim=True).sqrt()
+    size = shape.square().mean(values, keepdim=True).sqrt()
     return shape / torch.where(size > 0, size, 1), largest * size
 
 

@@ -39,7 +39,6 @@ from bayesdiff.uncertainty.sensitivities.refiner import FLOOR, Evidence, Refiner
 from bayesdiff.uncertainty.sensitivities.refiner import train_refiner as trained
 
 log = logging.getLogger(__name__)
-
 _MOST_DRAWS, TARGET_DRAWS, TARGET_PRODUCTS = 32, 2, 8
 _BATCH, _HELD_OUT = 8, 0.1  # training images that share their target draws; share not trained on
 
@@ -88,6 +87,7 @@ class Refined(Estimator):
 
     name: ClassVar[str] = "refined"
     differentiates: ClassVar[bool] = True
+    of_pixels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

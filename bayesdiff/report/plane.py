@@ -1,0 +1,254 @@
+"""Points in the plane: samples coloured by their variance, and the variance over the plane."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UserError
+from bayesdiff.report.charts import score_histogram, summed_over_time
+from bayesdiff.report.figures import ceiling
+from bayesdiff.report.layout import chart, class_name, map_conditions
+from bayesdiff.report.options import SUM, ReportOptions
+from bayesdiff.report.style import COLOURS, MAP_COLOURS, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from bayesdiff.laplace.posterior import HeadPosterior
+    from bayesdiff.report.pictures import Seen
+    from bayesdiff.uncertainty import Estimator, Samples, Starts
+
+# Of a map over the plane: its cells along each side, times of the network's output, and rows.
+CELLS = 40
+TIMES = (0.0, 0.25, 0.5, 0.75, 0.95)
+_MOST_CLASSES = 3
+_REACH = 3.0  # standard deviations of the starting noise, from 0 to an edge
+_AT_ONCE = 400
+UNITS = "coordinates; the data's sd is 1"
+
+
+class PlaneFigures:
+    """Points as points; maps are pictures over the plane."""
+
+    def check(self, shown: ReportOptions) -> None:
+        """Refuse what is about pictures.
+
+        Raises:
+            UserError: for any score but the summed variance, or an order of pictures.
+        """
+        if shown.chosen_by != SUM or shown.sorted_by:
+            raise UserError(
+                f"report.chosen_by={shown.chosen_by} and sorted_by={list(shown.sorted_by)} choose "
+                f"among pictures, and points are all shown; leave them at {SUM} and []"
+            )
+
+    @style()
+    def grid(
+        self,
+        states: Tensor,
+        labels: Tensor | None,
+        classes: Sequence[str],
+        columns: int,
+        conditions: str,
+    ) -> "Figure":
+        """Points ``(B, 2)`` in the plane, in the colours of their classes."""
+        title, caption = "Samples", f"{len(states)} samples, unselected; {conditions}."
+        figure, panels = chart(560, 460, title, caption)
+        xy = states.detach().cpu().double().numpy()
+        kinds = np.zeros(len(xy), int) if labels is None else labels.cpu().numpy()
+        for kind in np.unique(kinds):
+            chosen, colour = xy[kinds == kind], COLOURS[int(kind) % len(COLOURS)]
+            name = None if labels is None else class_name(int(kind), classes)
+            panels[0, 0].scatter(*chosen.T, s=6, color=colour, linewidths=0, label=name)
+        if labels is not None:
+            panels[0, 0].legend(loc="upper right")
+        _plane(panels[0, 0])
+        return figure
+
+    @torch.no_grad()
+    def measure(
+        self, starts: "Starts", estimator: "Estimator", posterior: "HeadPosterior", seen: "Samples"
+    ) -> dict[str, Tensor]:
+        """Variance over the plane: of the network's output, and of what starts there.
+
+        Returns:
+            ``output_variance (R, T, n, n)`` of each coordinate of the network's output at the
+            ``times (T,)`` and places ``output_x``, ``output_y (n,)``, for R classes;
+            ``start_variance (R, n, n)``, summed over coordinates, of samples that start at the
+            places ``start_x``, ``start_y``; ``kinds (R,)``, the classes, -1 for none.
+        """
+        model = starts([0]).model
+        most = min(model.num_classes or 0, _MOST_CLASSES)
+        kinds = list(range(most)) or [-1]
+        span = torch.cat([seen.images.double(), torch.tensor([[-2.0, -2.0], [2.0, 2.0]])])
+        x, y = (_axis(span[:, i].min() - 0.4, span[:, i].max() + 0.4) for i in (0, 1))
+        a = _axis(-_REACH, _REACH)
+        last = float(model.path.last_time)
+        outputs = [_output_variance(starts, posterior, x, y, kind, last) for kind in kinds]
+        ready = estimator.fit(starts, posterior)
+        begun = [_start_variance(starts, ready, posterior, a, kind) for kind in kinds]
+        return {
+            "output_variance": torch.stack(outputs),
+            "times": last * torch.tensor(TIMES),
+            "output_x": x,
+            "output_y": y,
+            "start_variance": torch.stack(begun),
+            "start_x": a,
+            "start_y": a,
+            "kinds": torch.tensor(kinds),
+        }
+
+    def every(self, seen: "Seen") -> Iterator[tuple[str, "Figure"]]:
+        """The figures of a set of points.
+
+        Yields:
+            Tag and figure.
+        """
+        samples, classes, made = seen.samples, seen.classes, seen.conditions
+        few = samples.images, samples.labels, classes, 0, made
+        yield "samples/samples", self.grid(*few)
+        yield "uncertainty/samples_by_variance", samples_by_variance(seen)
+        yield "uncertainty/variance_of_output", variance_of_output(seen)
+        yield "uncertainty/variance_over_starts", variance_over_starts(seen)
+        over = samples, classes, seen.settings, UNITS
+        yield "uncertainty/summed_over_time", summed_over_time(*over)
+        histogram = seen.scores[SUM], samples.labels, classes, made, f"summed variance ({UNITS})"
+        yield "uncertainty/scores", score_histogram(*histogram)
+
+
+@style()
+def samples_by_variance(seen: "Seen") -> "Figure":
+    """Samples where they ended, in the colour of their standard deviation."""
+    samples = seen.samples
+    caption = (
+        f"{len(samples.images)} samples where they ended; colour: standard deviation of a sample, "
+        "root of its variance's mean over both coordinates. Conditions: "
+        f"{map_conditions(samples, seen.settings)}."
+    )
+    figure, panels = chart(620, 480, "Samples and their uncertainty", caption)
+    spread = samples.variance.double().clamp(min=0).mean(1).sqrt().numpy()
+    xy = samples.images.double().numpy()
+    order = np.argsort(spread)  # the least certain on top
+    how: dict[str, Any] = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": ceiling(spread)}
+    drawn = panels[0, 0].scatter(*xy[order].T, c=spread[order], s=14, linewidths=0, **how)
+    _plane(panels[0, 0])
+    figure.colorbar(drawn, ax=panels[0, 0], label="standard deviation")
+    return figure
+
+
+@style()
+def variance_of_output(seen: "Seen") -> "Figure":
+    """Predictive standard deviation of the network's output over the plane, at five times."""
+    found, samples = seen.measured, seen.samples
+    maps = found["output_variance"].clamp(min=0).sqrt().numpy()
+    what = seen.settings.get("prediction", "output")
+    caption = (
+        f"Standard deviation of each coordinate of the predicted {what} at states all over the "
+        "plane, due to the head's weights; times from noise, t = 0, to data, t = 1. One scale for "
+        f"all. Conditions: {map_conditions(samples, seen.settings)}."
+    )
+    rows, columns = maps.shape[:2]
+    figure, panels = chart(180 * columns + 110, 190 * rows + 40, _OUTPUT, caption, rows, columns)
+    box = found["output_x"], found["output_y"]
+    for row in range(rows):
+        for column in range(columns):
+            drawn = _map(panels[row, column], maps[row, column], *box, ceiling(maps))
+            if not row:
+                panels[row, column].set_title(f"t = {float(found['times'][column]):.3g}")
+        panels[row, 0].set_ylabel(_of_kind(found["kinds"][row], seen.classes) + "$x_2$")
+    figure.colorbar(drawn, ax=panels, label="standard deviation", fraction=0.03)
+    return figure
+
+
+_OUTPUT = "Uncertainty of the network's output over the plane"
+
+
+@style()
+def variance_over_starts(seen: "Seen") -> "Figure":
+    """Standard deviation of the samples over the plane of their starting noise."""
+    found, samples = seen.measured, seen.samples
+    maps = (found["start_variance"].clamp(min=0) / 2).sqrt().numpy()
+    caption = (
+        "Each place is a starting noise, its colour the standard deviation of the sample that "
+        "starts there, root of its variance's mean over both coordinates. One scale for all. "
+        f"Conditions: {map_conditions(samples, seen.settings)}."
+    )
+    title = "Uncertainty of samples over the plane of their noise"
+    figure, panels = chart(400 * len(maps) + 160, 400, title, caption, 1, len(maps))
+    box = found["start_x"], found["start_y"]
+    for column, values in enumerate(maps):
+        drawn = _map(panels[0, column], values, *box, ceiling(maps))
+        name = _of_kind(found["kinds"][column], seen.classes)
+        panels[0, column].set(ylabel="starting noise, second coordinate", title=name.strip(", "))
+        panels[0, column].set(xlabel="starting noise, first coordinate")
+    figure.colorbar(drawn, ax=panels, label="standard deviation", fraction=0.05)
+    return figure
+
+
+def _of_kind(kind: Tensor, classes: Sequence[str]) -> str:
+    return "" if int(kind) < 0 else f"{class_name(kind, classes)}, "
+
+
+def _plane(axes: "Axes") -> None:
+    axes.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+
+
+def _map(axes: "Axes", values: np.ndarray, x: Tensor, y: Tensor, top: float) -> Any:
+    """A picture over the plane; rows of ``values`` go up."""
+    half = [float(each[1] - each[0]) / 2 for each in (x, y)]
+    across = float(x[0]) - half[0], float(x[-1]) + half[0]
+    extent = *across, float(y[0]) - half[1], float(y[-1]) + half[1]
+    _plane(axes)
+    axes.grid(visible=False)
+    how: dict[str, Any] = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top, "interpolation": "none"}
+    return axes.imshow(values, origin="lower", extent=extent, **how)
+
+
+def _axis(low: float | Tensor, high: float | Tensor) -> Tensor:
+    return torch.linspace(float(low), float(high), CELLS)
+
+
+def _places(x: Tensor, y: Tensor) -> Tensor:
+    """All places ``(n n, 2)``, row by row from below."""
+    rows, columns = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([columns.flatten(), rows.flatten()], 1)
+
+
+def _output_variance(
+    starts: "Starts", posterior: "HeadPosterior", x: Tensor, y: Tensor, kind: int, last: float
+) -> Tensor:
+    """Mean over both coordinates, ``(T, n, n)``."""
+    start = _of_class(starts, range(CELLS**2), kind)
+    field, places = start.field(), _places(x, y).to(start.device)
+    maps = []
+    for time in TIMES:
+        features = field.features(places, last * time)
+        maps.append(posterior.predictive_variance(features).mean(-1).reshape(len(y), len(x)))
+    return torch.stack(maps).cpu()
+
+
+def _start_variance(
+    starts: "Starts", estimator: "Estimator", posterior: "HeadPosterior", a: Tensor, kind: int
+) -> Tensor:
+    """Summed variance of what starts at each place, ``(n, n)``."""
+    from bayesdiff.uncertainty.restart import with_state
+
+    places, found = _places(a, a), []
+    for numbers in torch.arange(len(places)).split(_AT_ONCE):
+        start = _of_class(starts, numbers.tolist(), kind)
+        start.draw()
+        begun = with_state(start, places[numbers].to(start.device))
+        found.append(estimator(begun, posterior).variance.sum(1))
+    return torch.cat(found).reshape(len(a), len(a))
+
+
+def _of_class(starts: "Starts", numbers: Sequence[int], kind: int) -> Any:
+    """Starts of samples of one class, of an unconditional model's where that is -1."""
+    start = starts(numbers)
+    labels = torch.full((len(numbers),), kind, device=start.device)
+    return start if kind < 0 else replace(start, condition=labels)

@@ -1,0 +1,70 @@
+"""The network of a run, from its options and what the data say of its states."""
+
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from bayesdiff.checks import UserError
+from bayesdiff.data.images import ImageData
+from bayesdiff.likelihoods import Gaussian, Likelihood
+from bayesdiff.models.conditions import Condition
+from bayesdiff.networks import UNet
+from bayesdiff.options.targets import arguments, fitting
+
+
+def build_network(
+    options: DictConfig,
+    images: ImageData,
+    condition: Condition | None,
+    likelihood: Likelihood | None = None,
+) -> nn.Module:
+    """The network for these images.
+
+    Raises:
+        UserError: for options that it does not take, or a condition that it would not read.
+    """
+    known = arguments(str(options.get("_target_")))
+    size = size_of(images)
+    lacking = {"in_channels", "image_size"} & (known or set()) - size.keys()
+    if lacking:
+        raise UserError(
+            f"net._target_={options._target_} is for images and needs {min(lacking)}, states of "
+            f"{images.name} have shape {images.space.shape}; use net=mlp"
+        )
+    given = {name: value for name, value in size.items() if known is None or name in known}
+    if known is None and len(size) > 1:
+        del given["shape"]  # who takes anything expects the sizes of an image
+    needed = condition.options() if condition else {}
+    if known is None or "num_classes" in known:
+        given["num_classes"] = None
+    for name, value in needed.items():
+        if known is not None and name not in known:
+            raise UserError(
+                f"net._target_={options._target_} takes no {name} and would not see the "
+                f"{condition.field if condition else ''}; give model.num_classes=null and "
+                f"condition=labels for no condition, or let it take {name}"
+            )
+        given[name] = value
+    outputs = (likelihood or Gaussian()).channels(images.channels)
+    if outputs != images.channels:
+        if known is not None and "out_channels" not in known:
+            raise UserError(
+                f"net._target_={options._target_} takes no out_channels, and the likelihood needs "
+                f"{outputs} outputs for {images.channels} channels; let it take out_channels"
+            )
+        given["out_channels"] = outputs
+    fitted = OmegaConf.create({"net": fitting(options, "net", UNet)}).net
+    net: nn.Module = instantiate(fitted, **given, _convert_="all")
+    return net
+
+
+def size_of(images: ImageData) -> dict[str, Any]:
+    """What a network can be told of the states of these data, as its arguments."""
+    shape = images.space.shape
+    if len(shape) != 3:
+        return {"shape": shape}
+    channels, height, width = shape
+    side = height if height == width else (height, width)
+    return {"shape": shape, "in_channels": channels, "image_size": side}
