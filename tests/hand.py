@@ -117,7 +117,7 @@ def start_of(model, solver, count=1, shape=(1, 1, 1), first=None, labels=None, t
     noise = Noise(count, shape, first=first)
     if times is None:
         return Trajectory(model, solver, labels, noise, CPU)
-    return Timed(model, solver, labels, noise, CPU, tuple(times))
+    return Timed(model, solver, labels, noise, CPU, times=tuple(times))
 
 
 @torch.no_grad()

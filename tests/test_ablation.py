@@ -25,9 +25,9 @@ from bayesdiff.laplace.evidence_grid import (
     separate_priors,
 )
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.report import board
 from bayesdiff.report.evidence import evidence_figure
 from bayesdiff.report.layout import chart
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.solvers import Euler, Heun
 from bayesdiff.studies.prior_ablation import figures
 from bayesdiff.studies.prior_ablation import maps as grids
@@ -362,7 +362,7 @@ def asked(compose, *overrides):
 def test_the_command_leaves_arrays_numbers_and_pictures_and_makes_them_once(
     copied: Trained, compose: Compose, monkeypatch
 ):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     monkeypatch.setattr(figures, "map_tiles", lambda *_, **__: chart(9, 99, "", "")[0])  # slow
     pipeline.run(asked(compose))
     (folder,) = copied.folder.glob("ablation-euler-*")

@@ -153,7 +153,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ),
     # Pairs that do not fit
     ("solver=ddim", ["solver=ddim is for diffusion models", "euler, heun"]),
-    ((*DIFFUSION, "solver=heun"), ["solver=heun is for flow models", "ddim, ddpm"]),
+    ((*DIFFUSION, "solver=heun"), ["solver=heun needs a path that is smooth", "solver=ddim"]),
     (
         (*DIFFUSION, "solver.num_steps=1001"),
         ["solver.num_steps=1001", "1000 steps", "choose fewer"],

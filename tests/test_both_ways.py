@@ -8,7 +8,7 @@ from hand import CPU, FLOW, LINEAR, SampleNoise, curved, model_of
 from sklearn.datasets import load_digits
 
 from bayesdiff.checks import UserError
-from bayesdiff.data.module import to_model_range
+from bayesdiff.data.spaces import to_model_range
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT, VariancePreserving, VPPerPixel

@@ -13,7 +13,8 @@ from PIL import Image
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import to_uint8
-from bayesdiff.report import board, export
+from bayesdiff.report import export
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.runs import stages
 from bayesdiff.solvers import Euler
 from bayesdiff.uncertainty import Ensemble
@@ -88,7 +89,7 @@ def test_the_same_number_is_the_same_image_with_the_same_map(
     copied: Trained, compose: Compose, monkeypatch
 ):
     """Numbers 0 to 3 are there; 3 and 1 are asked for, alone, by number and by class."""
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     whole = arrays_of(copied.samples)
     assert whole["numbers"].tolist() == [0, 1, 2, 3]
     by_number = pipeline.run(compose("uncertainty.numbers=[3,1]", "uncertainty.batch_size=1"))
@@ -117,7 +118,7 @@ def test_the_same_number_is_the_same_image_with_the_same_map(
 
 
 def test_images_and_maps_are_files_of_their_own(copied: Trained, compose: Compose, monkeypatch):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     asked = compose("uncertainty.export=png", "metrics.export=png")
     result = pipeline.run(asked)
     assert result.samples == copied.samples and result.folder == copied.cell

@@ -76,9 +76,13 @@ def test_networks(name, classes):
     size = {"unet28": 28, "unet32": 32, "unet64": 64}.get(name, 8)
     channels = 3 if size > 28 else 1
     options = {"in_channels": channels, "image_size": size, "num_classes": classes}
+    shape = (channels, size, size)
+    if name == "mlp":  # of points
+        shape = (2,)
+        options = {"shape": shape, "num_classes": classes}
     with torch.device("meta" if size > 32 else "cpu"):  # shapes alone where numbers cost seconds
         net = instantiate(composed(f"net={name}").net, **options, _convert_="all")
-        x = torch.randn(2, channels, size, size)
+        x = torch.randn(2, *shape)
         assert net.eval()(x, torch.rand(2), None).shape == x.shape
 
 
@@ -121,7 +125,11 @@ def test_posteriors(name):
 
 @every("data")
 def test_data_sets(name, tmp_path):
-    """The source is found and takes its options; only the digits need no file."""
+    """The source is found and takes its options; digits and points need no file."""
+    if name == "moons":
+        source = composed("data=moons", "data.source.points=300").data.source
+        assert instantiate(source).images.shape == (300, 2)
+        return
     cfg = composed(f"data={name}", f"data.root={'null' if name == 'digits' else tmp_path}")
     if "download" in cfg.data.source:
         cfg.data.source.download = False
@@ -209,6 +217,15 @@ def test_experiments(name):
     cfg = composed(f"experiment={name}")
     build.check_values(cfg)
     instantiate(cfg.solver), instantiate(cfg.uncertainty), instantiate(cfg.path)
+
+
+@every("space")
+def test_spaces(name, small_data):
+    """A space composes and keeps what it is given."""
+    cfg = composed(f"space={name}", "data.space.coder.size=64")
+    space = instantiate(cfg.data.space, small_data.data)
+    images = small_data.data.images[:3]
+    assert torch.equal(space.decode(space.encode(images)), images)
 
 
 @every("hparams_search")

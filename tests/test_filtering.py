@@ -17,6 +17,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import to_uint8
 from bayesdiff.metrics.features import untrained
 from bayesdiff.report import board
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.runs.setup import Setup, starts
 from bayesdiff.storage.artefacts import key_of
 from bayesdiff.studies import image_pool as pools
@@ -60,7 +61,7 @@ def results_of(folder):
 
 
 def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, monkeypatch):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     asked = {filtering: [], doubts: []}
     for module, seeds in asked.items():
         real = module.judge
@@ -154,7 +155,7 @@ def test_the_joint_score_adds_ranks_among_images_of_the_same_label():
 
 
 def test_further_scores_come_from_options(copied: Trained, compose: Compose, monkeypatch):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     monkeypatch.setattr(board, "write_study", lambda *_, **options: None)
     scored = []
     real = filtering.doubts_of
@@ -408,7 +409,7 @@ def test_a_larger_pool_adds_to_a_smaller_one(copied: Trained, compose: Compose, 
     def made(count):
         pool = pool_in(copied.folder, this, solver, estimator, posterior, count)
         members, maps = pool.members(2), pool.maps(estimator)
-        return members, maps, {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        return members, maps, {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
 
     few, few_maps, before = made(8)
     many, many_maps, after = made(10)

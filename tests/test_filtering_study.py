@@ -7,7 +7,7 @@ import pytest
 from conftest import QUICK_CLASSIFIER, ROOT, Trained, smallest
 from test_filtering import SMALL
 
-from bayesdiff.report import board
+from bayesdiff.report.pictures import Pictures
 
 STUDY = ROOT / "experiments" / "filtering"
 BEST = "members.joint"
@@ -17,7 +17,7 @@ BEST = "members.joint"
 def study(monkeypatch, tmp_path):
     """Both scripts, writing elsewhere."""
     monkeypatch.syspath_prepend(str(STUDY))
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     import over_time
     import run
 

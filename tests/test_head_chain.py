@@ -13,7 +13,7 @@ from torch import nn
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.report import board
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.runs.setup import Setup
 from bayesdiff.studies.head_chain import head_chain
 from bayesdiff.studies.head_chain.comparison import ChainTest, measure, sds
@@ -91,7 +91,7 @@ def test_the_loss_is_the_negative_log_posterior_of_the_pass(compose: Compose):
 
 
 def test_the_command_runs_the_chains_once_for_a_diffusion_model(compose: Compose, monkeypatch):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     asked = compose(*SMALL, "model=diffusion")
     (folder,) = pipeline.run(asked).studies
     results = json.loads((folder / "results.json").read_text())

@@ -11,7 +11,7 @@ from scipy import stats
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.report import board
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.studies.interpolation import interpolation
 from bayesdiff.studies.interpolation.interpolation import Interpolation, arc, results_of
 
@@ -85,7 +85,7 @@ def test_bad_options_are_refused_in_one_line(options):
 
 
 def test_the_ends_are_the_samples_of_the_run(copied: Trained, compose: Compose, monkeypatch):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     more = ["uncertainty.numbers=[0,10,1,11]", "uncertainty.batch_size=3"]
     result = pipeline.run(compose(*SMALL, *more))
     (folder,) = result.studies

@@ -25,7 +25,7 @@ from bayesdiff.likelihoods import Bernoulli, Categorical, Gaussian
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.report import board
-from bayesdiff.runs.stages import starts
+from bayesdiff.runs.setup import starts
 from bayesdiff.solvers import Euler, Field
 from bayesdiff.storage.checkpoints import load_weights
 from bayesdiff.uncertainty import Ensemble, Linearised, Published

@@ -18,6 +18,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.report import board, figures, loggers
 from bayesdiff.report.csv_logger import CSVLogger
 from bayesdiff.report.loggers import Loggers, check_loggers, entries, log_figure
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.uncertainty.scores.of_maps_and_images import map_score
 
 CSV = {"_target_": "bayesdiff.report.csv_logger.CSVLogger", "name": "csv", "version": ""}
@@ -74,10 +75,10 @@ def report(folder, options, samples=None):
 
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):
-    def pictures(samples, *_):
-        yield "samples/samples", figures.sample_grid(samples.images, None, [])
+    def pictures(_, seen):
+        yield "samples/samples", figures.sample_grid(seen.samples.images, None, [])
 
-    monkeypatch.setattr(board, "_pictures", pictures)
+    monkeypatch.setattr(Pictures, "every", pictures)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_a_report_that_fails_leaves_no_run_open(tmp_path, monkeypatch):
     def pictures(*_):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(board, "_pictures", pictures)
+    monkeypatch.setattr(Pictures, "every", pictures)
     with pytest.raises(RuntimeError, match="no font"):
         report(tmp_path, [RECORDING])
     assert MADE[-1].metrics and MADE[-1].ended == 1

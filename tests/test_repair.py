@@ -15,6 +15,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import to_uint8
 from bayesdiff.metrics.subsets import Pool
 from bayesdiff.report import board
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.studies.repair import figures as pictures
 from bayesdiff.studies.repair import judged as figures_of
 from bayesdiff.studies.repair import repair
@@ -172,7 +173,7 @@ def results_of(result):
 
 
 def test_the_command_draws_and_judges_once(copied: Trained, compose: Compose, monkeypatch):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     asked, real = [], repair_results.judge
     watched = lambda run, seed=None: asked.append(seed) or real(run, seed)  # noqa: E731
     monkeypatch.setattr(repair_results, "judge", watched)
@@ -223,7 +224,7 @@ def drawn(compose, *overrides):
 def test_the_draws_do_not_depend_on_the_batch_nor_on_how_many_images_follow(
     copied: Trained, compose: Compose, monkeypatch
 ):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     monkeypatch.setattr(board, "write_study", lambda *_, **options: [])
     whole = drawn(compose)
     # Another batch is no other study: made anew elsewhere.
@@ -235,7 +236,7 @@ def test_the_draws_do_not_depend_on_the_batch_nor_on_how_many_images_follow(
 
 
 def test_a_single_draw_and_a_held_map_work_for_diffusion_with_noise(compose: Compose, monkeypatch):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     arrays = drawn(
         compose,
         "experiment=rectify",
@@ -255,7 +256,7 @@ def test_the_best_by_its_map_is_chosen_from_fresh_samples_and_rewound_ones(
     copied: Trained, compose: Compose, monkeypatch
 ):
     """The numbers of the rejection by the map equal a slow loop over what is kept."""
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     chosen = ["repair.ways=[isotropic,fresh]", "repair.score=map.sum", "repair.from_time=[0.25]"]
     result = pipeline.run(compose(*SMALL, *chosen))
     folder, results = results_of(result)
@@ -319,7 +320,7 @@ def test_an_alternative_takes_what_the_network_is_asked_for_it(solver, way, scor
 def test_each_chosen_image_has_its_own_box(
     copied: Trained, compose: Compose, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     boxes = tmp_path / "boxes.json"
     boxes.write_text('{"7": [0, 0, 2, 3], "2": [4, 4, 4, 4]}')
     ways = "repair.ways=[renoise]"

@@ -15,6 +15,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.report import board, figures
 from bayesdiff.report.layout import standard_deviation
 from bayesdiff.report.options import SCORES_FILE, ReportOptions
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.report.style import DPI
 from bayesdiff.storage.artefacts import read_arrays
 from bayesdiff.sweeps.charts import sweep_figure
@@ -144,7 +145,7 @@ def test_the_units_of_a_map_are_said_and_the_picture_stays_the_same(tmp_path, mo
     ]
     np.testing.assert_allclose(*grids, atol=1e-6)
     # Numbers stay comparable from run to run.
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     unit.summed, unit.spatial = unit.summed / 4, unit.spatial / 16
     curves = {}
     for samples in (model, unit):
@@ -364,7 +365,7 @@ def test_hparams_row_carries_the_real_metrics(written):
 
 
 def test_a_second_report_replaces_the_first_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     training = tmp_path / "tensorboard" / "events.out.tfevents.1.host.2.0"
     training.parent.mkdir()
     training.write_bytes(b"")

@@ -272,7 +272,7 @@ def test_alternatives_are_the_same_for_every_batch_and_do_not_depend_on_how_many
 
     def alone(number, label):
         noise = SampleNoise(1, (number,), (1, 8, 8))
-        start = dataclasses.replace(whole.start, noise=noise, labels=torch.tensor([label]))
+        start = dataclasses.replace(whole.start, noise=noise, condition=torch.tensor([label]))
         return Origin.of(start)
 
     z, weights = fresh_noise(whole.start, 4, 5), weight_draws(posterior, 4, 5)

@@ -14,7 +14,7 @@ import pytest
 from conftest import QUICK_CLASSIFIER, ROOT, Trained, compose_list, smallest
 
 from bayesdiff.checks import UserError
-from bayesdiff.report import board
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.studies.script import Asked
 from bayesdiff.uncertainty import Ensemble, Published
 
@@ -36,7 +36,7 @@ def script(monkeypatch, tmp_path, without_pdf):
     def load(study):
         monkeypatch.syspath_prepend(str(EXPERIMENTS / study))
         monkeypatch.setattr(*QUICK_CLASSIFIER)
-        monkeypatch.setattr(board, "_pictures", lambda *_: ())
+        monkeypatch.setattr(Pictures, "every", lambda *_: ())
         run = importlib.import_module("run")
         folder = tmp_path / "study"
         folder.mkdir()

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.report import board
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.runs.address import maps_settings, scores_at
 from bayesdiff.runs.setup import Setup, with_effect
 from bayesdiff.studies import image_pool as pools
@@ -66,7 +67,7 @@ class Mine(Study):
 def test_a_new_study_is_one_class_and_nobody_else_knows_its_name(
     copied: Trained, compose: Compose, monkeypatch
 ):
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
     told = []
     real = board.write_study
     monkeypatch.setattr(

@@ -25,6 +25,7 @@ from bayesdiff.metrics.validation import (
     validate,
 )
 from bayesdiff.report import board, figures
+from bayesdiff.report.pictures import Pictures
 from bayesdiff.report.validation_callback import ValidateUncertainty
 from bayesdiff.solvers import DDPM, Euler, Heun, SampleNoise
 from bayesdiff.uncertainty import Ensemble, Published, Trajectory
@@ -248,7 +249,7 @@ def test_validation_is_asked_for_by_one_option_and_done_once(
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports without pictures: one test above has drawn them."""
-    monkeypatch.setattr(board, "_pictures", lambda *_: ())
+    monkeypatch.setattr(Pictures, "every", lambda *_: ())
 
 
 def test_other_members_are_another_comparison_of_the_same_maps(
