@@ -12,7 +12,8 @@ from own_sources import AngleNet, digits_with_angles
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData
-from bayesdiff.data.module import ImageDataModule, to_model_range
+from bayesdiff.data.module import ImageDataModule
+from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.head import head_matrix
 from bayesdiff.laplace.training_draws import draws_of
