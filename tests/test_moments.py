@@ -105,7 +105,7 @@ def exactly(estimator, model, solver, times=None, first=0.0, purposes=1):
     noise = Planned(purposes, unbiased, first, paired)
     if times is None:
         return Trajectory(model, solver, None, noise, CPU)
-    return Timed(model, solver, None, noise, CPU, tuple(times))
+    return Timed(model, solver, None, noise, CPU, times=tuple(times))
 
 
 KINDS = ("uncentred", "centred", "antithetic", "stein")
