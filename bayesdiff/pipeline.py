@@ -26,7 +26,7 @@ from bayesdiff.runs.build import Run, build, check_groups, is_main_process, plai
 from bayesdiff.runs.callback_options import check_callbacks
 from bayesdiff.runs.cell_report import report
 from bayesdiff.runs.chosen_estimator import settle_estimator
-from bayesdiff.runs.fit_key import likelihood_options, network_code
+from bayesdiff.runs.fit_key import network_code, seen_options
 from bayesdiff.runs.processes import check_devices, launch
 from bayesdiff.runs.scores import check_metrics, make_scores
 from bayesdiff.runs.settings import settings
@@ -154,10 +154,9 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     estimator.check(solver)
     this = build(cfg)
     this = replace(this, studies=studies_of(cfg), callbacks=check_callbacks(this))
-    kind = cfg.model.prediction, plain(cfg.path), network_code(cfg)
-    context = (*kind, *likelihood_options(cfg))
+    context = (cfg.model.prediction, plain(cfg.path), network_code(cfg), *seen_options(cfg))
     laplace = LastLayerLaplace(**plain(cfg.laplace), folder=this.folder, context=context)
-    laplace.check(this.model, len(this.data.data.images))
+    laplace.check(this.model, len(this.data.data.images), this.data.space.shape)
     this, estimator = settle_estimator(this, solver, estimator)
     if cfg.laplace.subset == "last_block":
         check_block_ensemble(estimator, *list(this.studies)[:1])

@@ -14,15 +14,19 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.spaces import to_model_range
+from bayesdiff.laplace.coupled import groups_of
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.head import head_matrix
 from bayesdiff.laplace.training_draws import draws_of
+from bayesdiff.likelihoods import Bernoulli
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import Embedding, Labels, repeated, values_of
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT
 from bayesdiff.runs.build import build
+from bayesdiff.runs.setup import starts
 from bayesdiff.solvers import Euler
+from bayesdiff.storage.same_kind import kind_of
 from bayesdiff.uncertainty import Trajectory, starts_of
 from bayesdiff.uncertainty.members.ensemble import Ensemble
 
@@ -185,7 +189,39 @@ def test_the_pass_over_the_data_gives_every_image_its_vector(monkeypatch):
     torch.testing.assert_close(torch.cat(drawn)[:, 0], bright, rtol=0, atol=1e-3)
     assert sorted(bright.round().tolist()) == list(range(9))
     found = fit_curvature(model, images, given, source="test", batch_size=4)
-    assert found.num_images == 9
+    others = fit_curvature(model, images, given.flip(0), source="test", batch_size=4)
+    assert not torch.equal(found.gram, others.gram)
+
+
+class Both(Labels):
+    """Classes, beside values of its own: even classes are asked for alone."""
+
+    def of_samples(self, numbers):
+        return 2 * super().of_samples(numbers) % self.num_classes
+
+
+def both(data, num_classes="auto"):
+    """The ``_target_`` of a condition that is not this package's and has classes."""
+    return Both(data.num_classes)
+
+
+def test_a_condition_of_ones_own_reaches_the_model_with_classes_too(compose):
+    run = pipeline.prepare(compose("model.condition._target_=test_conditions.both"))[0]
+    assert type(run.model.condition).__name__ == "Both" and run.model.num_classes == 10
+    assert starts(run, Euler(2))([1, 2]).labels.tolist() == [2, 4]
+
+
+def test_a_condition_that_a_network_needs_is_given_where_its_head_is_looked_at():
+    model = GenerativeModel(
+        AngleNet(1, 2), CondOT(), "data", torch.optim.SGD, condition=Embedding(torch.ones(3, 2)),
+        likelihood=Bernoulli(),
+    )  # fmt: skip
+    assert groups_of(model, (1, 8, 8)).tolist() == [[0]]
+
+
+def test_weights_of_another_empty_vector_are_of_another_kind():
+    config = {"net": {}, "model": {"condition": {"_target_": "x", "empty": [0.0, 1.0]}}}
+    assert "model.condition.empty" in kind_of(config)
 
 
 @pytest.mark.parametrize("net", [OWN_NET, ("net=tiny",)], ids=["own", "unet"])
@@ -193,7 +229,7 @@ def test_a_whole_run_on_vectors(compose, net):
     """Training, guided samples, maps, scores and figures, from the command line's options."""
     options = (SOURCE, "condition=embedding", "solver.guidance=1.5", "model.class_dropout=0.5")
     result = pipeline.run(compose(*options, *net, SHOWN))
-    assert result.metrics["nfe"] > 0
+    assert result.metrics["nfe"] == 2 * 3 * (1 + 2)
     assert any(name.startswith("fid@12") for name in result.metrics)
     assert (result.folder / "figures").is_dir()
 

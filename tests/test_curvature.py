@@ -20,6 +20,7 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.gram import head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
+from bayesdiff.machine import ranks
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT, VariancePreserving
@@ -538,3 +539,12 @@ def test_without_a_path_the_curvature_stays_in_memory(tmp_path, data):
     assert not list(tmp_path.iterdir())
     features = torch.randn(2, 4, 4, 4)
     assert posterior.predictive_variance(features).shape == (2, 1, 4, 4)
+
+
+def test_work_is_dealt_to_every_process_once(monkeypatch):
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        shares.append(ranks.dealt(list("abcdefg")))
+    assert shares == [["a", "d", "g"], ["b", "e"], ["c", "f"]]

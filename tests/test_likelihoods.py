@@ -364,7 +364,7 @@ def test_a_file_keeps_the_likelihood(name, tmp_path):
     assert same[0] == same[1]
 
 
-def test_a_file_of_the_first_version_is_gaussian(tmp_path, monkeypatch):
+def test_a_file_of_format_three_is_gaussian(tmp_path, monkeypatch):
     from bayesdiff.laplace import record
 
     curvature = fitted(tokens(Gaussian()), 4, time_bins=2)
@@ -400,6 +400,7 @@ def test_a_curvature_of_another_likelihood_is_refused(tmp_path):
     [
         ({"sigma_noise": 0.3}, "no noise level"),
         ({"sigma_noise": "mle_per_time", "time_bins": 2}, "no noise level"),
+        ({"time_bins": 2}, "noise levels over time"),
         ({"structure": "kron"}, "Gaussian likelihood"),
         ({"structure": "empirical_fisher_published"}, "Gaussian likelihood"),
         ({"subset": "last_block"}, "Gaussian likelihood"),
@@ -408,8 +409,8 @@ def test_a_curvature_of_another_likelihood_is_refused(tmp_path):
 def test_settings_of_a_gaussian_are_refused_before_any_work(settings, reason):
     model = tiny(Bernoulli())
     with pytest.raises(UserError, match=reason):
-        LastLayerLaplace(**settings).check(model, 100)
-    LastLayerLaplace().check(model, 100)
+        LastLayerLaplace(**settings).check(model, 100, (1, 8, 8))
+    LastLayerLaplace().check(model, 100, (1, 8, 8))
 
 
 def test_matrices_that_do_not_fit_are_refused():
@@ -434,9 +435,17 @@ def test_other_predictions_and_folds_that_mix_positions_are_refused():
         def fold(self, output):
             return torch.stack([super().fold(output)[:, 0], super().fold(output)[:, 1].mT], 1)
 
-    assert groups_of(model_of(Mixing(2), Categorical(2)), IMAGES).tolist() == [[0, 1]]
+    assert groups_of(model_of(Mixing(2), Categorical(2)), IMAGES.shape[1:]).tolist() == [[0, 1]]
     with pytest.raises(UserError, match="several positions"):
-        groups_of(model_of(Rolled(2), Categorical(2)), IMAGES)
+        groups_of(model_of(Rolled(2), Categorical(2)), IMAGES.shape[1:])
+
+    class Twice(Tokens):
+        def fold(self, output):
+            return super().fold(output)[:, :1].expand(-1, 2, -1, -1)
+
+    model = model_of(Twice(2), Categorical(2))
+    with pytest.raises(UserError, match="not at all or for several"):
+        LastLayerLaplace().check(model, 100, IMAGES.shape[1:])
 
 
 def test_estimators_that_cannot_serve_say_so():
@@ -532,6 +541,8 @@ def test_a_whole_run_of_bernoulli(compose: Compose, undrawn):
 
     other = pipeline.run(compose(*settings, "uncertainty=linearised"))
     assert other.folder.parent == found.folder.parent
+    drawn = pipeline.prepare(compose(*settings, "model.likelihood.sampled=true"))[3]
+    assert drawn.context == laplace.context, "no pass over the data for another emission"
     gaussian = "model.prediction=data", "fit=false", f"ckpt_path={checkpoint}"
     with pytest.raises(UserError, match=r"trained with model\.likelihood"):
         pipeline.run(compose(*gaussian))

@@ -1,6 +1,7 @@
 """Last-layer Laplace as a Lightning callback, after training or on its own."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,7 @@ from bayesdiff.data.spaces import space_of
 from bayesdiff.laplace.block.fit import check_block, check_subset, factors_of, stored_factors
 from bayesdiff.laplace.block.posterior import BlockPosterior
 from bayesdiff.laplace.block.record import BlockFactors
-from bayesdiff.laplace.coupled import check_coupled
-from bayesdiff.laplace.curvature import check_pass, fit_curvature
-from bayesdiff.laplace.head import HeadGeometry, head_matrix
+from bayesdiff.laplace.curvature import check_pass_of, fit_curvature
 from bayesdiff.laplace.posterior import HeadPosterior, check_settings
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.requirements import require_data, require_module
@@ -111,9 +110,11 @@ class LastLayerLaplace(Callback):
             UserError: if the images or a usable head are missing, or do not go with the settings,
                 or if the file is there already.
         """
-        data = require_data(trainer, "LastLayerLaplace", "labels", "fingerprint")
-        require_module(pl_module, "LastLayerLaplace")
-        self.check(pl_module, len(data.images))
+        module: Any = pl_module
+        require_module(module, "LastLayerLaplace")
+        given = () if module.condition is None else (module.condition.field,)
+        data = require_data(trainer, "LastLayerLaplace", *given, "fingerprint")
+        self.check(module, len(data.images), space_of(data).shape)
         paths = (self.path, self.block_path if self.subset == "last_block" else None)
         for path in paths:
             if path is not None and path.exists():
@@ -122,22 +123,13 @@ class LastLayerLaplace(Callback):
                     "or give LastLayerLaplace another path"
                 )
 
-    def check(self, model: Any, images: int) -> None:
-        """Refuse a head or a number of images that the settings do not go with."""
-        likelihood, outputs = likelihood_of(model), len(head_matrix(model.net.head))
-        settings = self.settings["structure"], self.settings["sigma_noise"], self.subset
-        check_likelihood(likelihood.name, likelihood.scaled, *settings)
-        size = check_coupled(likelihood, outputs, HeadGeometry.of(model.net.head).size)
-        options: dict[str, Any] = {
-            "draws": 1,
-            "num_images": None,
-            "batch_size": 256,
-            "time_bins": 1,
-        }
-        options |= {k: v for k, v in self.pass_options.items() if k in options}
-        check_pass(available=images, **options)
-        count = options["num_images"] or images
-        check_structure(self.settings["structure"], self.settings["rank"], size, count)
+    def check(self, model: Any, images: int, shape: Sequence[int]) -> None:
+        """Refuse a head, or images of a number and shape, that the settings do not go with."""
+        structure, sigma, rank = (self.settings[k] for k in ("structure", "sigma_noise", "rank"))
+        likelihood = likelihood_of(model)
+        check_likelihood(likelihood.name, likelihood.scaled, structure, sigma, self.subset)
+        count, size = check_pass_of(model, images, shape, self.pass_options)
+        check_structure(structure, rank, size, count)
         if self.subset == "last_block":
             check_block(model.net, count)
 

@@ -11,6 +11,8 @@ each group, N values of a group in all images, instead of ``N P D`` for all of t
 eigendecomposition takes ``(K P)^3``.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,32 +31,42 @@ _COPIES = 6
 
 
 @torch.no_grad()
-def groups_of(model: GenerativeModel, images: Tensor) -> Tensor | None:
+def groups_of(model: GenerativeModel, shape: Sequence[int]) -> Tensor | None:
     """Which channels of the head say one value together, ``(G, K)``; None under the identity.
 
     Args:
-        model: in evaluation mode.
-        images: ``(N, C, ...)``, of which only the shape is read.
+        model: trained or not; left in the mode it was in.
+        shape: of a state, ``(C, ...)``.
 
     Raises:
-        UserError: if the network's ``fold`` mixes positions of the head within one value.
+        UserError: if the network's ``fold`` mixes positions of the head within one value, or
+            leaves channels out.
     """
     net, likelihood, weight = model.net, likelihood_of(model), next(model.parameters())
     if likelihood.hessian(torch.zeros(1, likelihood.channels(1))) is None:
         return None
-    x = torch.zeros(1, *images.shape[1:], dtype=weight.dtype, device=weight.device)
-    output = net.head(net.features(x, x.new_zeros(1), None))
+    x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
+    condition, training = model.condition, model.training
+    y = None if condition is None else condition.of_samples([0]).to(x.device)
+    output = net.head(model.eval().net.features(x, x.new_zeros(1), y))
+    model.train(training)
     axis = 1 if HeadGeometry.of(net.head).kernel_size else -1
     count = output.shape[axis]
     numbers = torch.arange(output.numel(), dtype=torch.float64, device=output.device)
     place = numbers.view(output.movedim(axis, -1).shape).movedim(-1, axis)
-    folded = _by_value(net, place, images.shape[1]).round().long()
+    folded = _by_value(net, place, shape[0]).round().long()
     if bool((folded // count != folded[:, :1] // count).any()):
         raise UserError(
             f"{type(net).__name__}.fold puts outputs of several positions of the head into one "
             f"value, which likelihood={likelihood.name} cannot have; fold whole groups of channels"
         )
-    return (folded % count).unique(dim=0).cpu()
+    groups = (folded % count).unique(dim=0).cpu()
+    if groups.flatten().sort().values.tolist() != list(range(count)):
+        raise UserError(
+            f"{type(net).__name__}.fold uses some channels of the head not at all or for several "
+            f"values, which likelihood={likelihood.name} cannot have; give each value its own"
+        )
+    return groups
 
 
 def _by_value(net: Network, output: Tensor, channels: int) -> Tensor:
@@ -79,7 +91,9 @@ def coupled_gram(
     geometry = HeadGeometry.of(head)
     count, size = groups.shape[1], geometry.size
     total = features.new_zeros(len(groups), count, size, count, size, dtype=torch.float64)
-    images = max(1, _CHUNK // (count * size * output[0].numel() // output.shape[_axis(geometry)]))
+    positions = output[0].numel() // output.shape[_axis(geometry)]
+    # Of one image: weighted patches of one row of H, and H of all groups.
+    images = max(1, _CHUNK // (count * max(size, groups.numel()) * positions))
     for part, outputs in zip(features.split(images), output.split(images), strict=True):
         phi, rows = patches(part, geometry), outputs.movedim(_axis(geometry), -1).flatten(0, -2)
         hessian = likelihood.hessian(rows[:, groups.flatten()].double())
@@ -122,7 +136,7 @@ def check_coupled(likelihood: Likelihood, outputs: int, size: int) -> int:
         UserError: if there is none.
     """
     count = likelihood.channels(1)
-    if likelihood.scaled:
+    if likelihood.hessian(torch.zeros(1, count)) is None:
         return size
     needed = _COPIES * 8 * outputs // count * (count * size) ** 2
     if needed > _MOST_BYTES:

@@ -1,14 +1,15 @@
 """One pass over the data: the Gram matrix of the head's features, residuals and gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.spaces import to_model_range
-from bayesdiff.laplace.coupled import coupled_gram, groups_of
+from bayesdiff.laplace.coupled import check_coupled, coupled_gram, groups_of
 from bayesdiff.laplace.gradients import gradients, unfolded
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
@@ -57,7 +58,8 @@ def fit_curvature(
     count = num_images or len(images)
     training = model.training
     model.eval()
-    groups = groups_of(model, encode(images[:1]))
+    shape = encode(images[:1]).shape[1:]
+    groups = groups_of(model, shape)
     sums = _Sums(head, likelihood, groups, time_bins, next(model.parameters()).device)
     for seen in batches(model, images, labels, draws, count, batch_size, seed, encode):
         output = head(seen.features)
@@ -71,7 +73,7 @@ def fit_curvature(
         num_images=count,
         draws=draws,
         squared_error=float(bins.squared_error.sum()),
-        num_outputs=count * encode(images[:1]).numel(),
+        num_outputs=count * shape.numel(),
         mean=head_matrix(head).cpu(),
         source=source,
         geometry=sums.geometry,
@@ -183,6 +185,37 @@ class _Sums:
         """The sums of all processes, divided by the draws."""
         sums = self.gram, self.error, self.outputs, self.squares, self.gradient
         return TimeBins(*[(total(value) / draws).cpu() for value in sums])
+
+
+def check_pass_of(
+    model: GenerativeModel, images: int, shape: Sequence[int], options: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Refuse a pass that could not be made, or whose matrices would find no memory.
+
+    Args:
+        model: trained or not.
+        images: that there are.
+        shape: of a state, ``(C, ...)``.
+        options: of ``fit_curvature``.
+
+    Returns:
+        Images of the pass, and rows of one matrix of its curvature.
+
+    Raises:
+        UserError: one line with the cure.
+    """
+    draws, count = options.get("draws", 1), options.get("num_images")
+    bins = options.get("time_bins", 1)
+    check_pass(draws, count, options.get("batch_size", 256), images, bins)
+    likelihood, head = likelihood_of(model), model.net.head
+    if bins > 1 and not likelihood.scaled:
+        raise UserError(
+            f"laplace.time_bins={bins} is for noise levels over time, and likelihood="
+            f"{likelihood.name} has none; use laplace.time_bins=1"
+        )
+    size = check_coupled(likelihood, len(head_matrix(head)), HeadGeometry.of(head).size)
+    groups_of(model, shape)
+    return count or images, size
 
 
 def check_pass(

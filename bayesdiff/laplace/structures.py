@@ -221,7 +221,7 @@ def check_likelihood(
     if not STRUCTURES[structure].any_likelihood:
         raise UserError(
             f"laplace.structure={structure} is for a Gaussian likelihood, this one is "
-            f"{likelihood}; use full, diag or empirical_fisher"
+            f"{likelihood}; use {', '.join(n for n, s in STRUCTURES.items() if s.any_likelihood)}"
         )
 
 

@@ -20,7 +20,7 @@ from bayesdiff.laplace.requirements import require_module
 from bayesdiff.machine.device import autocast_dtype, settle_threads
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import Condition
-from bayesdiff.options.targets import fitting
+from bayesdiff.options.targets import arguments, fitting
 from bayesdiff.options.trainer import check_interval, check_trainer, steps_and_epochs
 from bayesdiff.options.values import plain as plain
 from bayesdiff.paths.fitting import fitted_path
@@ -114,7 +114,9 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     options = OmegaConf.create({"model": own | {"optimizer": optimizer}}).model
     net = build_network(cfg.net, images, condition, build_likelihood(cfg.model))
     given: dict[str, Any] = {"num_classes": getattr(condition, "num_classes", None)}
-    if condition is not None and condition.num_classes is None:
+    if condition is not None and "condition" in (
+        arguments(str(options._target_)) or {"condition"}
+    ):
         given["condition"] = condition
     model = instantiate(options, net=net, path=path, **given, _convert_="all")
     data.given = condition.field if condition else "labels"

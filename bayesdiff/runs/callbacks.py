@@ -98,7 +98,7 @@ class RunCheckpoints(Checkpoint):
             )
         if self.score is None or float(loss) < self.score:
             self.score = float(loss)
-            trainer.save_checkpoint(self.folder / BEST)
+            trainer.save_checkpoint(self.folder / BEST, weights_only=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the end of every whole epoch.
@@ -110,7 +110,7 @@ class RunCheckpoints(Checkpoint):
             return
         self._ending = self._has_all(trainer)
         if self._ending:
-            trainer.save_checkpoint(self.folder / _ENDING)
+            trainer.save_checkpoint(self.folder / _ENDING, weights_only=False)
             return
         self._save(trainer)
         if self.sigterm.received:
@@ -129,7 +129,7 @@ class RunCheckpoints(Checkpoint):
             saved, now = read_checkpoint(ending)["state_dict"], pl_module.state_dict()
             differ = any(not torch.equal(saved[name], now[name].cpu()) for name in saved)
         if trainer.strategy.broadcast(differ):
-            trainer.save_checkpoint(ending)
+            trainer.save_checkpoint(ending, weights_only=False)
         if trainer.is_global_zero:
             if self.best and self.score is None:
                 log.warning("fit: nothing was validated, and the last step counts as the best")
@@ -170,7 +170,7 @@ class RunCheckpoints(Checkpoint):
         return True
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.folder / LAST)
+        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self.kept_step = trainer.global_step
 
 

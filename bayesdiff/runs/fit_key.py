@@ -83,6 +83,15 @@ def likelihood_options(cfg: DictConfig) -> list[Any]:
     return [] if given is None else [given]
 
 
+def seen_options(cfg: DictConfig) -> list[Any]:
+    """What the pass over the data depends on beside weights, path and prediction.
+
+    The condition, and a likelihood other than a Gaussian; not whether it is sampled.
+    """
+    options = model_options(cfg)
+    return [options[name] for name in ("condition", "likelihood") if name in options]
+
+
 def network_code(cfg: DictConfig) -> list[Any]:
     """What code features and predictions depend on, beside the weights."""
     return [ARITHMETIC, _code(cfg.model, cfg.net, cfg.path)]

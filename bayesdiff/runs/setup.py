@@ -75,7 +75,9 @@ def sampled_from(run: Run, weights: str) -> list[Any]:
     cfg = run.cfg
     # The same weights make other images where they are to predict something else.
     options = [cfg.model.prediction, plain(cfg.path), plain(cfg.solver), cfg.seed]
-    options += likelihood_options(cfg)
+    options += [plain(cfg.model).get("condition"), *likelihood_options(cfg)]
+    # Samples may have vectors of test images, and latents a coder.
+    options.append(run.data.data.fingerprint)
     return [weights, *options, *network_code(cfg), code_of(plain(cfg.solver))]
 
 

@@ -14,7 +14,10 @@ def kind_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     net = (f"net.{name}" for name in config["net"] if name != "dropout")
     likelihood = ("_target_", *(config["model"].get("likelihood") or {}))
     law = (f"model.likelihood.{name}" for name in likelihood if name != "sampled")
-    return ("model.prediction", *law, "path", *net)
+    given = config["model"].get("condition") or {}
+    # Its _target_ is left out: older checkpoints have none, and the network's arguments tell.
+    condition = (f"model.condition.{name}" for name in given if name != "_target_")
+    return ("model.prediction", *law, *condition, "path", *net)
 
 
 def differences(

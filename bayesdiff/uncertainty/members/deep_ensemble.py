@@ -20,15 +20,12 @@ from bayesdiff.storage.checkpoints import (
     read_checkpoint,
     sampled_checkpoint,
 )
-from bayesdiff.storage.same_kind import require_guidance, require_options
+from bayesdiff.storage.same_kind import kind_of, require_guidance, require_options
 from bayesdiff.uncertainty.estimator import Training
 from bayesdiff.uncertainty.members.base import NetworkMembers, twin
 from bayesdiff.uncertainty.samples import Starts
 
 log = logging.getLogger(__name__)
-
-# What trainings must have in common for their images to be comparable, beside the data.
-_ALIKE = ("data.name", "model.prediction", "model.likelihood", "path", "net")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +71,7 @@ class DeepEnsemble(NetworkMembers):
         config: Any = OmegaConf.to_container(run.cfg, resolve=True)
 
         def check(path: Path, checkpoint: dict[str, Any]) -> None:
-            require_options(path, checkpoint, config, _ALIKE)
+            require_options(path, checkpoint, config, ("data.name", *kind_of(config), "net"))
             require_guidance(path, checkpoint, config)
             data, here = note_of(checkpoint).get("data"), run.data.data.fingerprint
             if data is not None and data != here:
