@@ -229,7 +229,7 @@ def test_a_whole_run_on_vectors(compose, net):
     """Training, guided samples, maps, scores and figures, from the command line's options."""
     options = (SOURCE, "condition=embedding", "solver.guidance=1.5", "model.class_dropout=0.5")
     result = pipeline.run(compose(*options, *net, SHOWN))
-    assert result.metrics["nfe"] == 2 * 3 * (1 + 2)
+    assert result.metrics["nfe"] == 2 * 8  # as below, with the vectors and without them
     assert any(name.startswith("fid@12") for name in result.metrics)
     assert (result.folder / "figures").is_dir()
 
