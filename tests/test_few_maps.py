@@ -86,13 +86,13 @@ def test_a_run_with_few_maps_says_what_made_them_everywhere(
     record = json.loads((result.folder / "metrics.json").read_text())
     assert record["estimator"] == "ensemble, 16 members, skip 1"
     assert record["settings"]["uncertainty.name"] == "ensemble"
-    assert record["settings"]["uncertainty.instead_of"] == "refined"
+    assert record["settings"]["uncertainty.instead_of"] == "refined, for few maps"
     assert result.samples.name.startswith("samples-euler-ensemble-")
     monkeypatch.setattr(table, "show", lambda title, rows: shown.extend(rows))
     shown: list = []
     pipeline.show(result)
     (by,) = [row["value"] for row in shown if row["metric"] == "maps by"]
-    assert by == "ensemble, in place of refined for few maps"
+    assert by == "ensemble, in place of refined, for few maps"
     assert list(result.folder.parent.glob("refiner*")) == []
 
 

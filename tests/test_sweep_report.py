@@ -466,9 +466,9 @@ def test_files_of_an_earlier_report_go(folder):
 
 def test_the_page_says_what_made_the_maps_of_each_cell(folder):
     rows = [cell(folder, i, [f"a={i}"]) for i in range(2)]
-    rows[1]["settings"]["uncertainty.instead_of"] = "refined"
+    rows[1]["settings"]["uncertainty.instead_of"] = "refined, for few maps"
     page = written(folder, rows)
     table = next(row for row in page.rows if row[0] == "cell")
     assert table[:3] == ["cell", "a", "maps by"]
     said = [row[2] for row in page.rows if row[0] in "01"]
-    assert said == ["", "ensemble, in place of refined for few maps"]
+    assert said == ["", "ensemble, in place of refined, for few maps"]

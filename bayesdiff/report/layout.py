@@ -181,7 +181,7 @@ def conditions_of(settings: Mapping[str, Any]) -> str:
 def estimator_of(settings: Mapping[str, Any]) -> str | None:
     """What made the maps of a run, and what was asked for if it is not that."""
     name, asked = (settings.get(f"uncertainty.{key}") for key in ("name", "instead_of"))
-    return f"{name}, in place of {asked} for few maps" if asked else name
+    return f"{name}, in place of {asked}" if asked else name
 
 
 def conditions(samples: "Samples", settings: Mapping[str, Any] | None = None) -> str:

@@ -162,7 +162,7 @@ class DecodedPictures(Pictures):
 
     def _units(self, samples: "Samples") -> str:
         """Of what is summed on the way."""
-        return "latents, in their own units"
+        return "latent units"
 
 
 PICTURES = Pictures()

@@ -29,7 +29,7 @@ TIMES = (0.0, 0.25, 0.5, 0.75, 0.95)
 _MOST_CLASSES = 3
 _REACH = 3.0  # standard deviations of the starting noise, from 0 to an edge
 _AT_ONCE = 400
-UNITS = "coordinates; the data's sd is 1"
+UNITS = "points of sd 1"
 
 
 class PlaneFigures:

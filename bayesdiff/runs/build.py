@@ -49,7 +49,8 @@ class Run:
         folder: the run folder.
         parent: what the training starts from (``init_from``): path, key of its run and weights.
         studies: that are asked for, each a ``Study``, by name.
-        instead_of: the estimator that was asked for, where another one makes its few maps.
+        instead_of: the estimator that was asked for and why another one makes its maps; None where
+            it does.
         callbacks: those that are asked for, made and checked, until a training takes them.
     """
 

@@ -38,4 +38,5 @@ def settle_estimator(this: Run, solver: Solver, estimator: Estimator) -> tuple[R
             **options,
             "times": list(chosen.times),
         }
-    return replace(this, instead_of=estimator.name), chosen
+    why = "for few maps" if pixels else "which reads images alone"
+    return replace(this, instead_of=f"{estimator.name}, {why}"), chosen
