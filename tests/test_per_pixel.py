@@ -132,6 +132,8 @@ def test_the_centre_becomes_data_first():
     assert signal.argmax() == 12 and signal[2, 2] > signal[2, 3] > signal[0, 0]
     with pytest.raises(UserError, match="for_shape"):
         VPPerPixel().coefficients(torch.tensor(0.5))
+    with pytest.raises(UserError, match=r"states here are \(2,\); use path=vp_cosine"):
+        VPPerPixel().for_shape((2,))
     with pytest.raises(UserError, match="path.slow"):
         VPPerPixel(slow=0.0)
     with pytest.raises(UserError, match="path.speeds"):

@@ -1,6 +1,8 @@
 """Spaces of the data: points with maps of their own kind, and images decoded from latents."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,16 +15,18 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.points import PointData, moons
 from bayesdiff.data.sources import digits
-from bayesdiff.data.spaces import Latents, Pixels, Plane, Rotation, to_model_range, to_uint8
+from bayesdiff.data.spaces import Latents, Pixels, Plane, Rotation, to_model_range
 from bayesdiff.laplace.curvature import batches, fit_curvature
 from bayesdiff.laplace.gram import head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.two_samples import energy_distance, sliced_wasserstein
 from bayesdiff.networks import MLP
-from bayesdiff.report.plane import CELLS, TIMES
+from bayesdiff.report import plane
+from bayesdiff.report.plane import TIMES
 from bayesdiff.solvers import DDIM, Euler, Heun, integrate
 from bayesdiff.storage.artefacts import read_arrays
 from bayesdiff.uncertainty import Ensemble, Linearised, Published, TotalVariance, Trajectory
+from bayesdiff.uncertainty.restart import with_state
 
 CPU = torch.device("cpu")
 SOLVERS = {"euler": (Euler(4), FLOW, "velocity"), "ddim": (DDIM(4), LINEAR, "v")}
@@ -85,14 +89,17 @@ def test_points_are_refused_where_they_are_none(wrong):
         PointData.of("p", values, None, torch.zeros(4, 2), None)
 
 
-def test_pixels_are_what_they_were():
+def test_pixels_are_their_own_states():
     data = digits()
     space = data.space
     assert isinstance(space, Pixels) and space.shape == (1, 8, 8)
     states = space.encode(data.images)
-    assert torch.equal(states, to_model_range(data.images)) and space.values(states) is states
+    truth = data.images.double() / 127.5 - 1
+    torch.testing.assert_close(states.double(), truth, rtol=0, atol=1e-7)
+    assert space.values(states) is states
     assert torch.equal(space.decode(states), data.images)
-    assert torch.equal(space.decode(2 * states), to_uint8(2 * states))
+    doubled = (255 * (truth + 0.5).clamp(0, 1)).round()
+    assert float((space.decode(2 * states).double() - doubled).abs().max()) <= 1  # ties
     # Mirroring before or after makes no difference, in memory neither.
     flipped = space.encode(data.images.flip(-1))
     assert torch.equal(flipped, states.flip(-1)) and flipped.stride() == states.stride()
@@ -363,9 +370,33 @@ def test_a_run_on_points_has_maps_over_the_plane(compose: Compose, tmp_path, mon
     maps = read_arrays(result.folder / "maps.npz")
     assert maps["output_variance"].shape == (2, len(TIMES), 6, 6)
     assert maps["start_variance"].shape == (2, 6, 6)
-    assert bool((maps["start_variance"] > 0).all()) and CELLS != 6
-    # A sample that starts in a cell has the variance of the map there.
+    assert bool((maps["start_variance"] > 0).all())
     assert maps["kinds"].tolist() == [0, 1]
+
+
+def test_a_cell_of_the_plane_has_the_variance_of_what_starts_there(monkeypatch):
+    """Rows are the second coordinate; each class has its own map."""
+    monkeypatch.setattr(plane, "CELLS", 3)
+    net, posterior, _ = mlp()
+    model = model_of(net, FLOW, "velocity", num_classes=2)
+
+    def starts(numbers):
+        labels = torch.tensor(list(numbers)) % 2
+        return Trajectory(model, Euler(4), labels, Noise(len(numbers), (2,)), CPU)
+
+    estimator = Ensemble(members=4, noise_members=0)
+    seen = SimpleNamespace(images=torch.zeros(1, 2).double())
+    maps = plane.PlaneFigures().measure(starts, estimator, posterior, seen, Path())
+    for kind, row, column in ((0, 0, 2), (1, 2, 1)):
+        start = replace(starts([0]), condition=torch.tensor([kind]))
+        start.draw()
+        place = torch.stack([maps["start_x"][column], maps["start_y"][row]])[None].double()
+        found = estimator(with_state(start, place), posterior).variance.sum()
+        torch.testing.assert_close(maps["start_variance"][kind, row, column], found)
+        at = torch.stack([maps["output_x"][column], maps["output_y"][row]])[None].double()
+        phi = start.field().features(at, float(maps["times"][1]))
+        truth = posterior.predictive_variance(phi).mean()
+        torch.testing.assert_close(maps["output_variance"][kind, 1, row, column], truth)
 
 
 def test_a_run_in_latents_shows_decoded_images(compose: Compose, tmp_path):

@@ -2,6 +2,7 @@
 
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ def array_images(
     arrays = _read(where, mapped)
     if "images" not in arrays:
         raise UserError(f"{where} has no array named images; it has {', '.join(arrays) or 'none'}")
+    images, vectors = _images(arrays["images"]), _vectors(arrays, "embeddings")
     labels = _labels(arrays, "labels", where)
     classes = _classes(arrays, labels)
-    images, vectors = _images(arrays["images"]), _vectors(arrays, "embeddings")
     if "test_images" not in arrays:
         if mapped:
+            folder = where if where.is_dir() else where.parent
             raise UserError(
-                f"data.source.mapped=true needs {where / 'test_images.npy'}: holding out a share "
+                f"data.source.mapped=true needs {folder / 'test_images.npy'}: holding out a share "
                 "would copy all images into memory; save some apart"
             )
         if labels is not None and len(labels) != len(images):
@@ -106,15 +108,21 @@ def _load(path: Path, mapped: bool) -> Any:
             return found
         with found:
             return {each: found[each] for each in _NAMES if each in found.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"cannot read {path} ({one_line(error)}); save plain arrays with numpy.save or savez"
         ) from error
 
 
 def _images(array: np.ndarray) -> Tensor:
-    """``(N, H, W)`` or ``(N, C, H, W)`` as a tensor on the same memory."""
-    if array.dtype == np.uint8 and not array.flags.c_contiguous:
+    """``(N, H, W)`` or ``(N, C, H, W)`` as a tensor on the same memory.
+
+    Raises:
+        UserError: for other values than uint8.
+    """
+    if array.dtype.kind not in "biuf" or not array.dtype.isnative:  # others are refused later
+        raise UserError(f"images are {array.dtype}; give uint8, values 0 to 255")
+    if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
     with warnings.catch_warnings():  # nothing ever writes to images, so read-only memory will do
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -131,12 +139,19 @@ def _labels(arrays: dict[str, np.ndarray], name: str, where: Path) -> Tensor | N
 
 
 def _classes(arrays: dict[str, np.ndarray], labels: Tensor | None) -> tuple[str, ...]:
-    """Names that are given, else numbers."""
+    """Names that are given, else numbers.
+
+    Raises:
+        UserError: for larger numbers than there are images.
+    """
     if labels is None:
         return ()
     if "classes" in arrays:
         return tuple(str(each) for each in arrays["classes"].tolist())
-    return tuple(str(number) for number in range(int(labels.max()) + 1)) if len(labels) else ()
+    most = int(labels.max()) if len(labels) else -1
+    if most >= len(arrays["images"]):  # numbers of something else; every class has an image
+        raise UserError(f"labels go up to {most}; number the classes from 0")
+    return tuple(str(number) for number in range(most + 1))
 
 
 def _vectors(arrays: dict[str, np.ndarray], name: str) -> Tensor | None:

@@ -40,15 +40,15 @@ class PointData(ImageData):
         """Check everything a later stage relies on, and hash it.
 
         Raises:
-            UserError: for points that are no finite float32 ``(N, D)``, and wrong labels.
+            UserError: for points that are no finite float32 ``(N, 2)``, and wrong labels.
         """
         where = f"data set {name}"
         check_both_labelled(name, labels is not None, test_labels is not None)
         for part, x, y in (("training", images, labels), ("test", test_images, test_labels)):
-            if x.dtype != torch.float32 or x.ndim != 2 or not x.numel():
+            if x.dtype != torch.float32 or x.shape[1:] != (2,) or not x.numel():
                 raise UserError(
                     f"{where}: {part} points are {x.dtype} of shape {tuple(x.shape)}; "
-                    "give float32 of shape (N, D)"
+                    "give float32 of shape (N, 2)"
                 )
             if not bool(x.isfinite().all()):
                 raise UserError(f"{where}: {part} points are not all finite; leave those out")

@@ -154,8 +154,9 @@ def in_space(data: "ImageData", options: DictConfig | None) -> "ImageData":
     if options is None:
         return data
     space: Space = instantiate(options, _partial_=True)(data)
-    told = plain(options)
-    fingerprint = key_of(data.fingerprint, told, code_of(told), space.fingerprint)
+    settings = plain(options)
+    parts = settings, code_of(settings), space.fingerprint
+    fingerprint = key_of(data.fingerprint, *parts)
     return replace(data, states=space, fingerprint=fingerprint)
 
 
@@ -202,7 +203,13 @@ class Latents:
         self.pixels = Pixels(data)
         self.coder = coder.eval().requires_grad_(False)
         self.fingerprint = weights_key(coder)
-        states = self.encode(data.images[:1])
+        states, again = self.encode(data.images[:1]), self.encode(data.images[:1])
+        if not isinstance(states, Tensor) or not torch.equal(states, again):
+            raise UserError(
+                f"data.space.coder={type(coder).__name__}.encode must give one fixed tensor, got "
+                f"{type(states).__name__} or other values each time; return the mean of a "
+                "distribution, as by .latent_dist.mode()"
+            )
         self.shape = tuple(states.shape[1:])
         shown = tuple(self.values(states).shape[1:])
         if shown != self.pixels.shape:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, one_line
 
 
 class _Reached(Exception):
@@ -86,15 +86,7 @@ class Adapter(nn.Module):
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
         shape = None if in_channels is None or sides is None else (in_channels, *sides)
         self.module = module
-        try:
-            truth = None if shape is None else self._once(module, shape)
-        except IndexError as error:
-            raise UserError(
-                f"{kind} does not take label {num_classes}, which is no class; give it room for "
-                f"{num_classes} + 1 labels"
-                if num_classes
-                else f"{kind} does not run: {error}"
-            ) from error
+        truth = None if shape is None else self._truth(shape, kind)
         setattr(module.get_submodule(where), name, _Tap())
         if shape is not None:
             self._compare(truth, shape, kind)
@@ -135,6 +127,28 @@ class Adapter(nn.Module):
             y = t.new_zeros(len(t), self.embedding_size)
         return (y,)
 
+    def _truth(self, shape: Sequence[int], kind: str) -> Tensor:
+        """What the module gives before anything of it is replaced.
+
+        Raises:
+            UserError: if it does not run, or gives no tensor.
+        """
+        try:
+            output = self._once(self.module, shape)
+        except (IndexError, RuntimeError, ValueError, TypeError, StopIteration) as error:
+            raise UserError(
+                f"{kind} does not take label {self.num_classes}, which is no class; give it room "
+                f"for {self.num_classes} + 1 labels"
+                if self.num_classes and isinstance(error, IndexError)
+                else f"{kind} does not run on images {shape}: {one_line(error) or 'no weights'}"
+            ) from error
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"{kind} gives a {type(output).__name__}, no tensor; wrap it in a module that "
+                "returns the prediction alone"
+            )
+        return output
+
     @torch.no_grad()
     def _once(self, net: nn.Module, shape: Sequence[int]) -> Tensor:
         """Output for two images of noise, the same for every call."""
@@ -143,9 +157,12 @@ class Adapter(nn.Module):
         x = torch.randn(2, *shape, generator=generator).to(like)
         t = torch.tensor([0.25, 0.75]).to(like.device)
         given = self._condition(t, None) if net is self.module else ()
-        training = net.training
-        output: Tensor = net.eval()(x, t, *given)
-        net.train(training)
+        modes = {module: module.training for module in net.modules()}
+        try:
+            output: Tensor = net.eval()(x, t, *given)
+        finally:  # a part that is frozen in its own mode stays so
+            for module, training in modes.items():
+                module.training = training
         return output
 
     def _compare(self, truth: Any, shape: Sequence[int], kind: str) -> None:

@@ -80,7 +80,8 @@ def as_key(value: Coefficient) -> float | str:
     """The number itself, or what changes with any value of a tensor."""
     if not isinstance(value, Tensor):
         return value
-    return hashlib.sha256(value.double().cpu().contiguous().numpy().tobytes()).hexdigest()
+    values = value.double().cpu().contiguous().numpy().tobytes()
+    return hashlib.sha256(str(tuple(value.shape)).encode() + values).hexdigest()
 
 
 def have_tensors(values: Iterable[Coefficient]) -> bool:

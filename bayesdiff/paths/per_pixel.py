@@ -41,9 +41,18 @@ class VPPerPixel(ProbabilityPath):
         self.speeds = None if speeds is None else speeds.double()
 
     def for_shape(self, shape: Sequence[int]) -> "VPPerPixel":
-        """With the speeds of samples of this shape, the same for all channels."""
+        """With the speeds of samples of this shape, the same for all channels.
+
+        Raises:
+            UserError: for a shape other than ``(C, H, W)``.
+        """
         if self.speeds is not None:
             return self
+        if len(shape) != 3:
+            raise UserError(
+                f"path=vp_per_pixel is for images (C, H, W), states here are {tuple(shape)}; use "
+                "path=vp_cosine"
+            )
         axes = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in shape[1:]]
         place = torch.stack(torch.meshgrid(*axes, indexing="ij"))
         distance = place.square().mean(0).sqrt()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hydra.utils import get_object
@@ -66,7 +67,12 @@ class Figures(Protocol):
         ...
 
     def measure(
-        self, starts: "Starts", estimator: "Estimator", posterior: "HeadPosterior", seen: "Samples"
+        self,
+        starts: "Starts",
+        estimator: "Estimator",
+        posterior: "HeadPosterior",
+        seen: "Samples",
+        folder: Path,
     ) -> dict[str, Tensor]:
         """What figures need beside samples, for the report and the cell's ``maps.npz``."""
         ...
@@ -101,7 +107,12 @@ class Pictures:
         return figures.sample_grid(states, labels, classes, columns, conditions)
 
     def measure(
-        self, starts: "Starts", estimator: "Estimator", posterior: "HeadPosterior", seen: "Samples"
+        self,
+        starts: "Starts",
+        estimator: "Estimator",
+        posterior: "HeadPosterior",
+        seen: "Samples",
+        folder: Path,
     ) -> dict[str, Tensor]:
         """Nothing: maps are of the samples."""
         return {}

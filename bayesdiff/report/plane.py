@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,9 +73,21 @@ class PlaneFigures:
 
     @torch.no_grad()
     def measure(
-        self, starts: "Starts", estimator: "Estimator", posterior: "HeadPosterior", seen: "Samples"
+        self,
+        starts: "Starts",
+        estimator: "Estimator",
+        posterior: "HeadPosterior",
+        seen: "Samples",
+        folder: Path,
     ) -> dict[str, Tensor]:
         """Variance over the plane: of the network's output, and of what starts there.
+
+        Args:
+            starts: of the run's own samples.
+            estimator: of their maps.
+            posterior: of the head.
+            seen: the samples, which say how far the plane reaches.
+            folder: the run folder.
 
         Returns:
             ``output_variance (R, T, n, n)`` of each coordinate of the network's output at the
@@ -90,7 +103,7 @@ class PlaneFigures:
         a = _axis(-_REACH, _REACH)
         last = float(model.path.last_time)
         outputs = [_output_variance(starts, posterior, x, y, kind, last) for kind in kinds]
-        ready = estimator.fit(starts, posterior)
+        ready = estimator.fit(starts, posterior, folder)
         begun = [_start_variance(starts, ready, posterior, a, kind) for kind in kinds]
         return {
             "output_variance": torch.stack(outputs),
@@ -224,7 +237,7 @@ def _output_variance(
 ) -> Tensor:
     """Mean over both coordinates, ``(T, n, n)``."""
     start = _of_class(starts, range(CELLS**2), kind)
-    field, places = start.field(), _places(x, y).to(start.device)
+    field, places = start.field(), _places(x, y).to(next(start.model.parameters()))
     maps = []
     for time in TIMES:
         features = field.features(places, last * time)
@@ -241,8 +254,7 @@ def _start_variance(
     places, found = _places(a, a), []
     for numbers in torch.arange(len(places)).split(_AT_ONCE):
         start = _of_class(starts, numbers.tolist(), kind)
-        start.draw()
-        begun = with_state(start, places[numbers].to(start.device))
+        begun = with_state(start, places[numbers].to(start.draw()))
         found.append(estimator(begun, posterior).variance.sum(1))
     return torch.cat(found).reshape(len(a), len(a))
 

@@ -14,6 +14,7 @@ from bayesdiff.report.options import options_of
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.storage.artefacts import (
+    read_arrays,
     read_json,
     weights_key,
     write_arrays,
@@ -119,7 +120,11 @@ def _drawn(at: Address, samples: Samples) -> dict[str, Any]:
 
     setup = at.setup
     figures = figures_of(setup.run.data.space)
-    measured = figures.measure(setup.starts, setup.estimator, setup.posterior, samples)
-    if measured:
-        write_arrays(at.folder / "maps.npz", at.cell, measured)
+    path = at.folder / "maps.npz"
+    measured = read_arrays(path, at.cell)
+    if measured is None:
+        made_by = setup.starts, setup.estimator, setup.posterior
+        measured = figures.measure(*made_by, samples, setup.run.folder)
+        if measured:
+            write_arrays(path, at.cell, measured)
     return {"drawn_by": figures, "measured": measured}

@@ -5,6 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bayesdiff.networks.forward_mode import jvp
+
+# Images decoded at once: a decoder's layers are wider than the latents that the batch is cut for.
+_AT_ONCE = 16
 # States ``(N, *shape)`` to their values, differentiable; see ``Space.values``.
 Decoder = Callable[[Tensor], Tensor]
 
@@ -19,11 +23,18 @@ def decoded(decoder: Decoder | None, states: Tensor, rows: bool = False) -> Tens
     """
     if decoder is None:
         return states
-    return torch.stack([decoder(each) for each in states]) if rows else decoder(states)
+    if rows:
+        return torch.stack([decoded(decoder, each) for each in states])
+    return torch.cat([decoder(each) for each in states.split(_AT_ONCE)])
 
 
 def decoded_sensitivities(decoder: Decoder | None, x: Tensor, d: Tensor) -> Tensor:
     """Derivative of the values at ``x (B, *shape)`` along each of ``d (M, B, *shape)``."""
     if decoder is None:
         return d
-    return torch.stack([torch.func.jvp(decoder, (x,), (each,))[1] for each in d])
+
+    def along(each: Tensor) -> Tensor:
+        parts = zip(x.split(_AT_ONCE), each.split(_AT_ONCE), strict=True)
+        return torch.cat([jvp(decoder, (point,), (direction,))[1] for point, direction in parts])
+
+    return torch.stack([along(each) for each in d])
