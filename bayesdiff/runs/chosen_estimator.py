@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 from omegaconf import open_dict, read_write
 
+from bayesdiff.checks import UserError
 from bayesdiff.runs.build import Run, is_main_process, plain
 from bayesdiff.runs.setup import starts
 from bayesdiff.solvers import Solver
@@ -23,10 +24,9 @@ def settle_estimator(this: Run, solver: Solver, estimator: Estimator) -> tuple[R
     cfg = this.cfg
     numbers = sample_numbers(estimator, this)
     own = estimator.num_images if numbers is None else len(numbers)
-    space = this.data.space
-    pixels = space.pictures and not space.decoded
+    unfit = _unfit(this, estimator)
     maps = own + sum(study.map_count for study in this.studies.values())
-    chosen, reason = for_few_maps(estimator, starts(this, solver)([0]), maps, pixels)
+    chosen, reason = for_few_maps(estimator, starts(this, solver)([0]), maps, unfit)
     if not reason:
         return this, estimator
     if is_main_process():
@@ -38,5 +38,15 @@ def settle_estimator(this: Run, solver: Solver, estimator: Estimator) -> tuple[R
             **options,
             "times": list(chosen.times),
         }
-    why = "for few maps" if pixels else "which reads images alone"
+    why = "which this run cannot have" if unfit else "for few maps"
     return replace(this, instead_of=f"{estimator.name}, {why}"), chosen
+
+
+def _unfit(this: Run, estimator: Estimator) -> str:
+    """Why the estimator refuses this run, nothing if it does not."""
+    try:
+        estimator.check_run(this)
+        estimator.check_data(this.data.data)
+    except UserError as error:
+        return str(error)
+    return ""

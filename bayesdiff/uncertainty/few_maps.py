@@ -21,7 +21,7 @@ MEMBERS = 16
 
 
 def for_few_maps(
-    estimator: Estimator, start: Trajectory, maps: int, pixels: bool = True
+    estimator: Estimator, start: Trajectory, maps: int, unfit: str = ""
 ) -> tuple[Estimator, str]:
     """The estimator, or an ensemble of 16 where a refined one costs more network evaluations.
 
@@ -31,7 +31,7 @@ def for_few_maps(
         estimator: as configured.
         start: of any image.
         maps: that the whole configuration asks for.
-        pixels: whether states are images; a refiner knows nothing else.
+        unfit: why a refined one cannot serve this run, nothing where it can.
 
     Returns:
         The estimator and why it is another one, nothing if it is not.
@@ -42,8 +42,8 @@ def for_few_maps(
     if estimator != Refined(few_maps="ensemble", **shared):
         return estimator, ""
     ensemble = Ensemble(members=MEMBERS, **shared)
-    if not pixels:
-        return ensemble, "ensemble in place of refined, which is for states that are images"
+    if unfit:
+        return ensemble, f"ensemble in place of refined: {unfit}"
     cost = maps * ensemble.evaluations(start)
     refined = training(estimator, start) + maps * estimator.evaluations(start)
     if refined <= cost:
