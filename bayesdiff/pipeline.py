@@ -24,7 +24,7 @@ from bayesdiff.runs import run_log
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run, build, check_groups, is_main_process, plain
 from bayesdiff.runs.callback_options import check_callbacks
-from bayesdiff.runs.cell_report import report
+from bayesdiff.runs.cell_report import measured, report
 from bayesdiff.runs.chosen_estimator import settle_estimator
 from bayesdiff.runs.fit_key import network_code, seen_options
 from bayesdiff.runs.processes import check_devices, launch
@@ -116,15 +116,15 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
         at.folder, at.maps.path, {}, setup.settings, studies, weights_in_words(this),
         headlines_of(studies),
     )  # fmt: skip
-    shown = report_scores(at, samples)
+    shown, beside = report_scores(at, samples), measured(at, samples)
     if rank() == 0:
         with alone(at.folder / "metrics.json"), stage("report"):
             metrics = scores | statistics_of(samples, this.classes)
             if checked is not None:
                 metrics |= checked.metrics(cfg.seed)
             metrics |= laplace.statistics() | laplace.block_statistics() | result.headlines
-            found = metrics, setup.settings, samples, shown, checked
-            loggers = report(this, at, *found, evidence_curve(posterior))
+            evidence = evidence_curve(posterior)
+            loggers = report(at, metrics, samples, shown, checked, evidence, beside)
             curves = tuple(loggers.places(cfg.output_dir))
             result = replace(result, metrics=metrics, curves=curves)
         export(at, samples, images)

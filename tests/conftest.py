@@ -78,7 +78,7 @@ def digits_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def figures_drawn_once() -> Iterator[None]:
-    """Reports draw a figure of a name once; the next of that name gets its pixels.
+    """Reports draw a figure once; the next of its name, size and titles gets its pixels.
 
     Figures are made, captioned and kept as ever: drawing them is half of the smallest run.
     """
@@ -86,15 +86,16 @@ def figures_drawn_once() -> Iterator[None]:
 
     from bayesdiff.report import figures, style
 
-    drawn: dict[str, bytes] = {}
+    drawn: dict[tuple, bytes] = {}
 
     def save(figure: Figure, path: Path, *, pdf: bool = True) -> Path:
-        name = Path(path).name
-        if name not in drawn:
-            drawn[name] = style.save(figure, path, pdf=pdf).read_bytes()
+        size = tuple(figure.get_size_inches().round(2))
+        kind = (Path(path).name, size, tuple(axes.get_title() for axes in figure.axes))
+        if kind not in drawn:
+            drawn[kind] = style.save(figure, path, pdf=pdf).read_bytes()
             return Path(path)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Figure, "savefig", lambda _, to, **__: Path(to).write_bytes(drawn[name]))
+            patch.setattr(Figure, "savefig", lambda _, to, **__: Path(to).write_bytes(drawn[kind]))
             return style.save(figure, path, pdf=pdf)
 
     with pytest.MonkeyPatch.context() as patch:

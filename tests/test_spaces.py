@@ -25,6 +25,7 @@ from bayesdiff.report import plane
 from bayesdiff.report.plane import TIMES
 from bayesdiff.solvers import DDIM, Euler, Heun, integrate
 from bayesdiff.storage.artefacts import read_arrays
+from bayesdiff.sweeps.plan.planner import look
 from bayesdiff.uncertainty import Ensemble, Linearised, Published, TotalVariance, Trajectory
 from bayesdiff.uncertainty.restart import with_state
 
@@ -357,6 +358,7 @@ def overrides(folder, *more):
     return [o for o in smallest(folder, *more) if o != "net=tiny" or "net=mlp" not in more]
 
 
+@pytest.mark.usefixtures("every_figure_drawn")
 def test_a_run_on_points_has_maps_over_the_plane(compose: Compose, tmp_path, monkeypatch):
     monkeypatch.setattr("bayesdiff.report.plane.CELLS", 6)
     labels = "data.source.labels=true"
@@ -367,7 +369,7 @@ def test_a_run_on_points_has_maps_over_the_plane(compose: Compose, tmp_path, mon
     assert result.metrics["sliced_wasserstein@12"] > 0
     assert "real/energy_distance@12" in result.metrics
     assert result.settings["uncertainty.name"] == "ensemble"
-    maps = read_arrays(result.folder / "maps.npz")
+    maps = read_arrays(next(result.folder.parent.glob("plane-*.npz")))
     assert maps["output_variance"].shape == (2, len(TIMES), 6, 6)
     assert maps["start_variance"].shape == (2, 6, 6)
     assert bool((maps["start_variance"] > 0).all())
@@ -399,6 +401,7 @@ def test_a_cell_of_the_plane_has_the_variance_of_what_starts_there(monkeypatch):
         torch.testing.assert_close(maps["output_variance"][kind, 1, row, column], truth)
 
 
+@pytest.mark.usefixtures("every_figure_drawn")
 def test_a_run_in_latents_shows_decoded_images(compose: Compose, tmp_path):
     more = ("space=rotation", "laplace.subset=head", "metrics.num_images=0")
     result = pipeline.run(compose(*smallest(tmp_path, *more)))
@@ -442,3 +445,22 @@ def test_what_is_about_pictures_refuses_points(compose: Compose, tmp_path, asked
 def test_what_is_of_pixels_refuses_latents(compose: Compose, tmp_path, asked, said):
     with pytest.raises(UserError, match=said):
         pipeline.prepare(compose(*smallest(tmp_path, "space=rotation", *asked)))
+
+
+def test_weights_of_another_space_are_refused(compose: Compose, tmp_path):
+    """Latents have the shape of pixels here: nothing else would tell."""
+    rotated = ("space=rotation", "metrics.num_images=0")
+    result = pipeline.run(compose(*smallest(tmp_path, *rotated)))
+    assert "space_Latents" in result.folder.parent.name
+    taken = ("fit=false", f"ckpt_path={result.folder.parent / 'checkpoints' / 'last.ckpt'}")
+    for other in ((), ("space=rotation", "data.space.coder.seed=1")):
+        with pytest.raises(UserError, match="was trained with data.space"):
+            pipeline.run(compose(*smallest(tmp_path / "other", *taken, *other)))
+
+
+@pytest.mark.parametrize(
+    ("more", "name"), [(POINTS, "data"), (("model=diffusion", "path=vp_per_pixel"), "path")]
+)
+def test_a_plan_says_what_it_knows_nothing_of(compose: Compose, tmp_path, more, name):
+    cell = look((), compose(*overrides(tmp_path, *more, "dry_run=true")))
+    assert f"knows no times of this {name}" in cell.error

@@ -49,7 +49,13 @@ class Seen:
 
 
 class Figures(Protocol):
-    """How samples of a space and their maps are drawn; ``Space.figures`` names one."""
+    """How samples of a space and their maps are drawn; ``Space.figures`` names one.
+
+    Attributes:
+        measures: whether figures need more than the samples, see ``measure``.
+    """
+
+    measures: bool
 
     def check(self, shown: ReportOptions) -> None:
         """Refuse, before any work, options that these figures do not have."""
@@ -74,7 +80,7 @@ class Figures(Protocol):
         seen: "Samples",
         folder: Path,
     ) -> dict[str, Tensor]:
-        """What figures need beside samples, for the report and the cell's ``maps.npz``."""
+        """What figures need beside samples; made once for all cells that share their maps."""
         ...
 
     def every(self, seen: Seen) -> Iterator[tuple[str, "Figure"]]:
@@ -90,6 +96,7 @@ def figures_of(space: Space) -> Figures:
 class Pictures:
     """Images, each with the map of its pixels."""
 
+    measures = False
     frames = True  # whether states on the way are images as well
 
     def check(self, shown: ReportOptions) -> None:

@@ -36,6 +36,8 @@ UNITS = "points of sd 1"
 class PlaneFigures:
     """Points as points; maps are pictures over the plane."""
 
+    measures = True
+
     def check(self, shown: ReportOptions) -> None:
         """Refuse what is about pictures.
 

@@ -14,10 +14,9 @@ from bayesdiff.report.options import options_of
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.storage.artefacts import (
-    read_arrays,
+    Artefact,
     read_json,
     weights_key,
-    write_arrays,
     write_json,
     write_text,
 )
@@ -53,33 +52,45 @@ def is_made(run: Run, folder: Path, key: str) -> bool:
     return bool(record) and not loggers_of(run, folder, record).new
 
 
+def measured(at: Address, samples: Samples) -> Mapping[str, Tensor]:
+    """What the figures of the run's space measure beside the samples; every process calls it."""
+    from bayesdiff.report.pictures import figures_of
+
+    setup = at.setup
+    figures = figures_of(setup.run.data.space)
+    if not figures.measures:
+        return {}
+    file = Artefact(setup.run.folder / f"plane-{at.maps.key[:8]}.npz", at.maps.key)
+    made_by = setup.starts, setup.estimator, setup.posterior
+    return file.arrays(lambda: figures.measure(*made_by, samples, setup.run.folder))
+
+
 def report(
-    run: Run,
     at: Address,
     metrics: Mapping[str, float],
-    settings: Mapping[str, Any],
     samples: Samples,
     scores: Mapping[str, Tensor],
     validation: Validation | None,
     evidence: EvidenceCurve | None,
+    beside: Mapping[str, Tensor],
 ) -> Loggers:
     """Pictures, TensorBoard, metrics.json last: its presence says that all else is there.
 
     Args:
-        run: with its options.
-        at: where the cell is.
+        at: where the cell is, with what it works with.
         metrics: all numbers.
-        settings: behind them.
         samples: images with their maps.
         scores: by which the report chooses and sorts them.
         validation: of the maps, where it was asked for.
         evidence: over prior_precision, where it is known.
+        beside: what ``measured`` gave.
 
     Returns:
         The loggers, which know who has the report.
     """
-    from bayesdiff.report import board
+    from bayesdiff.report import board, pictures
 
+    run, settings = at.setup.run, at.setup.settings
     path = at.folder / "metrics.json"
     record = record_of(run, at.folder, at.cell)
     loggers = loggers_of(run, at.folder, record)
@@ -96,7 +107,8 @@ def report(
             validation=validation,
             evidence=evidence,
             loggers=loggers,
-            **_drawn(at, samples),
+            drawn_by=pictures.figures_of(run.data.space),
+            measured=beside,
         )
     write_text(at.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(run.cfg, resolve=True))
     record = {
@@ -112,19 +124,3 @@ def report(
     (at.folder / "image-scores.json").unlink(missing_ok=True)  # of an older version
     write_json(path, record)
     return loggers
-
-
-def _drawn(at: Address, samples: Samples) -> dict[str, Any]:
-    """The figures of the run's space, and what they measure beside the samples, which is kept."""
-    from bayesdiff.report.pictures import figures_of
-
-    setup = at.setup
-    figures = figures_of(setup.run.data.space)
-    path = at.folder / "maps.npz"
-    measured = read_arrays(path, at.cell)
-    if measured is None:
-        made_by = setup.starts, setup.estimator, setup.posterior
-        measured = figures.measure(*made_by, samples, setup.run.folder)
-        if measured:
-            write_arrays(path, at.cell, measured)
-    return {"drawn_by": figures, "measured": measured}

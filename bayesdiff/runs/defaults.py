@@ -169,7 +169,8 @@ def named(folder: Path, prefix: str, text: str, key: str) -> Path:
 # What changes a training, most telling first; model.seed is the seed.
 _TELLING = (
     r"model\.optimizer\.lr", "seed", r"trainer\..+", r"model\.(?!seed$|optimizer\.lr$).+",
-    r"path\..+", r"net\..+", r"data\.(batch_size|flip)", "sample_from",
+    r"path\..+", r"data\.space\.(.+\.)?(?!_target_$)[^.]+",
+    r"net\..+", r"data\.(batch_size|flip)", "sample_from",
     r"data\.source\.(?!name$|root$|test_root$|source$|download$).+",
     r"callbacks\..+",
 )  # fmt: skip
@@ -216,6 +217,8 @@ def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
         found = {k: v for k, v in found.items() if not LEARNT.fullmatch(k)}
     told = {"corruption": damage} if damage else {}
     told |= {} if likelihood == _USUAL else {"likelihood": likelihood}
+    space = OmegaConf.select(cfg, "data.space._target_")
+    told |= {"space": str(space).rpartition(".")[2]} if space else {}
     told |= {} if cfg.get("init_from") is None else {"init_from": "weights"}
     told |= {n: v for place in _TELLING for n, v in found.items() if re.fullmatch(place, n)}
     return named(Path(cfg.output_dir), f"{data}-{family}", words(told), key)

@@ -17,7 +17,7 @@ from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 # Options of ``metrics`` that change no score.
 UNSCORED = ("batch_size", "export")
 # Which of the run's own samples get a map.
-_OF_THE_RUN = ("num_images", "times", "units")
+OF_THE_RUN = ("num_images", "times", "units")
 
 
 def starts(run: Run, solver: Solver, seed: int | None = None) -> Starts:
@@ -66,7 +66,7 @@ class Setup:
     @property
     def of_maps(self) -> list[Any]:
         """What any sample's map by the run's own estimator comes from, beside ``made_from``."""
-        options = with_effect(self.run.cfg.uncertainty, *_OF_THE_RUN)
+        options = with_effect(self.run.cfg.uncertainty, *OF_THE_RUN)
         return [options, code_of(options), *self.estimator.sources(self.run)]
 
 

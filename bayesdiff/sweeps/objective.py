@@ -14,8 +14,12 @@ from bayesdiff.options.spelling import near
 log = logging.getLogger(__name__)
 
 Direction = Literal["minimize", "maximize"]
-_SCORES = re.compile(r"(real/)?(fid|is|is_sd|kid|kid_sd|precision|recall|density|coverage|cmmd)@")
-_LESS = re.compile(r"(real/)?(fid|kid|cmmd)@|nfe$|(summed_variance|sampler_noise)/")
+_OF_POINTS = "sliced_wasserstein|energy_distance"
+_SCORES = re.compile(
+    r"(real/)?(fid|is|is_sd|kid|kid_sd|precision|recall|density|coverage|cmmd"
+    rf"|{_OF_POINTS})@"
+)
+_LESS = re.compile(rf"(real/)?(fid|kid|cmmd|{_OF_POINTS})@|nfe$|(summed_variance|sampler_noise)/")
 _MORE = re.compile(
     r"(real/)?(is|precision|recall|density|coverage)@|validation/.*rank$|laplace/log_evidence"
     r"|classifier_test_accuracy|.*/(z|\w*gain)(@|$)"

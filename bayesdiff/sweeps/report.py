@@ -29,7 +29,8 @@ Row = dict[str, Any]
 
 # The few metrics that fit on a screen; a name that ends in @ is the beginning of one.
 _SHOWN = (
-    "fid@", "is@", "nfe", "summed_variance/mean", "laplace/effective_parameters",
+    "sliced_wasserstein@", "fid@", "is@", "nfe",
+    "summed_variance/mean", "laplace/effective_parameters",
     "validation/image_rank", "validation/pixel_rank", "validation/log_ratio",
 )  # fmt: skip
 # What made a cell's maps where it is not what was asked for.

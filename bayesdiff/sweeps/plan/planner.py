@@ -6,29 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
+from bayesdiff.checks import UserError
 from bayesdiff.cli import mendable
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.machine.progress import duration
 from bayesdiff.pipeline import prepare
 from bayesdiff.report import table
-from bayesdiff.runs.address import (
-    Address,
-    images_at,
-    maps_settings,
-    scores_at,
-)
+from bayesdiff.runs.address import Address, images_at, maps_settings, scores_at
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.cell_report import is_made
-from bayesdiff.runs.setup import Setup, scored, starts, with_effect
+from bayesdiff.runs.setup import OF_THE_RUN, Setup, sampled_from, scored, starts, with_effect
 from bayesdiff.runs.training import chosen, is_finished
 from bayesdiff.solvers import Solver
-from bayesdiff.storage.artefacts import (
-    key_of,
-    read_arrays,
-    read_json,
-)
+from bayesdiff.storage.artefacts import key_of, read_json
 from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
 from bayesdiff.studies.report_scores import kinds_of, scores_of
 from bayesdiff.studies.report_scores import scores_key as scores_of_report
@@ -83,6 +76,7 @@ def look(overrides: Iterable[str], cfg: DictConfig) -> Cell:
     overrides = tuple(overrides)
     try:
         run, solver, estimator, laplace = prepare(cfg)
+        _check_known(run)
         works = tuple(_works(run, solver, estimator, laplace))
     except Exception as error:
         line = mendable(error)
@@ -90,6 +84,23 @@ def look(overrides: Iterable[str], cfg: DictConfig) -> Cell:
             raise
         return Cell(overrides, error=line)
     return Cell(overrides, works, (run, solver, estimator))
+
+
+def _check_known(run: Run) -> None:
+    """Refuse what probes know nothing of, before they end in the middle of a plan.
+
+    Raises:
+        UserError: for anything but images, labels and numbers along the path.
+    """
+    space, condition = run.data.space, run.model.condition
+    half = torch.tensor(0.5)
+    for name, strange in (
+        ("data", not space.pictures or space.decoded),
+        ("condition", condition is not None and condition.num_classes is None),
+        ("path", run.model.path.coefficients(half).alpha.dim() > 0),
+    ):
+        if strange:
+            raise UserError(f"dry_run=true knows no times of this {name}; run it without dry_run")
 
 
 def _works(
@@ -105,9 +116,9 @@ def _works(
     if run.cfg.metrics.num_images:
         works += _of_images(run, solver, known)
     if posterior is None:
-        told = [known, source, plain(run.cfg.laplace), plain(run.cfg.solver), run.cfg.seed]
-        key = key_of(*told, maps_settings(run, estimator))
-        refiner = key_of(*told, with_effect(run.cfg.uncertainty, "num_images"))
+        parts = [*sampled_from(run, known), source, plain(run.cfg.laplace)]
+        key = key_of(*parts, maps_settings(run, estimator), *estimator.sources(run))
+        refiner = key_of(*parts, with_effect(run.cfg.uncertainty, *OF_THE_RUN))
         check = key_of(key, estimator.validate_images, estimator.validate_members)
         studies = [
             images_at(run, solver, known).key,
@@ -171,13 +182,6 @@ def trained(run: Run) -> tuple[Work, str | None]:
         kept = read_checkpoint(last)
         share -= 1 if is_finished(kept) else kept["global_step"] / run.length[0]
     return Work("training", str(run.folder), False, min(max(share, 0.0), 1.0)), None
-
-
-def has_key(path: Path, key: str | None) -> bool:
-    """Whether a file of ours is there, whole, and made from ``key``."""
-    if path.suffix == ".json":
-        return key is not None and (read_json(path) or {}).get("key") == key
-    return key is not None and read_arrays(path, key) is not None
 
 
 def show(
