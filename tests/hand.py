@@ -9,11 +9,13 @@ from torch import nn
 from bayesdiff.laplace.gradients import gradients
 from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
 from bayesdiff.laplace.posterior import Curvature, HeadPosterior
+from bayesdiff.metrics.neighbours import neighbours
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT, VariancePreserving
 from bayesdiff.solvers import DDIM, DDPM, Euler, Heun, SampleNoise, integrate
 from bayesdiff.uncertainty import Trajectory
+from bayesdiff.uncertainty.scores.likelihood import Probes
 
 FLOW, LINEAR = CondOT(), VariancePreserving()
 CPU = torch.device("cpu")
@@ -220,3 +222,16 @@ def curvature_of(head, features, residual, source="weights-data-pass"):
         squared_gradients=each.square().sum(0),
         gradient=each.sum(0),
     )
+
+
+def density_coverage(generated, real, k=5):
+    """Naeem et al. 2020, section 3."""
+    found = neighbours(generated, real, k)
+    return float(found.balls.double().mean() / k), float(found.covered.double().mean())
+
+
+def exact_probes(images):
+    """All coordinates, for the exact trace."""
+    size = images[0].numel()
+    basis = torch.eye(size).view(size, 1, *images.shape[1:])
+    return Probes(basis.expand(size, *images.shape), 1.0)

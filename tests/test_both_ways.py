@@ -158,34 +158,20 @@ def test_what_a_prediction_leaves_open_at_data_is_refused():
 
 
 class Wide(CondOT):
-    """Straight lines that begin with noise of sd 3, of a channel more than the data."""
+    """Straight lines that begin with noise of sd 3."""
 
     noise_scale = 3.0
-
-    def noise_shape(self, shape):
-        return (shape[0] + 1, *shape[1:])
 
 
 def test_a_path_says_how_its_samples_begin():
     model = model_of(curved()[0], Wide())
     start_of = starts_of(model, Euler(3), 0, (1, 4, 4), CPU)
     noise = start_of([0, 1]).draw()
-    assert noise.shape == (2, 2, 4, 4)
+    assert noise.shape == (2, 1, 4, 4)
     assert torch.equal(start_of([0, 1]).initial(), 3 * noise)
     assert torch.equal(with_state(start_of([0, 1]), noise).initial(), 3 * noise)
     state = Restart.of(start_of([0, 1]), [0.5, 1.0], noise, start_of([0, 1]).noise)
     assert torch.equal(state.initial(), noise)
-
-
-class OwnTimes(CondOT):
-    def times(self, grid, num_steps):
-        return [0.0, 0.6, 0.9, 1.0] if num_steps == 3 else None
-
-
-def test_a_path_may_have_times_of_its_own():
-    assert Euler(3).times(OwnTimes()) == [0.0, 0.6, 0.9, 1.0]
-    assert Euler(3).times(OwnTimes(), skip_interval=2) == [0.0, 0.9, 1.0]
-    assert Euler(4).times(OwnTimes()) == Euler(4).times(FLOW)
 
 
 def test_latents_have_maps_of_their_own():

@@ -125,21 +125,6 @@ def test_values_are_the_nearest_that_can_be_said():
     assert Gaussian().values(x) is x
 
 
-def test_predictive_averages_the_odds():
-    """Against a fine quadrature: the probit approximation is right to about 2 %."""
-    output, variance = torch.tensor([[[[-1.5, 0.3]]]]), torch.tensor([[[[1.0, 2.0]]]])
-    grid = torch.linspace(-8, 8, 4001)
-    weight = torch.softmax(-0.5 * grid.square(), 0)
-    truth = ((output[..., None] + variance.sqrt()[..., None] * grid) / 2).tanh() @ weight
-    mean, spread = Bernoulli().predictive(output, variance)
-    assert (mean - truth).abs().max() < 0.02
-    close(spread, 1 - mean.square())
-    certain = Categorical(5).predictive(*(example(Categorical(5))[0] * s for s in (1, 0)))
-    close(certain[0], Categorical(5).emit(example(Categorical(5))[0]))
-    assert (certain[1] > 0).all()
-    close(Gaussian().predictive(output, variance, 2.0)[1], variance + 4)
-
-
 # The head's curvature and posterior.
 
 
@@ -305,9 +290,6 @@ def test_posterior_is_the_librarys_classification(name, double):
         variance = posterior.predictive_variance(some)
         own = (model.net.head(some) / (1 + math.pi / 8 * variance).sqrt()).softmax(1)
         close(own.detach(), probabilities, 1e-8)
-        levels = torch.linspace(-1, 1, 5)
-        mean, _ = likelihood.predictive(model.net.head(some), variance)
-        close(mean.flatten().detach(), probabilities @ levels, 1e-8)
 
 
 def test_the_best_prior_has_the_highest_evidence():

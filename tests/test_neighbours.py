@@ -3,12 +3,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from hand import density_coverage
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from bayesdiff.checks import UserError
 from bayesdiff.metrics import neighbours as module
 from bayesdiff.metrics.cmmd import cmmd, cmmd_of_subsets
-from bayesdiff.metrics.neighbours import density_coverage, neighbours, radii, squared_distances
+from bayesdiff.metrics.neighbours import neighbours, radii, squared_distances
 
 
 def normal(count, *, dims=5, seed=0, scale=1.0, shift=0.0):

@@ -12,6 +12,7 @@ from hand import (
     Hand,
     Noise,
     curved,
+    exact_probes,
     model_of,
     posterior_of,
     random_covariance,
@@ -53,7 +54,7 @@ from bayesdiff.uncertainty import (
     starts_of,
 )
 from bayesdiff.uncertainty.scores.aleatoric import aleatoric
-from bayesdiff.uncertainty.scores.likelihood import exact_probes, log_likelihood
+from bayesdiff.uncertainty.scores.likelihood import log_likelihood
 
 SPEEDS = torch.tensor([[[0.4, 1.0], [1.7, 3.0]]], dtype=torch.float64)
 PATH = VPPerPixel(speeds=SPEEDS)

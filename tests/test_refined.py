@@ -331,7 +331,7 @@ def test_a_refiner_that_does_not_help_is_refused_and_the_live_map_stands(
             refiner.out.bias.fill_(5.0)
         return refiner
 
-    monkeypatch.setattr(module, "trained", harmful)
+    monkeypatch.setattr(module, "train_refiner", harmful)
     start, posterior = case("euler")
     for _ in range(2):  # trained, then read
         ready = Refined(**SMALL).fit(start, posterior, tmp_path)

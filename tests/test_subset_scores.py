@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hand import density_coverage
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -13,7 +14,6 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from bayesdiff.metrics import subset_scores
 from bayesdiff.metrics.cmmd import cmmd_of_subsets
 from bayesdiff.metrics.features import Features
-from bayesdiff.metrics.neighbours import density_coverage
 from bayesdiff.metrics.scores import reference_statistics
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.metrics.selection import random_kept

@@ -8,22 +8,17 @@ exact GGN from one Gram matrix:
     la = Laplace(model, "regression", subset_of_weights="all", hessian_structure="full",
                  backend=HeadGGN)
     la.fit(loader)  # of (features, target.flatten(1)) pairs
-
-``to_laplace`` fills such an object from a posterior, without a pass over the data.
 """
 
-import copy
 from typing import Any
 
 import torch
-from laplace import DiagLaplace, FullLaplace
 from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.gram import gram, gram_diagonal
 from bayesdiff.laplace.head import HeadGeometry, apply_head, head_matrix
-from bayesdiff.laplace.posterior import HeadPosterior
 
 
 class HeadGGN(CurvatureInterface):
@@ -37,7 +32,7 @@ class HeadGGN(CurvatureInterface):
         """Half the squared error and the GGN ``(C P, C P)`` of one batch of features."""
         head = self._head()
         block = gram(head, x)
-        order = _parameter_order(head)
+        order = parameter_order(head)
         hessian = torch.block_diag(*[block] * _outputs(head))[order][:, order]
         return self._loss(x, y), hessian.to(self.params[0])
 
@@ -45,7 +40,7 @@ class HeadGGN(CurvatureInterface):
         """Half the squared error and the diagonal of the GGN, ``(C P,)``."""
         head = self._head()
         diagonal = gram_diagonal(head, x).repeat(_outputs(head))
-        return self._loss(x, y), diagonal[_parameter_order(head)].to(self.params[0])
+        return self._loss(x, y), diagonal[parameter_order(head)].to(self.params[0])
 
     @torch.no_grad()
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -73,54 +68,10 @@ def _outputs(head: nn.Module) -> int:
     return len(head_matrix(head))
 
 
-def _parameter_order(head: nn.Module) -> Tensor:
+def parameter_order(head: nn.Module) -> Tensor:
     """Where laplace-torch's parameters (all weights, then all biases) lie in C blocks of P."""
     geometry, channels = HeadGeometry.of(head), _outputs(head)
     index = torch.arange(channels * geometry.size).reshape(channels, geometry.size)
     if not geometry.bias:
         return index.flatten()
     return torch.cat([index[:, :-1].flatten(), index[:, -1]])
-
-
-def to_laplace(posterior: HeadPosterior, head: nn.Module) -> FullLaplace | DiagLaplace:
-    """The same posterior as a fitted laplace-torch object in float64.
-
-    Args:
-        posterior: gives the numbers; an ``n_eff`` becomes the object's ``n_data``.
-        head: gives the layer's shape; it is copied, never changed.
-
-    Raises:
-        UserError: if the head is not the one of the posterior, or the likelihood no Gaussian.
-    """
-    curvature = posterior.curvature
-    if not curvature.scaled:
-        raise UserError(
-            f"to_laplace makes a regression, and the likelihood here is {curvature.likelihood}; "
-            "fit laplace-torch's classification on the head itself"
-        )
-    if HeadGeometry.of(head) != curvature.geometry or _outputs(head) != len(curvature.mean):
-        raise UserError(f"the head {head} does not have the weights of this posterior")
-    model = nn.Sequential(copy.deepcopy(head).double().cpu(), nn.Flatten())
-    order = _parameter_order(head)
-    mean = curvature.mean.flatten()[order]
-    nn.utils.vector_to_parameters(mean, model.parameters())
-    kind = DiagLaplace if posterior.is_diagonal else FullLaplace
-    laplace = kind(
-        model,
-        "regression",
-        sigma_noise=posterior.sigma_noise,
-        prior_precision=posterior.prior_precision,
-        backend=HeadGGN,
-    )
-    # It keeps sigma^2 times the likelihood's precision.
-    if posterior.is_diagonal:
-        data = posterior.eigenvalues.expand(curvature.mean.shape).flatten()
-    else:
-        data = torch.block_diag(*[posterior.likelihood_precision] * len(curvature.mean))[:, order]
-    laplace.H = posterior.sigma_noise**2 * data[order]
-    weight = posterior.n_eff / curvature.num_images
-    laplace.mean = mean
-    laplace.loss = torch.tensor(weight * curvature.squared_error / 2, dtype=mean.dtype)
-    laplace.n_data = posterior.n_eff  # type: ignore[assignment]  # a weight, not a count, here
-    laplace.n_outputs = curvature.num_outputs // curvature.num_images
-    return laplace

@@ -141,7 +141,8 @@ STRUCTURES = {
     "prior_only": Structure(_prior_only, sees_data=False),
     # The leading eigen-directions of G as many as the rank says, the prior in all others.
     "subspace": Structure(_subspace, ranked=True),
-    # That of refit.refit_variance; for a head, which is linear in its weights, that of full.
+    # Variance by a refit that rewards an output (arXiv 2403.10671); for a head, which is linear
+    # in its weights, that of full.
     "hessian_free": Structure(_full),
 }
 

@@ -1,6 +1,5 @@
 """The Bernoulli likelihood: the head says how likely every value is white, as a logit."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,17 +55,6 @@ class Bernoulli:
     def log_prob(self, output: Tensor, target: Tensor, sigma_noise: float = 1.0) -> Tensor:
         """Log-probability of every value."""
         return F.logsigmoid(torch.where(target > 0, output, -output))
-
-    def predictive(
-        self, output: Tensor, variance: Tensor, sigma_noise: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the value at the averaged odds.
-
-        The mean of a logistic function of a Gaussian by the probit approximation (Bishop,
-        "Pattern Recognition and Machine Learning", 2006, eq. 4.153).
-        """
-        mean = (_wide(output) / (1 + math.pi / 8 * variance).sqrt() / 2).tanh()
-        return mean, 1 - mean.square()
 
     def emit(self, output: Tensor, noise: Tensor | None = None) -> Tensor:
         """Mean value 2 p - 1, or a value drawn by ``noise``."""

@@ -1,6 +1,5 @@
 """The categorical likelihood: the head says how likely each of K levels of a value is."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,18 +71,6 @@ class Categorical:
         """Log-probability of every value."""
         index = self._index(target).long()[:, :, None]
         return self._split(output).log_softmax(2).gather(2, index)[:, :, 0]
-
-    def predictive(
-        self, output: Tensor, variance: Tensor, sigma_noise: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the value at the averaged probabilities.
-
-        The mean of a softmax of Gaussians by the probit approximation, logit by logit (Gibbs,
-        "Bayesian Gaussian processes for regression and classification", 1997).
-        """
-        p = self._split(output / (1 + math.pi / 8 * variance).sqrt()).softmax(2)
-        mean, square = self._mean(p), self._mean(p, 2)
-        return mean, square - mean.square()
 
     def emit(self, output: Tensor, noise: Tensor | None = None) -> Tensor:
         """Mean value of the levels, or one level drawn by ``noise``."""

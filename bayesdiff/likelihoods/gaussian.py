@@ -48,12 +48,6 @@ class Gaussian:
         constant = math.log(sigma_noise * math.sqrt(math.tau))
         return -0.5 * ((output - target) / sigma_noise).square() - constant
 
-    def predictive(
-        self, output: Tensor, variance: Tensor, sigma_noise: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """The output, and the variance of weights and noise together."""
-        return output, variance + sigma_noise**2
-
     def emit(self, output: Tensor, noise: Tensor | None = None) -> Tensor:
         """The output itself."""
         return output

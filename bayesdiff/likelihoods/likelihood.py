@@ -63,15 +63,6 @@ class Likelihood(Protocol):
         """Log-probability, or density, of every value, ``(B, C, ...)``."""
         ...
 
-    def predictive(
-        self, output: Tensor, variance: Tensor, sigma_noise: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the data under an output with this variance from the weights.
-
-        Both ``(B, C, ...)``. ``variance`` has the shape of the output.
-        """
-        ...
-
     def emit(self, output: Tensor, noise: Tensor | None = None) -> Tensor:
         """What a solver's step takes for the network's prediction, ``(B, C, ...)``.
 

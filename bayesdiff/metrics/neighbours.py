@@ -101,22 +101,6 @@ def radii(real: Tensor, k: int = 3) -> Tensor:
     return found.where(found > slack, 0).sqrt()
 
 
-def density_coverage(generated: Tensor, real: Tensor, k: int = 5) -> tuple[float, float]:
-    """Density and coverage of a set of images (Naeem et al. 2020, section 3).
-
-    Args:
-        generated: features (N, F).
-        real: features of the real images (M, F), M > k.
-        k: the neighbour that a ball reaches, 5 as in the paper.
-
-    Returns:
-        Density, the balls around a generated image over k, about 1 for equal distributions and
-        without an upper limit; and coverage, the share of the balls that hold a generated image.
-    """
-    found = neighbours(generated, real, k)
-    return float(found.balls.double().mean() / k), float(found.covered.double().mean())
-
-
 def squared_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     """Squared distances of the rows of ``a`` to those of ``b``, some rows of ``a`` at a time.
 

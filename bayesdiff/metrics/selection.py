@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.metrics.agreement import with_intervals
 
 
 def kept(
@@ -97,29 +96,6 @@ def auroc(doubt: Tensor, marked: Tensor) -> Tensor:
     # Mann and Whitney's statistic, with ranks from 0.
     wins = (ranks * marked).sum(-1) - found * (found - 1) / 2
     return wins / (found * (marked.shape[-1] - found))
-
-
-def detection(
-    doubt: Tensor, marked: Tensor, *, seed: int, draws: int = 1000, level: float = 0.95
-) -> dict[str, float]:
-    """How well a score finds marked images.
-
-    Args:
-        doubt: see ``kept``, (N,).
-        marked: the images to be found, bool (N,).
-        seed: fixes the resampled images.
-        draws: bootstrap samples.
-        level: share of them inside the interval.
-
-    Returns:
-        ``auroc`` with its bootstrap interval ``auroc_low`` to ``auroc_high`` over images, and
-        ``top_decile_recall``, see ``top_recall``.
-    """
-    doubt, marked = checked_doubt(doubt), _marked(marked, len(doubt))
-    found = with_intervals(
-        {"auroc": (auroc, (doubt, marked))}, seed=seed, draws=draws, level=level
-    )
-    return found | {"top_decile_recall": top_recall(doubt, marked, 0.1)}
 
 
 def top_recall(doubt: Tensor, marked: Tensor, fraction: float) -> float:

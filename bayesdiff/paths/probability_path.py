@@ -56,14 +56,6 @@ class ProbabilityPath(ABC):
             return noise
         return like(self.noise_scale, noise) * noise
 
-    def noise_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of a state, for samples of this shape."""
-        return tuple(shape)
-
-    def times(self, grid: str, num_steps: int) -> list[float] | None:
-        """The path's own n + 1 increasing times of n steps; None where ``time_grid`` knows."""
-        return None
-
     def for_shape(self, shape: Sequence[int]) -> Self:
         """The path made ready for samples of this shape; most need nothing."""
         return self

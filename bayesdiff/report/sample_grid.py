@@ -149,7 +149,7 @@ class SampleGrid(Callback):
         condition = given
         if model.condition is not None and not model.num_classes:
             condition = model.condition.of_samples(range(count)).to(model.device)
-        noise = SampleNoise(0, range(count), model.path.noise_shape(shape))
+        noise = SampleNoise(0, range(count), shape)
         field = Field(model, condition, count, noise=noise)
         training = model.training
         model.eval()  # it trains where no validation is

@@ -25,8 +25,7 @@ def time_grid(
       runs from 1 / n to 1 - 1 / n: the outermost steps are those of ``uniform``.
 
     On a discrete schedule the last two visit the schedule's own indices, each at most once: where
-    they ask for more than one step per index, they get one. A path with times of its own gives
-    those in place of all these.
+    they ask for more than one step per index, they get one.
 
     Args:
         name: which law the times follow.
@@ -45,7 +44,7 @@ def time_grid(
             f"solver.num_steps={num_steps} is more than the {indices} steps of the path's "
             "schedule; choose fewer"
         )
-    times = path.times(name, num_steps) or _times(name, path, num_steps)
+    times = _times(name, path, num_steps)
     return [times[k] for k in range(0, num_steps, skip_interval)] + [times[-1]]
 
 

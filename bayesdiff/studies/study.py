@@ -24,6 +24,7 @@ from bayesdiff.options.values import CONFIGS
 from bayesdiff.report import board
 from bayesdiff.report.layout import conditions_of
 from bayesdiff.report.loggers import Loggers
+from bayesdiff.report.options import options_of
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.defaults import is_aside, named
 from bayesdiff.runs.setup import Setup
@@ -137,7 +138,7 @@ class Place:
             report.figures,
             Loggers(cfg.get("logger"), self.folder, self.folder.parent.name, self.name),
             {**at.settings, self.name: plain(cfg[self.name])},
-            pdf=bool(OmegaConf.select(cfg, "report.pdf", default=True)),
+            pdf=options_of(cfg).pdf,
         )
         headlines = {mine + name: value for name, value in report.headlines.items()}
         record = {"key": self.key, "headlines": headlines, **report.results}

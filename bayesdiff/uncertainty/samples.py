@@ -204,7 +204,7 @@ def starts_of(
     """
 
     def start(numbers: Sequence[int]) -> Trajectory:
-        noise = SampleNoise(seed, numbers, model.path.noise_shape(shape))
+        noise = SampleNoise(seed, numbers, shape)
         given = model.condition.of_samples(numbers).to(device) if model.condition else None
         return Trajectory(model, solver, given, noise, device, decoder)
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.data.spaces import to_model_range
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks.forward_mode import jvp
 from bayesdiff.paths import Coefficient, CondOT, ProbabilityPath, convert
@@ -32,8 +31,6 @@ from bayesdiff.uncertainty.estimator import check_derivative
 Rates = dict[float, tuple[float, Coefficient, Coefficient]]
 
 _METHODS = {"rk4": RK4, "heun": Heun}
-# A trace by all coordinates costs one derivative for each.
-_EXACT = 1024
 # Images in [-1, 1] have 255 steps of 2 / 255 = 1 / 127.5.
 _LEVELS_PER_UNIT = 127.5
 
@@ -58,8 +55,8 @@ class Likelihood:
 
         An 8-bit value stands for an interval of 1/127.5 in [-1, 1], and its probability is the
         density times that: bits/dim = -ln p / (D ln 2) + log2(127.5), a constant of 6.994. It is
-        a bound on the bits of real uint8 images only after ``dequantised``; for generated images,
-        which were never rounded, it is a scale.
+        a bound on the bits of real uint8 images only where these are spread evenly over the values
+        that round to them; for generated images, which were never rounded, it is a scale.
         """
         size = self.latents[0].numel()
         return math.log2(_LEVELS_PER_UNIT) - self.log_density / (size * math.log(2))
@@ -90,36 +87,6 @@ def random_probes(noise: SampleNoise, count: int = 1) -> Probes:
     return Probes(torch.where(drawn > 0, 1.0, -1.0), 1 / count)
 
 
-def exact_probes(images: Tensor) -> Probes:
-    """All coordinates: the exact trace, for images ``(B, C, H, W)`` of few values.
-
-    Raises:
-        UserError: for images of more than 1024 values.
-    """
-    size = images[0].numel()
-    if size > _EXACT:
-        raise UserError(
-            f"an exact trace of {size} values needs as many derivatives; use random_probes "
-            f"above {_EXACT}"
-        )
-    basis = torch.eye(size).view(size, 1, *images.shape[1:])
-    return Probes(basis.expand(size, *images.shape), 1.0)
-
-
-def dequantised(images: Tensor, noise: SampleNoise) -> Tensor:
-    """Images of 8 bits spread evenly over the values that round to them.
-
-    Args:
-        images: uint8 ``(B, C, H, W)``.
-        noise: of the samples.
-
-    Returns:
-        float64 ``(B, C, H, W)``, within 0.5/127.5 of [-1, 1].
-    """
-    uniform = torch.special.ndtr(noise().double())
-    return to_model_range(images).double() + (uniform.to(images.device) - 0.5) / _LEVELS_PER_UNIT
-
-
 @torch.no_grad()
 def log_likelihood(
     field: Field,
@@ -139,7 +106,7 @@ def log_likelihood(
     Args:
         field: the trained network at the images' labels; guidance makes a density of its own.
         images: ``(B, C, H, W)`` in [-1, 1].
-        probes: kept along the way, from ``random_probes`` or ``exact_probes``.
+        probes: kept along the way, see ``random_probes``.
         num_steps: of a fixed step.
         solver: ``rk4`` or ``heun``.
         grid: of a flow's times, a name of ``time_grid``; the default is finer towards data, where

@@ -35,8 +35,14 @@ from bayesdiff.uncertainty.sensitivities.products import (
     TangentField,
     differences,
 )
-from bayesdiff.uncertainty.sensitivities.refiner import FLOOR, Evidence, Refiner, evidence, loss
-from bayesdiff.uncertainty.sensitivities.refiner import train_refiner as trained
+from bayesdiff.uncertainty.sensitivities.refiner import (
+    FLOOR,
+    Evidence,
+    Refiner,
+    evidence,
+    loss,
+    train_refiner,
+)
 
 log = logging.getLogger(__name__)
 _MOST_DRAWS, TARGET_DRAWS, TARGET_PRODUCTS = 32, 2, 8
@@ -142,11 +148,7 @@ class Refined(Estimator):
         refiner_file.check_features(run.model.net.head)
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
-        """With rule and refiner, read from the run folder or trained now.
-
-        Raises:
-            UserError: if another process's refiner is not there.
-        """  # noqa: DOC502 - raised one level down
+        """With rule and refiner, read from the run folder or trained now."""
         near, shift = refiner_file.representative(posterior)
         if folder is None:
             rule, refiner = self.train(starts, near)
@@ -207,8 +209,7 @@ class Refined(Estimator):
     ) -> tuple[Evidence, Tensor]:
         """Evidence of a batch, and independent sensitivities ``(B, M, C, H, W)`` as its target.
 
-        Live directions are followed as for any map, the target's with more and better products;
-        the image and its features are computed once for both.
+        The target's products are more and better; image and features are computed once for both.
         """
         field = RememberingField(
             start.model, start.condition, len(start.noise.indices), start.solver.guidance
@@ -236,7 +237,7 @@ class Refined(Estimator):
         if everything.variance.max() <= FLOOR:  # a certain posterior: nothing to learn
             return Refiner(everything.images.shape[1], everything.features.shape[1], patch).eval()
         with torch.enable_grad():
-            refiner = trained(
+            refiner = train_refiner(
                 everything[kept:], target[kept:], patch=patch, epochs=self.epochs, seed=self.seed
             )
         held_out = everything[:kept]
@@ -293,6 +294,6 @@ class Refined(Estimator):
         level = refined.flatten(1).sum(1) / seen.variance.flatten(1).sum(1).clamp(min=FLOOR)
         variance = followed.variance * level[:, None, None, None]
         variance[-1] = refined * math.exp(shift)
-        label = f"refined, {len(deltas)} draws of {len(rule.nodes)} products"
-        label += "" if refiner.helps else ", refiner refused"
+        refused = "" if refiner.helps else ", refiner refused"
+        label = f"refined, {len(deltas)} draws of {len(rule.nodes)} products{refused}"
         return replace(followed, variance=variance).samples(start, label, self.times)
