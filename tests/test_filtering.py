@@ -259,7 +259,7 @@ CROP = "+filtering.segmentation"
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("+filtering.encoders.vgg=null", "unknown filtering.encoders.vgg; choose from untrained"),
+        ("+filtering.encoders.vgg=null", "unknown filtering.encoders 'vgg'; choose from class"),
         ("+filtering.encoders.clip=none.pt", "filtering.encoders.clip=none.pt does not exist"),
         (
             f"{CROP}._target_=test_filtering.crop {CROP}._partial_=true",

@@ -211,7 +211,7 @@ def test_wrong_weights_file_is_refused_and_never_run(tmp_path, monkeypatch, cont
 
 
 def test_build_extractor_refuses_unknown_names_and_unlabelled_data(tmp_path):
-    with pytest.raises(UserError, match="metrics.features=vgg.*inception, clip, dinov2"):
+    with pytest.raises(UserError, match="unknown metrics.features 'vgg'.*inception, clip, dinov2"):
         build_extractor("vgg", None, cache_dir=tmp_path, seed=0)
     data = SimpleNamespace(name="folder", labels=None, num_classes=0)
     with pytest.raises(UserError, match="folder.*metrics.features=inception"):

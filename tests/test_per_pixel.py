@@ -41,7 +41,7 @@ from bayesdiff.solvers import (
     integrate,
     plan,
 )
-from bayesdiff.solvers.grid import log_snr, time_at
+from bayesdiff.solvers.snr import log_snr, time_at
 from bayesdiff.solvers.step import check_finite, check_solver
 from bayesdiff.studies.repair.alternatives import WAYS, Origin, fresh_noise, resample, weight_draws
 from bayesdiff.uncertainty import (

@@ -4,6 +4,7 @@ Importing this module imports torch-fidelity and torchvision, so only code that 
 """
 
 import hashlib
+import inspect
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +23,17 @@ from torch_fidelity.registry import register_feature_extractor
 from bayesdiff.checks import UserError
 from bayesdiff.machine.device import all_threads
 from bayesdiff.machine.shared_rows import Rows, own_rows, shared_rows
-from bayesdiff.metrics.classifier import Classifier, load_classifier, load_or_train
+from bayesdiff.metrics import named_encoders
+from bayesdiff.metrics.classifier import Classifier, load_classifier
 from bayesdiff.metrics.encoders import (
-    ClipFeatures,
-    DinoFeatures,
-    clip_weights,
-    dino_weights,
     downloaded,
     first_line,
     in_colour,
     plain_weights,
 )
+from bayesdiff.metrics.own_encoder import own_extractor
+from bayesdiff.options.targets import by_name
 
-# Names that metrics.features takes.
-ENCODERS = ("classifier", "inception", "clip", "dinov2")
 CLASSIFIER = "bayesdiff-classifier"
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
@@ -129,7 +127,7 @@ register_feature_extractor(CLASSIFIER, ClassifierFeatures)
 
 
 def build_extractor(
-    features: str,
+    features: Any,
     data: Any,
     *,
     cache_dir: Path | str,
@@ -138,15 +136,15 @@ def build_extractor(
     device: torch.device | str = "cpu",
     option: str = "metrics.weights_path",
 ) -> FeatureExtractorBase:
-    """The extractor of a name.
+    """The extractor of a name, or of an encoder of one's own.
 
     Args:
-        features: ``classifier`` (trained on the data, cached), ``untrained`` (the same network
-            with random weights), ``inception``, ``clip`` (ViT-B/32) or ``dinov2`` (ViT-B/14).
-        data: the record that `load_or_train` reads; the last three do not touch it.
+        features: name of a function of `bayesdiff.metrics.named_encoders`, options with a
+            ``_target_``, or an `Encoder`.
+        data: the record that `load_or_train` reads; encoders with weights do not touch it.
         cache_dir: folder of the trained classifiers.
         seed: seed of the classifier.
-        weights_path: of the last three; None takes torch's download cache or the network.
+        weights_path: of encoders with weights; None takes torch's download cache or the network.
         device: where the network lies.
         option: what the user set to the path.
 
@@ -158,20 +156,20 @@ def build_extractor(
     """
     if not isinstance(weights_path, (str, Path, NoneType)):
         raise UserError(f"{option}={weights_path} is no path; give that of the weights file")
-    if features == "inception":
-        return inception_extractor(weights_path, device=device, option=option)
-    if features == "clip":
-        return ClipFeatures(clip_weights(weights_path, option)).to(device)
-    if features == "dinov2":
-        return DinoFeatures(dino_weights(weights_path, option)).to(device)
-    if features == "untrained":
-        return classifier_extractor(untrained(data, seed).to(device))
-    if features != "classifier":
-        raise UserError(
-            f"metrics.features={features} is unknown; choose from {', '.join(ENCODERS)}"
-        )
-    network = load_or_train(cache_dir, data, seed, device=device)
-    return classifier_extractor(network)
+    if not isinstance(features, str):
+        return own_extractor(features, option.replace("weights_path", "features")).to(device)
+    make = by_name(named_encoders, features, "metrics.features")
+    offered: dict[str, Any] = {
+        "data": data,
+        "cache_dir": cache_dir,
+        "seed": seed,
+        "weights_path": weights_path,
+        "device": device,
+        "option": option,
+    }
+    taken = inspect.signature(make).parameters
+    extractor: FeatureExtractorBase = make(**{name: offered[name] for name in taken})
+    return extractor.to(device)
 
 
 def untrained(data: Any, seed: int, images: int = 1024) -> Classifier:
@@ -204,14 +202,12 @@ def classifier_extractor(classifier: Classifier) -> ClassifierFeatures:
 def inception_extractor(
     weights_path: Path | str | None = None,
     *,
-    device: torch.device | str = "cpu",
     option: str = "metrics.weights_path",
 ) -> Inception:
     """Extractor of the FID that papers report.
 
     Args:
         weights_path: the weights file; None takes torch's download cache or the network.
-        device: where the network lies.
         option: what the user set to the path.
 
     Returns:
@@ -233,7 +229,7 @@ def inception_extractor(
             f"{option}={weights_path} does not hold Inception weights; "
             f"give torch-fidelity's {INCEPTION_FILE} ({first_line(error)})"
         ) from error
-    return network.to(device)
+    return network
 
 
 def extract(
@@ -261,7 +257,8 @@ def extract(
             f"images must be uint8 (N, C, H, W) with N >= 1, got {images.dtype} "
             f"{tuple(images.shape)}"
         )
-    device = next(extractor.parameters()).device
+    held = next(iter(extractor.parameters()), next(iter(extractor.buffers()), None))
+    device = torch.device("cpu") if held is None else held.device
 
     def batch(numbers: list[int]) -> Rows:
         parts = extractor(images[numbers].to(device))

@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 from hydra.utils import get_object
@@ -75,3 +76,35 @@ def class_of(options: Any) -> type | None:
     while isinstance(made, partial):
         made = made.func
     return made if isinstance(made, type) else None
+
+
+def word_of(choice: Any) -> Any:
+    """A short name for a choice: a plain word as it is, the last word of a ``_target_``."""
+    given = plain(choice)
+    return str(given["_target_"]).rpartition(".")[2] if isinstance(given, dict) else given
+
+
+def by_name(module: ModuleType, name: Any, option: str) -> Callable[..., Any]:
+    """What a plain word stands for: the public function of that name in a module.
+
+    Whatever is written elsewhere is named by its ``_target_``.
+
+    Args:
+        module: whose own functions are the choices.
+        name: what the user gave.
+        option: for the message.
+
+    Raises:
+        UserError: for any other name.
+    """
+    own = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and key[0] != "_"
+    }
+    if not isinstance(name, str) or name not in own:
+        raise UserError(
+            f"unknown {option} {name!r}; choose from {', '.join(own)}, or give a _target_ of your "
+            "own"
+        )
+    return own[name]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.options.targets import word_of
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.defaults import damage_of, differences, likelihood_choice, named, words
 from bayesdiff.runs.setup import UNSCORED, Setup, sampled_from, scored, settings_of, with_effect
@@ -92,7 +93,7 @@ def overridden(
         solver=solver.name,
         uncertainty=estimator.name,
         laplace=posterior.structure,
-        metrics=run.cfg.metrics.features,
+        metrics=word_of(run.cfg.metrics.features),
         corruption=damage_of(run.cfg) or "",
     )
 
@@ -143,6 +144,6 @@ def images_at(run: Run, solver: Solver, weights: str) -> Artefact:
 
 
 def scores_at(run: Run, images: str) -> Artefact:
-    """The scores of the images with this key."""
-    key = key_of(images, scored(run), run.data.data.fingerprint)
+    """The scores of the images with this key, in which the data are."""
+    key = key_of(images, scored(run))
     return Artefact(run.folder / f"scores-{images[:8]}.json", key)

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from hydra.utils import get_object
+from omegaconf import DictConfig
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.data.images import check_classifiable
 from bayesdiff.machine.ranks import rank
+from bayesdiff.metrics import named_encoders
+from bayesdiff.options.targets import by_name, word_of
 from bayesdiff.runs.build import Run, is_main_process
 from bayesdiff.storage.artefacts import Artefact
 from bayesdiff.uncertainty.chosen import check_export
@@ -18,9 +21,6 @@ if TYPE_CHECKING:  # these import torch-fidelity, which costs seconds
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
     from bayesdiff.metrics.scores import Reference
-
-# Names that metrics.features takes.
-ENCODERS = ("classifier", "inception", "clip", "dinov2")
 
 
 class Scores(Protocol):
@@ -50,10 +50,8 @@ def check_metrics(run: Run) -> None:
     check_export("metrics.export", cfg.export, run, cfg.num_images)
     at_least("metrics.batch_size", cfg.batch_size)
     seed_of("metrics.seed", cfg.seed)
-    if cfg.features not in ENCODERS:
-        raise UserError(
-            f"unknown metrics.features {cfg.features!r}; choose from {', '.join(ENCODERS)}"
-        )
+    if not isinstance(cfg.features, DictConfig):
+        by_name(named_encoders, cfg.features, "metrics.features")
     if at_least("metrics.num_images", cfg.num_images, 0) == 1:
         raise UserError("metrics.num_images=1 cannot be scored; give 2 or more, or 0 for none")
     if cfg.num_images:
@@ -72,10 +70,12 @@ class FeatureScores:
         """Refuse weights that are not there, and data that a classifier could not learn."""
         cfg = run.cfg.metrics
         if cfg.features != "classifier" and is_main_process():
-            from bayesdiff.metrics.features import build_extractor
+            from bayesdiff.metrics.features import build_extractor, extract
 
-            weights = cfg.weights_path
-            build_extractor(cfg.features, None, cache_dir="", seed=0, weights_path=weights)
+            data, weights = run.data.data, cfg.weights_path
+            made = build_extractor(cfg.features, data, cache_dir="", seed=0, weights_path=weights)
+            if isinstance(cfg.features, DictConfig):
+                extract(made, data.images[:2])
         if cfg.features == "classifier":
             check_classifiable(
                 run.data.data, "use metrics=inception, or metrics.num_images=0 for no scores"
@@ -92,7 +92,7 @@ class FeatureScores:
 
         cfg, data = run.cfg.metrics, run.data.data
         extractor, reference = judge(run, shared=True)
-        name, seed = cfg.features, cfg.seed
+        name, seed = word_of(cfg.features), cfg.seed
         known = torch.from_numpy(reference.subset)
         own = extract(extractor, images, cfg.batch_size, shared=True)
         # Test images often come sorted by class.
@@ -126,7 +126,7 @@ class PointScores:
         """
         if run.cfg.metrics.features != "classifier":
             raise UserError(
-                f"metrics.features={run.cfg.metrics.features} looks at pictures, "
+                f"metrics.features={word_of(run.cfg.metrics.features)} looks at pictures, "
                 f"{run.data.data.name} has none; leave metrics= out"
             )
 

@@ -8,6 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.options.targets import word_of
 from bayesdiff.runs.address import overridden
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.defaults import LEARNT, damage_of, is_aside, likelihood_choice, preset
@@ -35,7 +36,7 @@ def settings(
         "path": preset("path", cfg.path),
         **_learnt(cfg),
         "seed": cfg.seed,
-        "features": cfg.metrics.features,
+        "features": word_of(cfg.metrics.features),
         "structure": posterior.structure,
         **({} if posterior.rank is None else {"rank": posterior.rank}),
         "subset": cfg.laplace.subset,
@@ -91,6 +92,11 @@ def typed(cfg: DictConfig) -> dict[str, Any]:
     return found
 
 
+def _is_made(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
+
+
 def _group(group: str, options: DictConfig, name: str) -> dict[str, Any]:
     values = {k: v for k, v in plain(options).items() if k != "_target_"}
+    values = {k: word_of(v) if _is_made(v) else v for k, v in values.items()}
     return {f"{group}.{key}": value for key, value in ({"name": name} | values).items()}

@@ -93,4 +93,8 @@ def with_effect(options: Any, *without: str) -> dict[str, Any]:
 
 def scored(run: Run) -> dict[str, Any]:
     """Options of ``metrics`` that change a score of given images, their number not among them."""
-    return {k: v for k, v in plain(run.cfg.metrics).items() if k not in (*UNSCORED, "num_images")}
+    options = {
+        k: v for k, v in plain(run.cfg.metrics).items() if k not in (*UNSCORED, "num_images")
+    }
+    code = code_of(options)
+    return options | ({"code": code} if code else {})

@@ -18,7 +18,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.paths import Coefficient, ProbabilityPath
 from bayesdiff.paths.coefficient import expm1, level
 from bayesdiff.solvers.diffusion import DiffusionSolver, Node, Span, as_affine, nodes_at, spans
-from bayesdiff.solvers.grid import time_at
+from bayesdiff.solvers.snr import time_at
 from bayesdiff.solvers.step import Step
 
 

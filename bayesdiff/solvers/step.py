@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.paths import Coefficient, ProbabilityPath
 from bayesdiff.paths.coefficient import as_key, at_times, have_tensors, is_finite, is_zero, like
-from bayesdiff.solvers.grid import time_grid
+from bayesdiff.solvers.grid import Grid, time_grid
 
 Row = tuple[Coefficient, ...]
 
@@ -104,12 +104,12 @@ class Solver(ABC):
         stages: network evaluations of a step, at most.
         num_steps: steps from noise to data.
         guidance: classifier-free guidance scale, 1 for none.
-        grid: how the times of the steps are spread, a name of ``time_grid``.
+        grid: how the times of the steps are spread, see ``time_grid``.
     """
 
     num_steps: int
     guidance: float = 1.0
-    grid: str = "uniform"
+    grid: Grid = "uniform"
 
     name: ClassVar[str]
     stages: ClassVar[int] = 1

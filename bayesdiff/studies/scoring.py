@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from bayesdiff.metrics.neighbours import neighbours
 from bayesdiff.runs.build import Run
 from bayesdiff.runs.scores import judge
 from bayesdiff.studies.image_pool import ImagePool, Rows
+from bayesdiff.studies.member_encoders import check_encoders, encoder
 from bayesdiff.uncertainty import Samples
 from bayesdiff.uncertainty.scores.likelihood import check_likelihood
 from bayesdiff.uncertainty.scores.of_maps_and_images import (
@@ -26,9 +27,6 @@ from bayesdiff.uncertainty.scores.of_members import CONFIDENCE_SCORES, MEMBER_SC
 
 if TYPE_CHECKING:  # torch-fidelity costs seconds
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-
-# Further encoders that the members' features can come from.
-ENCODERS = ("untrained", "inception", "clip", "dinov2")
 
 # Scores of members that ``members.joint`` puts together.
 JOINT = ("predictive_entropy", "log_det")
@@ -49,8 +47,8 @@ class ScoreOptions:
         likelihood_steps: of its probability-flow equation.
         segmentation: callable that gives images in [-1, 1] masks of their foreground; None for
             masks from the images themselves.
-        encoders: beside the trained classifier, of the members' features: ``untrained``,
-            ``inception``, ``clip`` or ``dinov2``, each with its weights file or None.
+        encoders: beside the trained classifier, of the members' features: names of
+            ``named_encoders``, each with its weights file or None, or any name with a callable.
     """
 
     members: int = 5
@@ -59,7 +57,7 @@ class ScoreOptions:
     likelihood: bool = False
     likelihood_steps: int = 20
     segmentation: Callable[[Tensor], Tensor] | None = None
-    encoders: Mapping[str, str | None] = field(default_factory=dict)
+    encoders: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse scores that could not be computed.
@@ -103,13 +101,13 @@ class Seen:
         known: scores ``(N,)`` that are known already, by their whole names.
         segmentation: gives images ``(N, C, H, W)`` a mask of the foreground, see ``segmented``;
             None for one from the image itself.
-        encoders: further encoders for the members' features, each with its weights file or None.
+        encoders: see ``ScoreOptions``.
     """
 
     members: Tensor | None = None
     known: Mapping[str, Tensor] = field(default_factory=dict)
     segmentation: Callable[[Tensor], Tensor] | None = None
-    encoders: Mapping[str, str | None] = field(default_factory=dict)
+    encoders: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_scores(wanted: ScoreOptions, run: Run) -> None:
@@ -117,15 +115,10 @@ def check_scores(wanted: ScoreOptions, run: Run) -> None:
 
     Raises:
         UserError: where one of them is missing.
-    """
+    """  # noqa: DOC502 - raised one level down
     if wanted.likelihood:
         check_likelihood(run.model, wanted.likelihood_steps)
-    for name, weights in wanted.encoders.items():
-        if name == "untrained" and weights is not None:
-            raise UserError(
-                f"filtering.encoders.untrained={weights} has no weights to read; give null"
-            )
-        encoder(run, name, weights)
+    check_encoders(wanted.encoders, run)
     if wanted.segmentation is not None:
         # On the CPU, before any device is taken.
         segmented(wanted.segmentation, to_model_range(run.data.data.images[:2]))
@@ -207,8 +200,8 @@ def judged(
     if seen.members is not None and "members" in kinds:
         doubts |= _of_members(run, seen.members, scorer)
         doubts["members.joint"] = joint(doubts, samples.labels)
-        for name, weights in seen.encoders.items():
-            extractor = encoder(run, name, weights)
+        for name, source in seen.encoders.items():
+            extractor = encoder(run, name, source)
             found = _of_members(run, seen.members, extractor, ("features",))
             doubts |= {f"{k}_{name}": value for k, value in found.items()}
     return doubts
@@ -245,30 +238,6 @@ def joint(doubts: Doubts, labels: Tensor | None) -> Tensor:
     both = torch.stack([doubts[f"members.{name}"].double() for name in JOINT])
     groups = torch.zeros(both.shape[1], dtype=torch.long) if labels is None else labels
     return ranks_within(both, groups).sum(0)
-
-
-def encoder(run: Run, name: str, weights: str | None) -> "FeatureExtractorBase":
-    """A further encoder of ``filtering.encoders``.
-
-    Raises:
-        UserError: for an unknown name, or weights that cannot be had.
-    """
-    from bayesdiff.metrics.features import build_extractor
-
-    if name not in ENCODERS:
-        raise UserError(
-            f"unknown filtering.encoders.{name}; choose from {', '.join(ENCODERS)}; the trained "
-            "classifier is there anyway"
-        )
-    return build_extractor(
-        name,
-        run.data.data,
-        cache_dir="",
-        seed=run.cfg.metrics.seed + 1,
-        weights_path=weights,
-        device=run.device,
-        option=f"filtering.encoders.{name}",
-    )
 
 
 def _of_members(

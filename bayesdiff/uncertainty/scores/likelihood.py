@@ -24,7 +24,7 @@ from bayesdiff.networks.forward_mode import jvp
 from bayesdiff.paths import Coefficient, CondOT, ProbabilityPath, convert
 from bayesdiff.paths.coefficient import at_times, is_one, like
 from bayesdiff.solvers import RK4, Field, Heun, SampleNoise, Step, integrate, time_grid
-from bayesdiff.solvers.grid import log_snr, time_at
+from bayesdiff.solvers.snr import log_snr, time_at
 from bayesdiff.uncertainty.estimator import check_derivative
 
 # Of every s: its time, and (p, q) with dx/ds = p x + q g for the network's output g.
