@@ -21,11 +21,7 @@ def few(items: Iterable[Any], most: int = 8) -> str:
 
 
 def positive(name: str, value: float, cure: str = "give a number above 0") -> float:
-    """Return ``value`` if it is a finite number above zero.
-
-    Raises:
-        UserError: if it is not; the message is one line with name, value and cure.
-    """
+    """Return ``value`` if it is a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{name} must be a number, got {value!r}; {cure}")
     if not math.isfinite(value) or value <= 0:
@@ -34,22 +30,14 @@ def positive(name: str, value: float, cure: str = "give a number above 0") -> fl
 
 
 def at_least(name: str, value: int, least: int = 1) -> int:
-    """Return ``value`` if it is a whole number of at least ``least``.
-
-    Raises:
-        UserError: if it is not; the message is one line with name, value and cure.
-    """
+    """Return ``value`` if it is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
     return value
 
 
 def share(name: str, value: float) -> float:
-    """Return ``value`` if it is a number in [0, 1).
-
-    Raises:
-        UserError: if it is not; the message is one line with name, value and cure.
-    """
+    """Return ``value`` if it is a number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise UserError(f"{name} must be a number from 0 to below 1, got {value!r}")
     return value

@@ -76,11 +76,7 @@ def array_images(
 
 
 def _read(where: Path, mapped: bool) -> dict[str, np.ndarray]:
-    """The arrays by name.
-
-    Raises:
-        UserError: for what is no array file, or cannot be mapped.
-    """
+    """The arrays by name."""
     if not where.exists():
         raise UserError(
             f"data.root={where} does not exist; give an .npz, .npy or a folder of .npy"
@@ -97,11 +93,7 @@ def _read(where: Path, mapped: bool) -> dict[str, np.ndarray]:
 
 
 def _load(path: Path, mapped: bool) -> Any:
-    """One array, or those of a zip.
-
-    Raises:
-        UserError: for a file that cannot be read as plain numbers or text.
-    """
+    """One array, or those of a zip."""
     try:
         found = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         if not isinstance(found, np.lib.npyio.NpzFile):
@@ -115,11 +107,7 @@ def _load(path: Path, mapped: bool) -> Any:
 
 
 def _images(array: np.ndarray) -> Tensor:
-    """``(N, H, W)`` or ``(N, C, H, W)`` as a tensor on the same memory.
-
-    Raises:
-        UserError: for other values than uint8.
-    """
+    """``(N, H, W)`` or ``(N, C, H, W)`` as a tensor on the same memory."""
     if array.dtype.kind not in "biuf" or not array.dtype.isnative:  # others are refused later
         raise UserError(f"images are {array.dtype}; give uint8, values 0 to 255")
     if not array.flags.c_contiguous:
@@ -139,11 +127,7 @@ def _labels(arrays: dict[str, np.ndarray], name: str, where: Path) -> Tensor | N
 
 
 def _classes(arrays: dict[str, np.ndarray], labels: Tensor | None) -> tuple[str, ...]:
-    """Names that are given, else numbers.
-
-    Raises:
-        UserError: for larger numbers than there are images.
-    """
+    """Names that are given, else numbers."""
     if labels is None:
         return ()
     if "classes" in arrays:

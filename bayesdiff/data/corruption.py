@@ -193,11 +193,7 @@ _FIELDS = (
 
 
 def _rebuilt(data: ImageData, labels: Tensor, kept: Tensor | None = None) -> ImageData:
-    """The data set with other labels, or fewer training images, checked and hashed anew.
-
-    Raises:
-        UserError: if a class has no training image any more.
-    """
+    """The data set with other labels, or fewer training images, checked and hashed anew."""
     gone = sorted(set(_labels(data).tolist()) - set(labels.tolist()))
     if gone:
         raise UserError(f"{_WHERE} leaves no image of class {data.classes[gone[0]]}; take fewer")
@@ -217,11 +213,7 @@ def _labels(data: ImageData) -> Tensor:
 
 
 def _numbers(data: ImageData, names: Sequence[str | int], option: str = "classes") -> list[int]:
-    """Labels of classes that are given by name.
-
-    Raises:
-        UserError: for an empty list, an unknown name, or the same class twice.
-    """
+    """Labels of classes that are given by name."""
     if isinstance(names, (str, int)) or not names:
         raise UserError(f"{_WHERE}.{option} must be a list of class names, got {names!r}")
     asked = [str(name) for name in names]

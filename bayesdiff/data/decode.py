@@ -113,12 +113,7 @@ def decode(
 def _decode_like(
     like: str, names: list[str], pixels: Callable[[str], Pixels], where: Path
 ) -> Decoded:
-    """All images, if they are like the one of the name ``like``.
-
-    Raises:
-        UserError: naming one that is not.
-        _Colour: if that is a palette of greys, and another is RGB.
-    """  # noqa: DOC502 - raised in the threads
+    """All images, if they are like the one of the name ``like``."""
     first = pixels(like)
     images = torch.empty((len(names), *first.values.shape), dtype=torch.uint8)
     log.info(

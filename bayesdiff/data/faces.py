@@ -89,11 +89,7 @@ def _splits(base: Path, folder: Path, names: list[str]) -> dict[str, list[str]]:
 
 
 def _attribute(base: Path, folder: Path, names: list[str], attribute: str) -> dict[str, int]:
-    """Whether each image has the attribute, 0 or 1.
-
-    Raises:
-        UserError: without the list, for an unknown attribute, or an image without a line.
-    """
+    """Whether each image has the attribute, 0 or 1."""
     path = _list(base, folder, "list_attr_celeba")
     if path is None:
         raise UserError(
@@ -123,11 +119,7 @@ def _list(base: Path, folder: Path, stem: str) -> Path | None:
 
 
 def _rows(path: Path) -> list[list[str]]:
-    """Words of each line; commas and blanks both separate.
-
-    Raises:
-        UserError: for a file that cannot be read as text.
-    """
+    """Words of each line; commas and blanks both separate."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -135,12 +135,7 @@ def folder_part(base: Path, known: tuple[str, ...] = ()) -> FolderPart:
 
 
 def _check_classes(base: Path, inside: list[str]) -> None:
-    """Refuse folders that are no classes.
-
-    Raises:
-        UserError: for a root one level too high, splits inside classes, and names that no text
-            can hold.
-    """
+    """Refuse folders that are no classes."""
     tops = {n.split("/")[0]: n for n in inside}
     for top in tops:
         try:

@@ -89,11 +89,7 @@ class Framing:
 
 
 def _sides(option: str, given: Any) -> tuple[int, int] | None:
-    """Height and width from one number, or from both.
-
-    Raises:
-        UserError: for what is neither.
-    """
+    """Height and width from one number, or from both."""
     if given is None:
         return None
     if not isinstance(given, Sequence) or isinstance(given, str):

@@ -145,11 +145,7 @@ def _stored(image: Image.Image) -> tuple[str, int]:
 def _deep(
     image: Image.Image, stored: tuple[str, int], content: bytes, name: str
 ) -> np.ndarray | None:
-    """Rounded pixels of a file with more than 8 bits per channel, None of one with 8 or fewer.
-
-    Raises:
-        UserError: for one that Pillow would cut to 8 bits.
-    """
+    """Rounded pixels of a file with more than 8 bits per channel, None of one with 8 or fewer."""
     rawmode, white = stored
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         if "transparency" in image.info:
@@ -171,22 +167,14 @@ def _deep(
 
 
 def _rounded(values: np.ndarray, most: int) -> np.ndarray:
-    """0 ... ``most`` to 0 ... 255, to the nearest.
-
-    Raises:
-        ValueError: for values outside.
-    """
+    """0 ... ``most`` to 0 ... 255, to the nearest."""
     if values.size and (values.min() < 0 or values.max() > most):
         raise ValueError(f"values from {values.min()} to {values.max()}, not 0 to {most}")
     return ((values * 255 + most // 2) // most).astype(np.uint8)
 
 
 def _deep_png(image: Image.Image, content: bytes, name: str) -> np.ndarray:
-    """Pixels of a colour PNG with 16 bits per channel, which torchvision reads whole.
-
-    Raises:
-        UserError: for transparency, and where torchvision was built without PNG.
-    """
+    """Pixels of a colour PNG with 16 bits per channel, which torchvision reads whole."""
     from torchvision.io import ImageReadMode, decode_image
 
     try:
@@ -222,11 +210,7 @@ def _bits(kind: str | None, content: bytes) -> int:
 
 
 def _flat(image: Image.Image, name: str) -> Image.Image:
-    """The picture in mode L or RGB, if that changes no pixel.
-
-    Raises:
-        UserError: for transparent pixels, and modes that a conversion would change.
-    """
+    """The picture in mode L or RGB, if that changes no pixel."""
     mode = image.mode
     if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
         raise UserError(f"{name} has mode {mode}; {_CURE}")

@@ -129,11 +129,7 @@ def _open(path: Path) -> zipfile.ZipFile:
 
 
 def _check_members(archive: zipfile.ZipFile, key: str, names: list[str]) -> None:
-    """Refuse a zip without images, and images that cannot be read as one set.
-
-    Raises:
-        UserError: naming what is wrong.
-    """
+    """Refuse a zip without images, and images that cannot be read as one set."""
     path = archive.filename
     if not names:
         raise UserError(f"{key}={path} holds no images; give a zip of images")
@@ -164,11 +160,7 @@ def _say_folders(path: Path, names: list[str]) -> None:
 
 
 def _read_meta(archive: zipfile.ZipFile, path: Path, files: list[str]) -> Any:
-    """Content of ``dataset.json``, None without one.
-
-    Raises:
-        UserError: if it cannot be read, is there twice, or lies in a folder.
-    """
+    """Content of ``dataset.json``, None without one."""
     found = [n for n in files if n.rpartition("/")[2] == _META]
     if not found:
         return None
@@ -191,11 +183,7 @@ def _unreadable(where: str, error: Exception) -> str:
 
 
 def _labels(meta: Any, where: str, names: list[str]) -> tuple[list[int] | None, tuple[str, ...]]:
-    """Labels in the order of ``names``, and the class names by number.
-
-    Raises:
-        UserError: for content that does not fit the images.
-    """
+    """Labels in the order of ``names``, and the class names by number."""
     try:
         pairs = meta["labels"]
         labels: dict[str, Any] | None = None if pairs is None else dict(pairs)
@@ -219,11 +207,7 @@ def _labels(meta: Any, where: str, names: list[str]) -> tuple[list[int] | None, 
 
 
 def _check_entries(where: str, labels: dict[str, Any], names: list[str], titles: int) -> None:
-    """Every entry is an image with a class number, and every image has one.
-
-    Raises:
-        UserError: naming the first that breaks this.
-    """
+    """Every entry is an image with a class number, and every image has one."""
     present = set(names)
     for entry, label in labels.items():
         if entry not in present:

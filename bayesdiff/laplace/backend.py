@@ -50,11 +50,7 @@ class HeadGGN(CurvatureInterface):
         return self.factor * self.lossfunc(out.reshape(y.shape), y)
 
     def _head(self) -> nn.Module:
-        """The head in the model laplace-torch was given.
-
-        Raises:
-            UserError: if the model is anything else, or not all of its weights are treated.
-        """
+        """The head in the model laplace-torch was given."""
         inside = list(self.model) if isinstance(self.model, nn.Sequential) else [self.model]
         if self.likelihood != "regression" or self.subnetwork_indices is not None:
             raise UserError("HeadGGN treats likelihood=regression and subset_of_weights=all only")

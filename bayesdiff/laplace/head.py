@@ -67,11 +67,7 @@ class HeadGeometry:
 
 
 def _check_conv(head: nn.Conv2d) -> None:
-    """Refuse every convolution that is not stride 1, dense, zero-padded and size-preserving.
-
-    Raises:
-        UserError: if it is not; the line names every wrong setting.
-    """
+    """Refuse every convolution that is not stride 1, dense, zero-padded and size-preserving."""
     k = head.kernel_size[0]
     same = ("same", (k // 2, k // 2)) + (("valid",) if k == 1 else ())
     wrong = [

@@ -204,11 +204,7 @@ def whole_of(module: Any) -> Any:
 
 
 def _checked(likelihood: Likelihood, prediction: str) -> Likelihood:
-    """The likelihood, if it is one and has a law for this prediction.
-
-    Raises:
-        UserError: if not.
-    """
+    """The likelihood, if it is one and has a law for this prediction."""
     if not hasattr(likelihood, "predictions"):
         raise UserError(
             f"model.likelihood={likelihood!r} is no likelihood; choose it by name, as in "

@@ -128,11 +128,7 @@ class Adapter(nn.Module):
         return (y,)
 
     def _truth(self, shape: Sequence[int], kind: str) -> Tensor:
-        """What the module gives before anything of it is replaced.
-
-        Raises:
-            UserError: if it does not run, or gives no tensor.
-        """
+        """What the module gives before anything of it is replaced."""
         try:
             output = self._once(self.module, shape)
         except (IndexError, RuntimeError, ValueError, TypeError, StopIteration) as error:

@@ -227,11 +227,7 @@ def _groups(channels: int) -> int:
 
 
 def _check_size(image_size: int | Sequence[int], divisor: int) -> None:
-    """Refuse images that the levels cannot halve.
-
-    Raises:
-        UserError: naming the size and what it must be divisible by.
-    """
+    """Refuse images that the levels cannot halve."""
     sides = (image_size,) if isinstance(image_size, int) else tuple(image_size)
     if any(side % divisor for side in sides):
         raise UserError(
@@ -243,11 +239,7 @@ def _check_size(image_size: int | Sequence[int], divisor: int) -> None:
 def _check_options(
     channels: Sequence[int], attention: bool, head_kernel: int, dropout: float
 ) -> None:
-    """Refuse what would only fail in the first forward pass, or after training.
-
-    Raises:
-        UserError: for widths, a head kernel or a dropout that cannot work.
-    """
+    """Refuse what would only fail in the first forward pass, or after training."""
     if isinstance(channels, int):
         raise UserError(f"net.channels={channels} is one number; give a list, like [64,128]")
     if not channels:

@@ -74,11 +74,7 @@ def _require_local(name: str, value: str) -> None:
 
 
 def _require_folder(name: str, folder: Path) -> None:
-    """Refuse a folder that is, or lies below, a file.
-
-    Raises:
-        UserError: naming the file.
-    """
+    """Refuse a folder that is, or lies below, a file."""
     for place in (folder, *folder.parents):
         if place.is_dir():
             return

@@ -83,11 +83,7 @@ def check_trainer(trainer: DictConfig) -> None:
 
 
 def _check_limits(trainer: DictConfig) -> None:
-    """Refuse a training without an end, or of no batch.
-
-    Raises:
-        UserError: one line with the value and the cure.
-    """
+    """Refuse a training without an end, or of no batch."""
     limit = "max_epochs" if trainer.get("max_steps", -1) in (-1, None) else "max_steps"
     at_least(f"trainer.{limit}", trainer[limit])
     if limit == "max_steps" and trainer.get("max_epochs") not in (None, -1):
@@ -105,11 +101,7 @@ def _check_limits(trainer: DictConfig) -> None:
 
 
 def _check_refused(trainer: DictConfig) -> None:
-    """Refuse options under which the later stages would have no weights, or no machine.
-
-    Raises:
-        UserError: one line with the value and the cure.
-    """
+    """Refuse options under which the later stages would have no weights, or no machine."""
     for name in ("fast_dev_run", "barebones"):
         if trainer.get(name):
             raise UserError(
@@ -124,11 +116,7 @@ def _check_refused(trainer: DictConfig) -> None:
 
 
 def _check_plugins(plugins: Any) -> None:
-    """Refuse another writer of checkpoints, which this program could not read or find half of.
-
-    Raises:
-        UserError: one line with the name and the cure.
-    """
+    """Refuse another writer of checkpoints, which this program could not read or find half of."""
     from lightning.pytorch.plugins import CheckpointIO
 
     for options in plugins if isinstance(plugins, list) else [plugins]:
@@ -170,11 +158,7 @@ def check_interval(trainer: DictConfig, batches: int) -> None:
 
 
 def _check_construction(trainer: DictConfig) -> None:
-    """Let Lightning look at the rest.
-
-    Raises:
-        UserError: with Lightning's own reason.
-    """
+    """Let Lightning look at the rest."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from lightning.pytorch.trainer.trainer import Trainer

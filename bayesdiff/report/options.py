@@ -39,11 +39,7 @@ class ReportOptions:
     pdf: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what no figure could show.
-
-        Raises:
-            UserError: one line with the cure.
-        """
+        """Refuse what no figure could show."""
         if not isinstance(self.chosen_by, str):
             raise UserError(f"report.chosen_by must name a score, got {self.chosen_by!r}; {SUM}")
         if self.sorted_by:

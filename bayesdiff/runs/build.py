@@ -170,11 +170,7 @@ _PATHS = ("output_dir", "run_dir", "ckpt_path", "init_from")
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """Refuse a configuration that lacks a part, or has a value in the place of one.
-
-    Raises:
-        UserError: one line with the name and the cure.
-    """
+    """Refuse a configuration that lacks a part, or has a value in the place of one."""
     for name in _GROUPS:
         if not isinstance(found := OmegaConf.select(cfg, name), DictConfig):
             raise UserError(
@@ -199,11 +195,7 @@ def check_groups(cfg: DictConfig) -> None:
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Refuse plain values that no stage could use.
-
-    Raises:
-        UserError: one line with the value and the cure.
-    """
+    """Refuse plain values that no stage could use."""
     seed_of("seed", cfg.seed)
     at_least("data.batch_size", cfg.data.batch_size)
     for name in ("fit", "data.flip", "dry_run"):

@@ -77,11 +77,7 @@ def check_callbacks(run: Run) -> dict[str, Callback]:
 
 
 def _named(cfg: DictConfig, folder: Path) -> dict[str, Callback]:
-    """Callbacks by their names in the configuration.
-
-    Raises:
-        UserError: for options that one does not take.
-    """
+    """Callbacks by their names in the configuration."""
     found: dict[str, Callback] = {}
     for name, options in (cfg.callbacks or {}).items():
         if not options:
@@ -112,11 +108,7 @@ def _named(cfg: DictConfig, folder: Path) -> dict[str, Callback]:
 
 
 def _check_best(run: Run) -> None:
-    """Refuse to choose by a validation that there will not be.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Refuse to choose by a validation that there will not be."""
     if not is_overridden("validation_step", run.model, L.LightningModule):
         raise UserError(
             f"sample_from=best chooses by val/loss, and {type(run.model).__name__} has no "
@@ -131,11 +123,7 @@ def _check_best(run: Run) -> None:
 
 
 def _check_monitors(run: Run, named: Mapping[str, Callback]) -> None:
-    """Refuse to watch what nobody logs, where everybody who logs something is known.
-
-    Raises:
-        UserError: one line with the name and the cure.
-    """
+    """Refuse to watch what nobody logs, where everybody who logs something is known."""
     own = [c for c in named.values() if not type(c).__module__.startswith(_KNOWN)]
     if type(run.model) is not GenerativeModel or own:
         return
@@ -157,11 +145,7 @@ def _check_monitors(run: Run, named: Mapping[str, Callback]) -> None:
 
 
 def _check_checkpoint(name: str, callback: ModelCheckpoint, folder: Path, best: bool) -> None:
-    """Refuse a callback that would write over the run's own checkpoints, or writes nothing.
-
-    Raises:
-        UserError: one line with the name and the cure.
-    """
+    """Refuse a callback that would write over the run's own checkpoints, or writes nothing."""
     own = {LAST, BEST} if best else {LAST}
     written = {f"{callback.filename}{callback.FILE_EXTENSION}"}
     if callback.save_last:

@@ -148,11 +148,7 @@ class RunCheckpoints(Checkpoint):
         return done or rule_of(trainer) is not None
 
     def _heed(self, trainer: L.Trainer) -> bool:
-        """Keep the place where the training stops here, and say whether it does.
-
-        Raises:
-            SIGTERMException: where the process is told to end.
-        """
+        """Keep the place where the training stops here, and say whether it does."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or self._has_all(trainer):
             return False  # the end of the epoch is kept
         cut = is_cut(trainer)

@@ -90,11 +90,7 @@ def record_of(run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def _trained(
     run: Run, laplace: LastLayerLaplace, resume: Path | None, begun: int
 ) -> dict[str, Any]:
-    """Train to the end, from step ``begun``, and return what was measured.
-
-    Raises:
-        UserError: if something cut the training before its end; the same command continues.
-    """
+    """Train to the end, from step ``begun``, and return what was measured."""
     started = time.perf_counter()
     trainer, checkpoints = train(run, laplace, resume)
     far = how_far(run, trainer, checkpoints)
@@ -188,11 +184,7 @@ def resume_from(run: Run, last: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _take_best(run: Run, path: Path, own: Path) -> None:
-    """Bring the best checkpoint so far, which lies beside the one to continue, to its place.
-
-    Raises:
-        UserError: if it is not there, or that of another run.
-    """
+    """Bring the best checkpoint so far, which lies beside the one to continue, to its place."""
     there = path.with_name(BEST)
     if not there.is_file() or note_of(read_checkpoint(there)).get("key") != run.key:
         raise UserError(

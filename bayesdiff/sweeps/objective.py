@@ -125,11 +125,7 @@ def _moves(place: str, objective: str) -> bool:
 
 
 def _check_made(objective: str, config: DictConfig, keys: list[str]) -> None:
-    """Whether cells of this configuration have such a metric.
-
-    Raises:
-        UserError: if they have none.
-    """
+    """Whether cells of this configuration have such a metric."""
     # With all that it needs: not before a search begins.
     from bayesdiff.studies.study import makes_a_study, open_places
 

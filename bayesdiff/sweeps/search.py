@@ -190,11 +190,7 @@ class Search:
         log.info("trial %d: %s %.4g, best %.4g", *what)
 
     def _explain(self, trial: "FrozenTrial") -> None:
-        """Say why a trial has no value.
-
-        Raises:
-            UserError: if its cell is done and has no such metric: no other will have it either.
-        """
+        """Say why a trial has no value."""
         key = key_of(sorted([*self.fixed, *self.cell(trial)]))
         row = read_json(self.folder / "cells" / f"{key}.json") or {}
         metrics = row.get("metrics", {})

@@ -92,11 +92,7 @@ def _number(given: Any) -> int:
 
 
 def _class(label: Any, classes: Sequence[str], count: int) -> int:
-    """Number of a class, given by it or by its name.
-
-    Raises:
-        UserError: for another one.
-    """
+    """Number of a class, given by it or by its name."""
     number = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < count
     named = None if isinstance(label, bool) or str(label) not in classes else str(label)
     if named is not None and not number:  # text, or a number that no class has

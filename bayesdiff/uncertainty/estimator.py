@@ -179,11 +179,7 @@ class Estimator(ABC):
         return self
 
     def _check_chosen(self) -> None:
-        """Refuse classes or numbers that are no list, or both.
-
-        Raises:
-            UserError: one line with the cure.
-        """
+        """Refuse classes or numbers that are no list, or both."""
         if self.labels is not None:
             listed("uncertainty.labels", self.labels, "[3,5]")
         if self.numbers is not None:
@@ -195,11 +191,7 @@ class Estimator(ABC):
             )
 
     def _check_times(self) -> None:
-        """Refuse times where there is nothing to record.
-
-        Raises:
-            UserError: if they are no list of numbers in (0, 1).
-        """
+        """Refuse times where there is nothing to record."""
         given = self.times
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise UserError(
@@ -213,11 +205,7 @@ class Estimator(ABC):
                 )
 
     def _check_validation(self) -> None:
-        """Refuse a comparison that could not be made.
-
-        Raises:
-            UserError: for bad values, or fewer maps than are to be compared.
-        """
+        """Refuse a comparison that could not be made."""
         if not isinstance(self.validate, bool):
             raise UserError(f"uncertainty.validate must be true or false, got {self.validate!r}")
         at_least("uncertainty.validate_images", self.validate_images, 3)

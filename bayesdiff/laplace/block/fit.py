@@ -63,11 +63,7 @@ def check_subset(subset: str, structure: str, sigma_noise: float | str, probes: 
 
 
 def check_block(net: Network, images: int) -> None:
-    """Refuse a network without a last block, or too few images for its factors.
-
-    Raises:
-        UserError: one line with the cure.
-    """
+    """Refuse a network without a last block, or too few images for its factors."""
     block_layers(net)
     if images < _FEWEST_IMAGES:
         raise UserError(

@@ -177,11 +177,7 @@ class Filtering(ScoreOptions, Study):
 
 
 def _check_keep(wanted: Filtering, run: Run) -> None:
-    """Refuse shares that discard no image, or keep too few of a class to judge.
-
-    Raises:
-        UserError: one line with the cure.
-    """
+    """Refuse shares that discard no image, or keep too few of a class to judge."""
     groups = run.model.num_classes or 1
     each = wanted.num_images // groups
     what = f"{each} images" + (" of each class" if groups > 1 else "")

@@ -97,11 +97,7 @@ class HeadChain(Study):
         self._check_memory(run)
 
     def _check_memory(self, run: Run) -> None:
-        """Refuse draws, or a step of all chains over all images, that would take too much.
-
-        Raises:
-            UserError: naming the options that make them large.
-        """
+        """Refuse draws, or a step of all chains over all images, that would take too much."""
         head: Any = run.model.net.head
         kept = 8 * self.chains * self.draws * len(head.weight) * HeadGeometry.of(head).size
         values = run.data.data.images[0].numel()

@@ -87,11 +87,7 @@ class RedrawOptions:
         self._check_images()
 
     def _check_images(self) -> None:
-        """Refuse numbers that are none, or that have no box.
-
-        Raises:
-            UserError: one line with the cure.
-        """
+        """Refuse numbers that are none, or that have no box."""
         if self.images is None:
             return
         for number in listed("repair.images", self.images, "[3,17,42]"):

@@ -74,11 +74,7 @@ class Repair(RedrawOptions, Study):
         images_at_once(self._batches(estimator), solver, run.model, shape, "lower repair.draws")
 
     def _check_times(self, run: Run, solver: Solver, own: Estimator) -> None:
-        """Refuse times that leave nothing to finish, or fall on the same step.
-
-        Raises:
-            UserError: one line with the cure.
-        """
+        """Refuse times that leave nothing to finish, or fall on the same step."""
         skip = own.skip_interval if isinstance(own, Members) else 1  # they record at their steps
         ends = solver.times(run.model.path, skip)[1:]
         found = [next(end for end in ends if time <= end + 1e-9) for time in self.from_time]

@@ -95,11 +95,7 @@ class DeepEnsemble(NetworkMembers):
         return replace(self, networks=(own, *others.values()))
 
     def _others(self, own: GenerativeModel, folder: Path | None) -> dict[str, GenerativeModel]:
-        """Members beside the run's own trained network, by the keys of their weights.
-
-        Raises:
-            UserError: if there are none.
-        """
+        """Members beside the run's own trained network, by the keys of their weights."""
         others = self._load(own, self._checkpoints(folder))
         if others.pop(weights_key(own), None) is not None:
             log.info("deep ensemble: one of the members is this run itself")
@@ -141,11 +137,7 @@ class DeepEnsemble(NetworkMembers):
         return found
 
     def _checkpoints(self, folder: Path | None) -> list[Path]:
-        """Checkpoints that the patterns name, without the run of this folder.
-
-        Raises:
-            UserError: if a pattern names nothing, or all of them only this run.
-        """
+        """Checkpoints that the patterns name, without the run of this folder."""
         if not self.members:
             raise UserError(
                 "uncertainty=deep_ensemble needs uncertainty.members, run folders of other seeds "

@@ -88,11 +88,7 @@ class Checkpoints(NetworkMembers):
         return list(snapshots)
 
     def _files(self, folder: Path | None) -> list[Path]:
-        """The run's snapshots.
-
-        Raises:
-            UserError: if there are fewer than 2.
-        """
+        """The run's snapshots."""
         found = [] if folder is None else snapshots_of(folder)
         if len(found) < 2:
             raise UserError(

@@ -94,11 +94,7 @@ class Moments(Estimator):
         self._check_draws()
 
     def _check_draws(self) -> None:
-        """Refuse too few draws for the estimators.
-
-        Raises:
-            UserError: if a variance over the draws, or a pair of them, is not defined.
-        """
+        """Refuse too few draws for the estimators."""
         size = at_least("uncertainty.mc_samples", self.mc_samples)
         paired = self.covariance == "antithetic"
         least = (1 + (self.var_x or self.covariance == "centred")) * (1 + paired)
@@ -219,11 +215,7 @@ class Moments(Estimator):
         return new_mean, without_negative(new) if self.clamp else new
 
     def _check_prediction(self, prediction: str) -> None:
-        """Refuse DDPM's defects where they are not defined.
-
-        Raises:
-            UserError: if the model does not predict noise.
-        """
+        """Refuse DDPM's defects where they are not defined."""
         if not self.ddpm_fix and prediction != "noise":
             raise UserError(
                 "uncertainty.ddpm_fix=false needs a noise predictor, got "
@@ -277,10 +269,6 @@ class TotalVariance(Moments):
 
 
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse an unknown word.
-
-    Raises:
-        UserError: if it is not among the known ones.
-    """
+    """Refuse an unknown word."""
     if value not in known:
         raise UserError(f"unknown {name} {value!r}; choose from {', '.join(known)}")

@@ -131,11 +131,7 @@ def answer_spread(field: Field, x: Tensor, t: float, noise: Tensor) -> tuple[Ten
 
 
 def _chosen(window: tuple[float, float], count: int) -> range:
-    """Numbers of the steps from the window's first share of all to its last.
-
-    Raises:
-        UserError: if there are none.
-    """
+    """Numbers of the steps from the window's first share of all to its last."""
     first, last = window
     chosen = range(round(first * count), round(last * count)) if 0 <= first < last <= 1 else ()
     if not isinstance(chosen, range) or not len(chosen):

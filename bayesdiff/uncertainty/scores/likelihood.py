@@ -150,11 +150,7 @@ def check_likelihood(model: GenerativeModel, num_steps: int = 50) -> None:
 def _plan(
     model: GenerativeModel, num_steps: int, solver: str, grid: str
 ) -> tuple[list[Step], Rates]:
-    """Steps of dx/ds = f and the rates at their places.
-
-    Raises:
-        UserError: for an unknown solver.
-    """
+    """Steps of dx/ds = f and the rates at their places."""
     if solver not in _METHODS:
         raise UserError(f"unknown likelihood solver {solver!r}; choose from {', '.join(_METHODS)}")
     at_least("num_steps", num_steps)
@@ -202,11 +198,7 @@ class _Slope:
 
 
 def _rates(model: GenerativeModel, places: Sequence[float]) -> Rates:
-    """What the network's output means at every s: a flow's time, or ln(alpha / sigma).
-
-    Raises:
-        UserError: where the prediction leaves the velocity open.
-    """
+    """What the network's output means at every s: a flow's time, or ln(alpha / sigma)."""
     s = torch.tensor(places, dtype=torch.float64)
     own_time = model.path.smooth
     t = s if own_time else time_at(model.path, s)

@@ -174,11 +174,7 @@ CONFIDENCE_SCORES: dict[str, ConfidenceScore] = {
 
 
 def _members(values: Tensor) -> Tensor:
-    """The same in float64: features that differ little would vanish in fewer digits.
-
-    Raises:
-        UserError: for fewer than 2 members.
-    """
+    """The same in float64: features that differ little would vanish in fewer digits."""
     if values.shape[1] < 2:
         raise UserError(f"a score of members needs 2 or more of them, got {values.shape[1]}")
     return values.double()

@@ -110,11 +110,7 @@ class Linearised(Estimator):
 
     @torch.no_grad()
     def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
-        """Images of one batch with their first-order variance.
-
-        Raises:
-            ValueError: for a skip interval before ``fit``.
-        """
+        """Images of one batch with their first-order variance."""
         if self.skip_interval > 1 and self.rule is None:
             raise ValueError("a skip interval needs fit(...) before the first batch")
         if self.draws == "all":

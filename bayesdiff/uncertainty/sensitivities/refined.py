@@ -274,11 +274,7 @@ class Refined(Estimator):
 
     @torch.no_grad()
     def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
-        """Images of one batch with their refined variance.
-
-        Raises:
-            ValueError: before ``fit``.
-        """
+        """Images of one batch with their refined variance."""
         if self.fitted is None:
             raise ValueError("refined needs fit(...) before the first batch")
         rule, refiner, shift = self.fitted
