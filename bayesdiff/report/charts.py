@@ -137,7 +137,8 @@ def summed_over_time(
         if "marker" in how:
             low, high = np.nanquantile(summed[:, chosen], (0.25, 0.75), axis=1)
             axes.fill_between(times, low, high, color=how["color"], alpha=0.15, linewidth=0)
-    axes.set(xlabel="solver time t", ylabel=f"summed variance ({units or _squared(samples)})")
+    units = units or f"images in {image_range(samples)}"
+    axes.set(xlabel="solver time t", ylabel=f"summed variance ({units})")
     positive = summed[np.isfinite(summed) & (summed > 0)]
     if spans_decades(positive) and not (summed < 0).any():
         axes.set_yscale("log")
@@ -160,10 +161,6 @@ def _looks(ends: Sequence[float]) -> list[dict[str, Any]]:
         look(chosen[place]) | {"zorder": 3} if place in chosen else grey
         for place in range(len(ends))
     ]
-
-
-def _squared(samples: "Samples") -> str:
-    return f"images in {image_range(samples)}"
 
 
 @style()

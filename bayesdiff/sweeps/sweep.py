@@ -182,7 +182,9 @@ def check_engines(config: DictConfig) -> None:
     if config.hydra.launcher.get("n_jobs") == 0:
         raise UserError("hydra.launcher.n_jobs=0 starts no worker; give 1 or more, or -1 for all")
     devices = config.trainer.devices
-    count = devices if isinstance(devices, int) else len(devices) if _is_list(devices) else 1
+    count = (
+        devices if isinstance(devices, int) else len(devices) if OmegaConf.is_list(devices) else 1
+    )
     if count > 1:
         raise UserError(_one_device(config, devices))
 
@@ -204,10 +206,6 @@ def _is_there(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
-
-
-def _is_list(value: Any) -> bool:
-    return OmegaConf.is_list(value)
 
 
 def _one_device(config: DictConfig, devices: Any) -> str:

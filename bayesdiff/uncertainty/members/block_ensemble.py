@@ -75,7 +75,8 @@ def _moved(model: GenerativeModel, deviations: dict[str, Tensor], head: Tensor) 
     net = cast(nn.Module, member.net)
     for name, deviation in deviations.items():
         layer = net.get_submodule(name)
-        _write(layer, layer_matrix(layer) + deviation.to(_device(layer)))
+        matrix = layer_matrix(layer)
+        _write(layer, matrix + deviation.to(matrix.device))
     _write(member.net.head, head)
     return member
 
@@ -88,10 +89,6 @@ def _write(layer: nn.Module, matrix: Tensor) -> None:
         bias.copy_(matrix[:, -1])
         matrix = matrix[:, :-1]
     weight.copy_(matrix.reshape(weight.shape))
-
-
-def _device(layer: nn.Module) -> torch.device:
-    return cast(Tensor, layer.weight).device
 
 
 def check_block_ensemble(estimator: Estimator, study: str | None = None) -> None:
