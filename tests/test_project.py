@@ -19,7 +19,7 @@ PACKAGE = ROOT / "bayesdiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "checks machine options storage cli data paths likelihoods networks models laplace solvers "
-    "uncertainty metrics report runs studies pipeline sweeps"
+    "uncertainty pretrained metrics report runs studies pipeline sweeps"
 ).split()
 LOOSE = {"__init__", "checks", "cli", "pipeline"}
 

@@ -1,0 +1,1 @@
+"""Networks and schedulers that exist already, such as those of diffusers."""
