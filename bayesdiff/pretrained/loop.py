@@ -45,8 +45,7 @@ def name_of(scheduler: Any) -> str:
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
     """A value of its configuration."""
-    config = getattr(scheduler, "config", None)
-    return config.get(name, default) if hasattr(config, "get") else getattr(config, name, default)
+    return getattr(getattr(scheduler, "config", None), name, default)
 
 
 def check_ready(scheduler: Any, options: Mapping[str, Any]) -> None:
@@ -66,7 +65,8 @@ def check_ready(scheduler: Any, options: Mapping[str, Any]) -> None:
     unset = getattr(scheduler, "num_inference_steps", 1) is None
     if scheduler.timesteps is None or unset and not getattr(scheduler, "custom_timesteps", False):
         raise UserError(f"{name} has no time steps yet; call scheduler.set_timesteps(...) first")
-    if getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", 0):
+    counter: int = getattr(scheduler, "counter", 0)
+    if getattr(scheduler, "step_index", None) is not None or counter > 0:
         raise UserError(
             f"{name} stands in the middle of a loop; call scheduler.set_timesteps(...) again"
         )

@@ -159,15 +159,14 @@ def assembled(
     count = len(relations)
     # x_i = size_i w_i, with w_0 the standard normal noise and w_i the network's input.
     sizes = [trace.start, *(1 / scale for scale in trace.scales[1:]), 1.0]
-    scaled: list[Relation] = []
-    for i, found in enumerate(relations):
-        factors = {"x": lambda k, i=i: sizes[i - k], "g": lambda k: sign, "z": lambda k: 1.0}
-        scaled.append(
-            {
-                (kind, k): _round(weight * factors[kind](k) / sizes[i + 1], tolerance)
-                for (kind, k), weight in found.items()
-            }
-        )
+    scaled = [
+        {
+            (kind, k): _round(weight * unit / sizes[i + 1], tolerance)
+            for (kind, k), weight in found.items()
+            for unit in [{"x": sizes[i - k], "g": sign, "z": 1.0}[kind]]
+        }
+        for i, found in enumerate(relations)
+    ]
     keeps, reads = _kept(scaled, tolerance)
     first = _round(trace.scales[0] * trace.start, tolerance)
     return [
