@@ -14,6 +14,7 @@ from bayesdiff.laplace.block.fit import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.evidence_grid import evidence_curve
 from bayesdiff.laplace.posterior import check_settings
+from bayesdiff.machine.costs import kept_by
 from bayesdiff.machine.progress import stage
 from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.metrics.validation import reference_at_once
@@ -31,6 +32,7 @@ from bayesdiff.runs.processes import check_devices, launch
 from bayesdiff.runs.scores import check_metrics, make_scores
 from bayesdiff.runs.settings import settings
 from bayesdiff.runs.setup import Setup, settings_of
+from bayesdiff.runs.stage_costs import recorded
 from bayesdiff.runs.stages import make_images, make_maps, make_validation
 from bayesdiff.runs.training import fit, weights_in_words
 from bayesdiff.solvers import Solver, plan
@@ -88,7 +90,8 @@ def run(cfg: DictConfig) -> Result:
         this, solver, estimator, laplace = prepare(cfg)
         if is_main_process():
             run_log.write_to(this.folder)
-        return _run(this, solver, estimator, laplace)
+        with recorded(this, solver, estimator):
+            return _run(this, solver, estimator, laplace)
 
 
 def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLaplace) -> Result:
@@ -136,7 +139,8 @@ def make_studies(at: Setup) -> tuple[Path, ...]:
     """Folders of the studies that are asked for, each made once."""
     if not at.run.studies:
         return ()
-    with together(at.run.folder / "studies"), stage("studies"):
+    # What a study takes depends on the pools that others have left.
+    with together(at.run.folder / "studies"), stage("studies"), kept_by(None):
         return tuple(make_study(at, name, study) for name, study in at.run.studies.items())
 
 

@@ -7,48 +7,76 @@ import pytest
 import torch
 from conftest import Compose
 from hand import FLOW
+from torch import nn
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.gram import head_matrix
+from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.laplace.record import Curvature
 from bayesdiff.models import GenerativeModel
 from bayesdiff.report import board, table
 from bayesdiff.solvers import Euler, Heun
-from bayesdiff.sweeps.plan import planner
-from bayesdiff.sweeps.plan.probe import _counted, _posterior, _Stub
+from bayesdiff.sweeps.plan.cells import look
 from bayesdiff.uncertainty import Ensemble, Linearised, Refined, starts_of
 from bayesdiff.uncertainty.few_maps import for_few_maps, training
 
 CPU = torch.device("cpu")
 
 
-def counting(solver, path=FLOW, prediction="velocity"):
-    stub = _Stub(1)
-    model = GenerativeModel(stub, path, prediction, torch.optim.SGD, 3).eval()
-    return stub, starts_of(model, solver, 0, (1, 8, 8), CPU)
+class Stub(nn.Module):
+    """A network of no cost that counts the images it is evaluated at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.count = nn.Conv2d(2, 1, 1), 0
+
+    def features(self, x, t, y=None):
+        self.count += len(x)
+        return torch.cat([x, x.sin()], 1)
+
+    def fold(self, output):
+        return output
+
+    def forward(self, x, t, y=None):
+        return self.head(self.features(x, t, y))
+
+
+def counting(solver):
+    """Such a network, starts with it, and a posterior of its head: no count depends on it."""
+    stub = Stub()
+    model = GenerativeModel(stub, FLOW, "velocity", torch.optim.SGD, 3).eval()
+    geometry, mean = HeadGeometry.of(stub.head), head_matrix(stub.head)
+    gram = 100 * torch.eye(geometry.size, dtype=torch.float64)
+    posterior = HeadPosterior.fit(
+        Curvature(gram, 100, 1, 1.0, 100, mean, "", geometry),
+        structure="full", sigma_noise=1.0, prior_precision=1.0, n_eff=None, rank=None,
+    )  # fmt: skip
+    return stub, starts_of(model, solver, 0, (1, 8, 8), CPU), posterior
 
 
 @pytest.mark.parametrize("solver", [Euler(20), Heun(6), Euler(10, guidance=2.0)])
 def test_what_the_training_costs_is_what_the_network_is_really_asked(solver):
-    stub, starts = counting(solver)
+    stub, starts, posterior = counting(solver)
     refined = Refined(train_images=40, epochs=1, derivative="difference")
-    _, counted = _counted(refined, stub, starts, _posterior(stub))
-    assert training(refined, starts([0])) == pytest.approx(counted, rel=0.05)
+    refined.fit(starts, posterior)
+    assert training(refined, starts([0])) == pytest.approx(stub.count, rel=0.05)
 
 
 @pytest.mark.parametrize("solver", [Euler(20), Heun(6), Euler(10, guidance=2.0)])
 def test_what_an_image_costs_is_what_it_reports(solver):
-    stub, starts = counting(solver)
+    _, starts, posterior = counting(solver)
     for estimator in (
         Ensemble(members=5),
         Refined(train_images=24, epochs=1, derivative="difference"),
     ):
-        ready, _ = _counted(estimator, stub, starts, _posterior(stub))
-        nfe = ready(starts([0]), _posterior(stub)).nfe
+        nfe = estimator.fit(starts, posterior)(starts([0]), posterior).nfe
         assert estimator.evaluations(starts([0])) == pytest.approx(nfe, rel=0.15)
 
 
 def test_the_cheaper_one_is_taken_on_either_side_of_break_even():
-    _, starts = counting(Euler(20))
+    _, starts, _ = counting(Euler(20))
     start = starts([0])
     asked = Refined(times=[0.5], seed=3, units="unit", few_maps="ensemble")
     each = Ensemble(members=16).evaluations(start) - asked.evaluations(start)
@@ -61,7 +89,7 @@ def test_the_cheaper_one_is_taken_on_either_side_of_break_even():
 
 
 def test_who_sets_an_option_of_the_refiner_means_it():
-    _, starts = counting(Euler(20))
+    _, starts, _ = counting(Euler(20))
     for kept in (
         Refined(), Refined(few_maps="ensemble", budget=2.0), Linearised(),
         Ensemble(members=4),
@@ -78,7 +106,7 @@ def test_a_run_with_few_maps_says_what_made_them_everywhere(
     caplog.set_level(logging.INFO, "bayesdiff")
     words = ("uncertainty=auto", "uncertainty.train_images=1000", "uncertainty.epochs=30",
              "metrics.num_images=0")  # fmt: skip
-    cell = planner.look(words, compose(*words))
+    cell = look(words, compose(*words))
     assert "refiner" not in [work.stage for work in cell.works]
     result = pipeline.run(compose(*words))
     (reason,) = {r.getMessage() for r in caplog.records if "in place of refined" in r.getMessage()}

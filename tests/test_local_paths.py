@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.options.local_paths import settle
-from bayesdiff.sweeps.plan import planner
+from bayesdiff.sweeps.plan.cells import look
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_what_is_no_local_path_is_refused_before_any_work(option: str, says: str
     cfg = compose_list(smallest(Path("out"), option))
     with pytest.raises(UserError, match=re.escape(says)):
         pipeline.prepare(cfg)
-    assert says in planner.look([], cfg).error
+    assert says in look([], cfg).error
     assert [path.name for path in Path.cwd().iterdir()] == ["file"]
 
 

@@ -18,7 +18,6 @@ from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT
 from bayesdiff.report import figures
 from bayesdiff.report.sample_grid import SampleGrid
-from bayesdiff.sweeps.plan.estimate import Estimates
 
 
 def model(classes: int | None, **options) -> GenerativeModel:
@@ -179,21 +178,3 @@ def test_the_configuration_lists_the_options_with_their_defaults():
     assert given.pop("_target_") == "bayesdiff.report.sample_grid.SampleGrid"
     parameters = inspect.signature(SampleGrid).parameters
     assert dict(given) == {name: one.default for name, one in parameters.items()}
-
-
-@pytest.mark.parametrize("options", [{"num_steps": 7, "max_images": 5}, {"rows": 1, "grids": 1}])
-def test_an_estimate_counts_the_grids_of_the_callback_itself(options, compose, monkeypatch):
-    from bayesdiff.runs.build import build
-
-    monkeypatch.setattr(Estimates, "probe", lambda *_: SimpleNamespace(training_step=0.0))
-    monkeypatch.setattr(Estimates, "evaluation", lambda *_: 1.0)
-    told = ",".join(f"{name}:{value}" for name, value in options.items())
-    target = "_target_:bayesdiff.report.sample_grid.SampleGrid"
-    asked = f"callbacks.samples={{{target},{told}}}"
-    with_grids, without = (
-        Estimates().training(build(compose("trainer.max_epochs=3", *more)))
-        for more in ([asked], [])
-    )
-    grid = SampleGrid(**options)
-    expected = min(grid.grids, 3) * grid.num_steps * grid.size(10)
-    assert with_grids - without == pytest.approx(expected)

@@ -25,7 +25,6 @@ from bayesdiff.report import plane
 from bayesdiff.report.plane import TIMES
 from bayesdiff.solvers import DDIM, Euler, Heun, integrate
 from bayesdiff.storage.artefacts import read_arrays
-from bayesdiff.sweeps.plan.planner import look
 from bayesdiff.uncertainty import Ensemble, Linearised, Published, TotalVariance, Trajectory
 from bayesdiff.uncertainty.restart import with_state
 
@@ -456,11 +455,3 @@ def test_weights_of_another_space_are_refused(compose: Compose, tmp_path):
     for other in ((), ("space=rotation", "data.space.coder.seed=1")):
         with pytest.raises(UserError, match="was trained with data.space"):
             pipeline.run(compose(*smallest(tmp_path / "other", *taken, *other)))
-
-
-@pytest.mark.parametrize(
-    ("more", "name"), [(POINTS, "data"), (("model=diffusion", "path=vp_per_pixel"), "path")]
-)
-def test_a_plan_says_what_it_knows_nothing_of(compose: Compose, tmp_path, more, name):
-    cell = look((), compose(*overrides(tmp_path, *more, "dry_run=true")))
-    assert f"knows no times of this {name}" in cell.error

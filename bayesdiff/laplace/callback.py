@@ -196,13 +196,19 @@ class LastLayerLaplace(Callback):
 
     def kept(self, model: Any, data: Any) -> HeadPosterior | None:
         """The posterior where all it needs is kept; None where ``fit`` would pass over data."""
+        stored = self.stored(model, data)
+        if None in stored.values():
+            return None
+        return self._settled(model, stored["curvature"], stored.get("block"))
+
+    def stored(self, model: Any, data: Any) -> dict[str, Any]:
+        """What ``fit`` keeps for the model's present weights, by stage; None for what is not."""
         weights = weights_key(model)
-        curvature = self._stored(self.source(weights, data))
-        wider = self.subset == "last_block"
-        place = self.block_path if wider else None
-        factors = stored_factors(place, self._block_source(weights, data))
-        missing = wider and factors is None
-        return self._settled(model, curvature, factors) if curvature and not missing else None
+        found: dict[str, Any] = {"curvature": self._stored(self.source(weights, data))}
+        if self.subset == "last_block":
+            source = self._block_source(weights, data)
+            found["block"] = stored_factors(self.block_path, source)
+        return found
 
     def _curvature(self, model: Any, data: Any, source: str) -> Curvature:
         """What is kept of this source, or a new one."""
@@ -214,7 +220,7 @@ class LastLayerLaplace(Callback):
 
         if (path := self.path) is None:
             return make()
-        file = Artefact(path, source)
+        file = Artefact(path, source, "curvature")
         return file.once(lambda: self._stored(source), make, lambda new: new.save(path))
 
     def _settled(self, model: Any, curvature: Curvature, factors: Any) -> HeadPosterior:

@@ -138,6 +138,7 @@ class _Watch:
         self.terminal = False
         self.last = 0.0
         self.stop = threading.Event()
+        self.evaluations = 0
 
     def push(self, meter: Meter) -> None:
         """Begin a piece of work."""
@@ -236,10 +237,16 @@ def track(
 
 def evaluated(inputs: int) -> None:
     """The network was evaluated at this many images: part of the present item is done."""
+    _watch.evaluations += inputs
     if _watch.open:
         meter = _watch.open[-1]
         meter.work += inputs
         _watch.refresh(meter)
+
+
+def evaluations() -> int:
+    """Images that this process has evaluated the network at so far."""
+    return _watch.evaluations
 
 
 def _bars() -> "Progress | None":

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import check_classifiable
+from bayesdiff.machine.costs import making
 from bayesdiff.machine.device import autocast_dtype
 from bayesdiff.machine.progress import track
 from bayesdiff.storage.checked_file import load_checked, save_checked
@@ -139,16 +140,9 @@ def load_or_train(
         if cached is not None:
             return cached.to(device)
         log.info("classifier of %s: %d passes over %d images", data.name, epochs, len(data.images))
-        network = train_classifier(
-            data.images,
-            data.labels,
-            data.test_images,
-            data.test_labels,
-            data.num_classes,
-            seed=seed,
-            epochs=epochs,
-            device=device,
-        )
+        given = data.images, data.labels, data.test_images, data.test_labels, data.num_classes
+        with making("classifier"):
+            network = train_classifier(*given, seed=seed, epochs=epochs, device=device)
         log.info("classifier of %s: held-out accuracy %.4f", data.name, network.test_accuracy)
         save_classifier(network, path, data=data.name, fingerprint=data.fingerprint)
     return network
@@ -159,6 +153,12 @@ def cache_path(cache_dir: Path | str, fingerprint: str, seed: int, epochs: int) 
     key = json.dumps([ARCHITECTURE, FEATURES, BATCH_SIZE, fingerprint, seed, epochs])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return Path(cache_dir) / f"classifier-{digest}.safetensors"
+
+
+def kept_classifier(cache_dir: Path | str, data: Any, seed: int) -> tuple[Path, bool]:
+    """File of the classifier that ``load_or_train`` would give, and whether it is there, whole."""
+    path = cache_path(cache_dir, data.fingerprint, seed, _epochs(len(data.images)))
+    return path, _read_cache(path) is not None
 
 
 def save_classifier(network: Classifier, path: Path, **notes: str) -> None:

@@ -58,14 +58,14 @@ class Address:
         told, sources = maps_settings(run, estimator), estimator.sources(run)
         maps = key_of(*sampled_from(run, setup.weights), settings_of(posterior), told, *sources)
         asked = key_of(maps, estimator.validate_images, estimator.validate_members)
-        checked = Artefact(run.folder / f"validation-{asked[:8]}.json", asked)
+        checked = Artefact(run.folder / f"validation-{asked[:8]}.json", asked, "validation")
         validated = asked if estimator.validate else None
         cell = key_of(maps, images.key, scored(run), validated, *studies)
         return cls(
             folder=named(run.folder, name, cell_words(run, solver, estimator, posterior), cell),
             images=images,
             scores=scores_at(run, images.key),
-            maps=Artefact(run.folder / f"samples-{name}-{maps[:8]}.npz", maps),
+            maps=Artefact(run.folder / f"samples-{name}-{maps[:8]}.npz", maps, "maps"),
             checked=checked if estimator.validate else None,
             cell=cell,
             setup=setup,
@@ -140,10 +140,10 @@ def _of_posterior(posterior: HeadPosterior) -> dict[str, Any]:
 def images_at(run: Run, solver: Solver, weights: str) -> Artefact:
     """The images for the scores; what they come from has no posterior in it."""
     key = key_of(*sampled_from(run, weights), run.cfg.metrics.num_images)
-    return Artefact(run.folder / f"images-{solver.name}-{key[:8]}.npz", key)
+    return Artefact(run.folder / f"images-{solver.name}-{key[:8]}.npz", key, "images")
 
 
 def scores_at(run: Run, images: str) -> Artefact:
     """The scores of the images with this key, in which the data are."""
     key = key_of(images, scored(run))
-    return Artefact(run.folder / f"scores-{images[:8]}.json", key)
+    return Artefact(run.folder / f"scores-{images[:8]}.json", key, "scores")

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.callback import LastLayerLaplace
+from bayesdiff.machine.costs import peak_memory
 from bayesdiff.models import whole_of
 from bayesdiff.options.trainer import reached
 from bayesdiff.runs.build import Run, plain
@@ -38,6 +40,7 @@ class RunCheckpoints(Checkpoint):
         folder: of both files.
         best: whether to keep the best one too.
         sigterm: knows whether the process is told to end.
+        place: device, processes and threads of the training.
 
     Attributes:
         score: the lowest validation loss so far.
@@ -46,20 +49,33 @@ class RunCheckpoints(Checkpoint):
         ended: whether the training is finished and all of it kept.
     """
 
-    def __init__(self, folder: Path, best: bool, sigterm: SigtermHandler) -> None:
+    def __init__(
+        self, folder: Path, best: bool, sigterm: SigtermHandler, place: dict[str, Any]
+    ) -> None:
         self.folder, self.best, self.sigterm = folder, best, sigterm
+        self.place, self._begun = place, time.perf_counter()
+        self._before: dict[str, Any] = {"seconds": 0.0, **place}
         self.score: float | None = None
         self.cut = self.ended = False
         self.kept_step = 0
         self._postponed = self._ending = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The best validation loss so far."""
-        return {"score": self.score}
+        """The best validation loss so far, and what the training has taken until then."""
+        return {"score": self.score, "cost": self._cost()}
+
+    def _cost(self) -> dict[str, Any]:
+        """Of all commands; no seconds where an earlier one ran elsewhere, or did not count."""
+        before = self._before
+        known = before.get("seconds") is not None and before | self.place == before
+        seconds = before["seconds"] + time.perf_counter() - self._begun if known else None
+        memory = max(before.get("memory", 0.0), peak_memory())
+        return {"seconds": seconds, "memory": memory, **self.place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up again."""
         self.score = state_dict["score"]
+        self._before = state_dict.get("cost", {})
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from bayesdiff.laplace.evidence_grid import EvidenceCurve
+from bayesdiff.machine.costs import making
 from bayesdiff.metrics.validation import Validation
 from bayesdiff.report.loggers import Loggers
 from bayesdiff.report.options import options_of
@@ -60,9 +61,15 @@ def measured(at: Address, samples: Samples) -> Mapping[str, Tensor]:
     figures = figures_of(setup.run.data.space)
     if not figures.measures:
         return {}
-    file = Artefact(setup.run.folder / f"plane-{at.maps.key[:8]}.npz", at.maps.key)
+    file = plane_at(at)
     made_by = setup.starts, setup.estimator, setup.posterior
     return file.arrays(lambda: figures.measure(*made_by, samples, setup.run.folder))
+
+
+def plane_at(at: Address) -> Artefact:
+    """What the figures of the run's space measure beside the samples."""
+    path = at.setup.run.folder / f"plane-{at.maps.key[:8]}.npz"
+    return Artefact(path, at.maps.key, "plane")
 
 
 def report(
@@ -98,7 +105,7 @@ def report(
         return loggers
     if earlier := read_json(path):  # its pictures are about to go
         write_json(path, earlier | {"report": _UNFINISHED})
-    with named_disk(at.folder):
+    with named_disk(at.folder), making("report"):
         board.write(
             at.folder / "tensorboard",
             *(samples, metrics, settings, run.classes),

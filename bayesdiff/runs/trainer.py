@@ -24,6 +24,7 @@ from bayesdiff.runs.callbacks import (
     RunCheckpoints,
     WholeCheckpoints,
 )
+from bayesdiff.runs.stage_costs import machine
 from bayesdiff.runs.stopping import RunTime, SigtermHandler
 from bayesdiff.storage.artefacts import write_text
 from bayesdiff.storage.atomic import named_disk
@@ -57,7 +58,8 @@ def train(
     L.seed_everything(run.cfg.seed, workers=True, verbose=False)
     model, options = shared_out(run)
     best = run.cfg.sample_from == "best"
-    checkpoints = RunCheckpoints(run.folder / "checkpoints", best, SigtermHandler())
+    place = machine(run.device, world_size())
+    checkpoints = RunCheckpoints(run.folder / "checkpoints", best, SigtermHandler(), place)
     trainer = trainer_of(run, laplace, checkpoints, model is not run.model, options)
     try:
         with named_disk(run.folder):

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.callback import LastLayerLaplace
+from bayesdiff.machine.costs import keep
 from bayesdiff.machine.ranks import barrier
 from bayesdiff.options.trainer import reached
 from bayesdiff.runs.build import Run, is_main_process, plain
@@ -62,11 +62,14 @@ def _finish(run: Run, laplace: LastLayerLaplace, last: Path) -> str:
     # A finished one was stopped before fit.json: Lightning would train nothing, and leave the raw
     # weights in place of the averaged ones.
     if not is_finished(kept):
-        measured = _trained(run, laplace, resume, kept.get("global_step", 0))
+        measured = _trained(run, laplace, resume)
         kept = {}
     barrier()
     kept = kept or read_checkpoint(last)
     weights = load_weights(run.model, sampled, kept if sampled == last else None)
+    cost = _state_of(kept).get("cost")
+    if cost:
+        keep("training", cost | {"amount": kept["global_step"]})
     if is_main_process():
         found = {"key": run.key, "checkpoint": sampled.name, "parent": run.parent}
         write_json(
@@ -82,16 +85,14 @@ def record_of(run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "epochs": _epochs_of(checkpoint),
         "steps": checkpoint["global_step"],
+        "seconds": _state_of(checkpoint).get("cost", {}).get("seconds"),
         **({"ended_by": ended} if ended else {}),
         **({"best_val_loss": _best_loss_of(checkpoint)} if best else {}),
     }
 
 
-def _trained(
-    run: Run, laplace: LastLayerLaplace, resume: Path | None, begun: int
-) -> dict[str, Any]:
-    """Train to the end, from step ``begun``, and return what was measured."""
-    started = time.perf_counter()
+def _trained(run: Run, laplace: LastLayerLaplace, resume: Path | None) -> dict[str, Any]:
+    """Train to the end and return what was logged last."""
     trainer, checkpoints = train(run, laplace, resume)
     far = how_far(run, trainer, checkpoints)
     if not checkpoints.ended:
@@ -104,11 +105,7 @@ def _trained(
         raise UserError(f"training cut at {far} by {why}{cure}")
     if ended := rule_of(trainer):
         log.info("fit: ended at %s by %s", far, ended)
-    return {
-        "seconds": round(time.perf_counter() - started, 1),  # of this command
-        "steps_in_seconds": trainer.global_step - begun,
-        **{name: float(value) for name, value in trainer.callback_metrics.items()},
-    }
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def chosen(run: Run) -> str:
@@ -203,5 +200,10 @@ def _epochs_of(checkpoint: Mapping[str, Any]) -> int:
 
 def _best_loss_of(checkpoint: Mapping[str, Any]) -> float | None:
     """The lowest validation loss until then."""
-    states: dict[str, dict[str, float | None]] = checkpoint.get("callbacks") or {}
-    return states.get("RunCheckpoints", {}).get("score")
+    return _state_of(checkpoint).get("score")
+
+
+def _state_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``RunCheckpoints`` knew."""
+    states: dict[str, dict[str, Any]] = checkpoint.get("callbacks") or {}
+    return states.get("RunCheckpoints", {})

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayesdiff.machine.costs import making
 from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.storage.atomic import write_atomic
 from bayesdiff.storage.locks import together
@@ -113,10 +114,12 @@ class Artefact:
     Attributes:
         path: of the file.
         key: what the file must say of itself.
+        stage: under which what it takes to make is kept; empty for a part of another stage.
     """
 
     path: Path
     key: str
+    stage: str = ""
 
     def once(
         self,
@@ -140,7 +143,8 @@ class Artefact:
             if found is not None:
                 log.info("%s: made before", self.path.name)
                 return found
-            made = make()
+            with making(self.stage):
+                made = make()
             if rank() == 0:
                 write(made)
             return made

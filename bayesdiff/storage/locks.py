@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from bayesdiff.machine.costs import making
 from bayesdiff.machine.ranks import rank, total, world_size
 from bayesdiff.storage.atomic import named_disk
 
@@ -111,15 +112,21 @@ def _locked(place: Path, *, mine: bool, shared: bool) -> Generator[None, None, N
 
 def _wait(lock: FileLock | None, place: Path, *, shared: bool) -> None:
     """Return when the lock is there, for all processes if it is shared."""
+    with making("waiting"):  # counts for nothing that is made
+        seconds = _waited(lock, place, shared=shared)
+    if seconds and lock is not None:
+        log.info("the wait for %s is over", place.name)
+
+
+def _waited(lock: FileLock | None, place: Path, *, shared: bool) -> float:
+    """Seconds between two words, 0 where there was no wait."""
     seconds = 0.0
     while True:
         missing = float(lock is not None and not taken(lock, seconds))
         if shared:
             missing = float(total(torch.tensor(missing)))
         if not missing:
-            break
+            return seconds
         if lock is not None and not seconds:
             log.info("waiting for %s, which %s makes", place, holder(lock))
         seconds = _PATIENCE
-    if seconds and lock is not None:
-        log.info("the wait for %s is over", place.name)

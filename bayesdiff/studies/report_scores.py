@@ -82,7 +82,7 @@ def report_scores(at: Address, samples: Samples) -> dict[str, Tensor]:
 
 def scores_of(at: Address) -> Artefact:
     """The file of the scores that the report asks for."""
-    return Artefact(at.folder / SCORES_FILE, scores_key(at.setup.run, at.maps.key))
+    return Artefact(at.folder / SCORES_FILE, scores_key(at.setup.run, at.maps.key), "image_scores")
 
 
 def scores_key(run: Run, maps: str) -> str:

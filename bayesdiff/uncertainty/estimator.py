@@ -104,6 +104,8 @@ class Estimator(ABC):
     differentiates: ClassVar[bool] = False
     # Whether it looks at states as images.
     of_pixels: ClassVar[bool] = False
+    # The stage of ``fit`` whose result stays in the run folder; empty where nothing does.
+    prepares: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         at_least("uncertainty.num_images", self.num_images)
@@ -177,6 +179,12 @@ class Estimator(ABC):
             folder: the run folder, None for none.
         """
         return self
+
+    def prepared(
+        self, start: Trajectory, posterior: HeadPosterior, folder: Path
+    ) -> tuple[str, bool]:
+        """Key of what ``fit`` leaves in the run folder, and whether it is there."""
+        return "", False
 
     def _check_chosen(self) -> None:
         """Refuse classes or numbers that are no list, or both."""

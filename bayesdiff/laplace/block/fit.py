@@ -267,5 +267,5 @@ def factors_of(
 
     if path is None:
         return make()
-    file = Artefact(path, source)
+    file = Artefact(path, source, "block")
     return file.once(lambda: stored_factors(path, source), make, lambda new: new.save(path))

@@ -59,7 +59,7 @@ def end(config: DictConfig) -> None:
             for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
         ]
         hydra.set_config(config)  # some things work in a single run alone
-        refused = planner.show(given, _workers(config))
+        refused = planner.show(given)
     finally:
         hydra.cfg = None
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,9 +76,3 @@ def _configuration(path: Path) -> DictConfig:
     found = OmegaConf.load(path)
     assert isinstance(found, DictConfig)
     return found
-
-
-def _workers(config: DictConfig) -> int | None:
-    """Processes that the launcher starts, where it says so."""
-    jobs = config.hydra.launcher.get("n_jobs")
-    return jobs if isinstance(jobs, int) and jobs > 0 else None

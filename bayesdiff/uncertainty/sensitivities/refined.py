@@ -13,10 +13,8 @@ from bayesdiff.checks import UserError, at_least, positive
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.device import autocast_dtype
 from bayesdiff.machine.progress import track
-from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.storage.artefacts import key_of, weights_key
-from bayesdiff.storage.locks import together
 from bayesdiff.uncertainty.estimator import Estimator, Training
 from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory, check_skip_interval
 from bayesdiff.uncertainty.sensitivities import refiner_file
@@ -94,6 +92,7 @@ class Refined(Estimator):
     name: ClassVar[str] = "refined"
     differentiates: ClassVar[bool] = True
     of_pixels: ClassVar[bool] = True
+    prepares: ClassVar[str] = "refiner"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,24 +153,8 @@ class Refined(Estimator):
             rule, refiner = self.train(starts, near)
         else:
             key = self.key(starts([0]), posterior)
-            path = refiner_file.path_of(folder, key)
-            with together(path):
-                rule, refiner = self._kept(starts, near, path, key)
+            rule, refiner = refiner_file.once(folder, key, lambda: self.train(starts, near))
         return replace(self, fitted=(rule, refiner.to(starts([0]).device), shift))
-
-    def _kept(
-        self, starts: Starts, near: HeadPosterior, path: Path, key: str
-    ) -> tuple[Rule, Refiner]:
-        found = refiner_file.load(path, key)
-        barrier()  # nobody writes before everybody has looked
-        if found is None and rank() == 0:
-            found = self.train(starts, near)
-            refiner_file.save(path, key, *found)
-        barrier()
-        found = found or refiner_file.load(path, key)  # what the first process has trained
-        if found is None:
-            raise UserError(f"{path} vanished; run the same command again")
-        return found
 
     def key(self, start: Trajectory, posterior: HeadPosterior) -> str:
         """Changes with all that rule and refiner depend on; the same for posteriors that share."""
@@ -184,6 +167,13 @@ class Refined(Estimator):
             [numbers, start.solver.guidance, start.noise.seed],
             [*mine, self.train_images, self.epochs, self.seed],
         )
+
+    def prepared(
+        self, start: Trajectory, posterior: HeadPosterior, folder: Path
+    ) -> tuple[str, bool]:
+        """Key of the refiner, and whether it is there."""
+        key = self.key(start, posterior)
+        return key, refiner_file.load(refiner_file.path_of(folder, key), key) is not None
 
     @torch.no_grad()
     def train(self, starts: Starts, posterior: HeadPosterior) -> tuple[Rule, Refiner]:

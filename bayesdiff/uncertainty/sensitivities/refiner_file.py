@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.head import HeadGeometry
 from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.machine.costs import making
+from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.storage.checked_file import load_checked, save_checked
+from bayesdiff.storage.locks import together
 from bayesdiff.uncertainty.sensitivities.predicted_products import Rule
 from bayesdiff.uncertainty.sensitivities.refiner import Refiner
 
@@ -75,6 +79,29 @@ def signature(posterior: HeadPosterior) -> list[str]:
 def path_of(folder: Path, key: str) -> Path:
     """Where the refiner with this key is, in a run folder."""
     return folder / f"refiner-{key}.safetensors"
+
+
+def once(
+    folder: Path, key: str, train: Callable[[], tuple[Rule, Refiner]]
+) -> tuple[Rule, Refiner]:
+    """Rule and refiner with this key, trained by the first process where there are none.
+
+    Raises:
+        UserError: if another process's refiner is not there.
+    """
+    path = path_of(folder, key)
+    with together(path):
+        found = load(path, key)
+        barrier()  # nobody writes before everybody has looked
+        if found is None and rank() == 0:
+            with making("refiner"):
+                found = train()
+            save(path, key, *found)
+        barrier()
+        found = found or load(path, key)  # what the first process has trained
+    if found is None:
+        raise UserError(f"{path} vanished; run the same command again")
+    return found
 
 
 def save(path: Path, key: str, rule: Rule, refiner: Refiner) -> None:
