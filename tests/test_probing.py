@@ -1,13 +1,18 @@
 """Steps found by probing do what the scheduler's own loop does."""
 
+import re
 from copy import deepcopy
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
+from bayesdiff.checks import UserError
 from bayesdiff.pretrained.probing import probed_steps
 from bayesdiff.solvers import integrate
+from bayesdiff.solvers.integrate import held_after
 
 SHAPE = (2, 3, 5, 4)
 
@@ -21,7 +26,7 @@ def made(name, steps=6, **config):
 
 
 def time_of(t):
-    return 1 - t / 1000
+    return min(max(1 - t / 1000, 0.0), 1.0)
 
 
 def network(x, t):
@@ -142,3 +147,182 @@ CASES = [
 )
 def test_steps_do_what_the_scheduler_does(name, config, options):
     assert error(made(name, **config), **options) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "held"),
+    [
+        ("DDIM", {"clip_sample": False}, 0),
+        ("EulerDiscrete", VP, 0),
+        (MULTI, {"algorithm_type": "sde-dpmsolver++", **VP}, 1),
+        ("HeunDiscrete", VP, 1),
+        ("KDPM2AncestralDiscrete", VP, 1),
+        (SINGLE, {"solver_order": 3, **VP}, 1),
+        ("UniPCMultistep", VP, 3),
+        ("LMSDiscrete", VP, 3),
+        ("PNDM", {"skip_prk_steps": True, **VP}, 3),
+    ],
+)
+def test_no_more_is_kept_than_the_method_needs(name, config, held):
+    """An order of k holds k - 1 combinations: of DPM-Solver++ data predictions, not x and g."""
+    steps = probed_steps(made(name, steps=9, **config), time_of)
+    assert max(held_after(steps)) == held
+    assert all(len(step.kept) <= 1 for step in steps)
+    assert all(step.inputs == ((1.0,),) for step in steps[1:])
+
+
+def test_coefficients_are_those_of_the_formula():
+    """DDIM in its textbook form, at float64 to the last digits."""
+    scheduler = made("DDIM", clip_sample=False)
+    squares = scheduler.alphas_cumprod.double().sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+    for step, t in zip(
+        probed_steps(scheduler, time_of), scheduler.timesteps.tolist(), strict=True
+    ):
+        end = t - 1000 // 6
+        alpha, sigma = (float(square[t]) for square in squares)
+        alpha_end, sigma_end = (
+            float(s[end]) if end >= 0 else 1.0 - i for i, s in enumerate(squares)
+        )
+        assert step.output == pytest.approx(
+            (alpha_end / alpha, sigma_end - alpha_end / alpha * sigma), abs=1e-6
+        )
+        assert step.times == (time_of(t),) and step.noise == 0.0
+
+
+def test_ends_are_the_next_evaluations():
+    scheduler = made("HeunDiscrete", **VP)
+    steps = probed_steps(scheduler, time_of)
+    assert [step.times[0] for step in steps] == [time_of(float(t)) for t in scheduler.timesteps]
+    assert [step.end for step in steps] == [*(step.times[0] for step in steps[1:]), 1.0]
+
+
+def test_the_scheduler_stays_as_it_is():
+    scheduler = made(MULTI, **VP)
+    before, shared = deepcopy(vars(scheduler)), torch.get_rng_state()
+    probed_steps(scheduler, time_of)
+    assert str(vars(scheduler)) == str(before)
+    assert torch.equal(torch.get_rng_state(), shared)
+
+
+def test_a_field_of_our_sign():
+    scheduler = made("FlowMatchEulerDiscrete", shift=3.0)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected, _ = own_loop(scheduler, x)
+    steps = probed_steps(scheduler, time_of, -1.0)
+    sample = integrate(lambda x, t: -network(x, t), steps, x, torch.zeros_like)
+    assert torch.allclose(sample, expected, atol=1e-6)
+    assert all(step.output[1] > 0 for step in steps)
+
+
+def test_own_noise_levels():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4))
+    assert error(scheduler) < 1e-6
+    scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    scheduler.set_timesteps(timesteps=[900, 500, 100])
+    assert error(scheduler) < 1e-6
+
+
+class OwnNoise(diffusers.EulerDiscreteScheduler):
+    """Draws from a generator that nobody gave it, as a Brownian tree does."""
+
+    def step(self, *arguments, **options):
+        output = super().step(*arguments, **options)
+        drawn = torch.randn(output.prev_sample.shape, generator=torch.Generator().manual_seed(5))
+        output.prev_sample = output.prev_sample + drawn
+        return output
+
+
+class SharedNoise(diffusers.EulerDiscreteScheduler):
+    def step(self, *arguments, **options):
+        output = super().step(*arguments, **options)
+        output.prev_sample = output.prev_sample + torch.randn(output.prev_sample.shape)
+        return output
+
+
+class TwoDraws(diffusers.EulerDiscreteScheduler):
+    def step(self, output, t, x, generator=None):
+        moved = super().step(output, t, x, generator=generator)
+        for _ in range(2):
+            drawn = randn_tensor(x.shape, generator=generator, dtype=x.dtype)
+            moved.prev_sample = moved.prev_sample + drawn
+        return moved
+
+
+class Squared(diffusers.EulerDiscreteScheduler):
+    def step(self, output, t, x, generator=None):
+        return super().step(output + 1e-3 * output**2, t, x, generator=generator)
+
+
+def ready(scheduler):
+    scheduler.set_timesteps(6)
+    return scheduler
+
+
+AFFINE = "Squared is not affine in its states, outputs and noise; use a solver of ours"
+REFUSED = [
+    (lambda: made("DDIM"), r"DDIMScheduler: clip_sample=True .*; use clip_sample=False"),
+    (lambda: made("DDPM"), r"clip_sample=True .*; use clip_sample=False"),
+    (lambda: made("CMStochasticIterative"), r"clip_denoised=True .*; use clip_denoised=False"),
+    (lambda: made(MULTI, thresholding=True, **VP), r"thresholding=True .*; use thresholding=F"),
+    (
+        lambda: made("DDPM", clip_sample=False, variance_type="learned_range"),
+        r"variance_type=learned_range .*; use variance_type=fixed_small",
+    ),
+    (
+        lambda: made(
+            "DDIM", clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        ),
+        r"first time step 999 has no signal .*; use rescale_betas_zero_snr=False",
+    ),
+    (
+        lambda: made("UniPCMultistep", predict_x0=False),
+        r"has no finite step at time step \d+; .* final_sigmas_type=sigma_min",
+    ),
+    (lambda: made("ScoreSdeVe"), r"correct_steps=0"),
+    (lambda: ready(OwnNoise()), "OwnNoise has a noise source of its own.*; use a solver of ours"),
+    (lambda: ready(SharedNoise()), "SharedNoise has a noise source of its own"),
+    (lambda: ready(TwoDraws()), "TwoDraws has a noise source of its own"),
+    (lambda: ready(Squared()), AFFINE),
+    (lambda: diffusers.DDIMScheduler(), r"call scheduler\.set_timesteps\(\.\.\.\) first"),
+    (object, "object is no scheduler with timesteps and step"),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "message"), REFUSED)
+def test_refusals_name_the_cause_and_the_cure(scheduler, message):
+    with pytest.raises(UserError) as caught:
+        probed_steps(scheduler(), time_of)
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_cures_cure():
+    for scheduler in (
+        diffusers.DDIMScheduler.from_config(diffusers.DDIMScheduler().config, clip_sample=False),
+        diffusers.DDPMScheduler(clip_sample=False, variance_type="fixed_small"),
+    ):
+        assert error(ready(scheduler)) < 1e-12
+    corrected = made("ScoreSdeVe")
+    corrected.register_to_config(correct_steps=0)
+    assert error(corrected) < 1e-6
+
+
+def test_a_loop_that_has_begun_is_refused():
+    scheduler = made("EulerDiscrete", **VP)
+    x = torch.zeros(SHAPE)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    with pytest.raises(UserError, match=r"middle of a loop; call scheduler\.set_timesteps"):
+        probed_steps(scheduler, time_of)
+
+
+def test_bad_arguments():
+    scheduler = made("DDIM", clip_sample=False)
+    with pytest.raises(UserError, match=r"step takes no 'churn'; leave it out of step_kwargs"):
+        probed_steps(scheduler, time_of, step_kwargs={"churn": 1})
+    with pytest.raises(UserError, match=r"prediction_output_sign must be 1 or -1, got 0"):
+        probed_steps(scheduler, time_of, 0)
+    with pytest.raises(
+        UserError, match=r"times_of\(830\) is 830; it must give a time in \[0, 1\]"
+    ):
+        probed_steps(scheduler, lambda t: t)

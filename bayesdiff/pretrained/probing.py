@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.pretrained.doctor import affinity_findings
-from bayesdiff.pretrained.loop import CURE, Trace, attempt, check_ready, name_of, own_noise
+from bayesdiff.pretrained.doctor import affinity_findings, zero_signal
+from bayesdiff.pretrained.loop import (
+    CURE,
+    Trace,
+    attempt,
+    check_ready,
+    name_of,
+    own_noise,
+    setting,
+)
 from bayesdiff.pretrained.relations import alternatives, assembled
 from bayesdiff.solvers.integrate import held_after, integrate
 from bayesdiff.solvers.step import Step
@@ -23,6 +31,7 @@ from bayesdiff.solvers.step import Step
 _DOUBLE = (1e-11, 1e-12, 1e-9)
 _SINGLE = (1e-6, 1e-7, 1e-4)
 _SEEDS = (20, 40)
+_NOT_AFFINE = "is not affine in its states, outputs and noise"
 
 
 def probed_steps(
@@ -55,11 +64,13 @@ def probed_steps(
     """
     options = dict(step_kwargs or {})
     check_ready(scheduler, options)
+    if prediction_output_sign not in {1, -1}:
+        raise UserError(f"prediction_output_sign must be 1 or -1, got {prediction_output_sign!r}")
     trace, proof = (
         _finite(scheduler, attempt(scheduler, seed, options, scale), options)
         for seed, scale in zip(_SEEDS, (1.0, 3.0), strict=True)
     )
-    times = [*map(times_of, trace.times), 1.0]
+    times = [*(_time(times_of, t) for t in trace.times), 1.0]
     for residual, rounding, error in (_DOUBLE, _SINGLE):
         ways = [
             assembled(trace, relations, times, prediction_output_sign, rounding)
@@ -69,6 +80,13 @@ def probed_steps(
         if right:
             return min(right, key=lambda steps: sum(held_after(steps)))
     raise UserError(_refusal(scheduler, options))
+
+
+def _time(times_of: Callable[[float], float], t: float) -> float:
+    time = float(times_of(t))
+    if not 0 <= time <= 1:
+        raise UserError(f"times_of({t:g}) is {time:g}; it must give a time in [0, 1], 1 for data")
+    return time
 
 
 def _finite(scheduler: Any, trace: Trace | str, options: Mapping[str, Any]) -> Trace:
@@ -81,8 +99,10 @@ def _finite(scheduler: Any, trace: Trace | str, options: Mapping[str, Any]) -> T
         raise UserError(_refusal(scheduler, options, f"raised {trace!r}"))
     for place, state in enumerate(trace.states[1:]):
         if not state.isfinite().all():
-            t = trace.times[place]
-            raise UserError(_refusal(scheduler, options, f"has no finite step at time step {t:g}"))
+            why = f"has no finite step at time step {trace.times[place]:g}"
+            if setting(scheduler, "final_sigmas_type") == "zero":
+                why += "; try final_sigmas_type=sigma_min"
+            raise UserError(_refusal(scheduler, options, why))
     return trace
 
 
@@ -110,12 +130,12 @@ def _deviation(steps: list[Step], proof: Trace, sign: float) -> float:
     return max(errors)
 
 
-def _refusal(scheduler: Any, options: Mapping[str, Any], why: str = "is not affine") -> str:
+def _refusal(scheduler: Any, options: Mapping[str, Any], why: str = _NOT_AFFINE) -> str:
     """One line with the cause and the cure."""
-    for finding in affinity_findings(scheduler):
-        return f"{name_of(scheduler)}: {finding.what}, {finding.why}; {finding.cure}"
+    for finding in (*zero_signal(scheduler), *affinity_findings(scheduler)):
+        return f"{name_of(scheduler)}: {finding.what}: {finding.why}; {finding.cure}"
     still = attempt(scheduler, _SEEDS[0], options, 0.0)
     if isinstance(still, Trace) and all(z is None for z in still.noise):
         if torch.stack(still.states).nan_to_num().any():
             return own_noise(scheduler)
-    return f"scheduler {name_of(scheduler)} {why} in states, outputs and noise; {CURE}"
+    return f"{name_of(scheduler)} {why}; {CURE}"

@@ -174,8 +174,7 @@ def assembled(
             times=(times[i],),
             inputs=((first if i == 0 else 1.0,),),
             output=(scaled[i].get(("x", 0), 0.0), scaled[i].get(("g", 0), 0.0)),
-            # The noise is symmetric.
-            noise=abs(scaled[i].get(("z", 0), 0.0)),
+            noise=scaled[i].get(("z", 0), 0.0),
             end=times[i + 1],
             kept=keeps[i],
             history=_history(reads[i], keeps, i),
