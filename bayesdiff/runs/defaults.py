@@ -20,7 +20,7 @@ from bayesdiff.storage.atomic import file_name
 
 # Where files are, what is shown, and how the work is done: nothing a run is told apart by.
 _ASIDE = re.compile(
-    r"(output_dir|run_dir|ckpt_path|init_from|fit|dry_run|process_timeout|logger|report|objective|direction)(\.|$)"
+    r"(output_dir|run_dir|ckpt_path|init_from|fit|dry_run|process_timeout|logger|report|scores|objective|direction)(\.|$)"
     r"|.*\b_(target|partial|convert)_$|uncertainty\.few_maps"
 )
 _MOST = 72  # signs of all settings in a name

@@ -180,4 +180,5 @@ def _code(estimator: Estimator) -> dict[str, str]:
         *(getattr(estimator, field.name) for field in fields(estimator)),
     ]
     kinds = {part if inspect.isroutine(part) else type(part) for part in parts}
-    return code_of([{"_target_": f"{kind.__module__}.{kind.__qualname__}"} for kind in kinds])
+    names = [f"{k.__module__}.{k.__qualname__}" for k in kinds if k.__module__ != "builtins"]
+    return code_of([{"_target_": name} for name in names])

@@ -22,6 +22,7 @@ from bayesdiff.runs.build import Run
 from bayesdiff.runs.scores import judge
 from bayesdiff.storage.source_code import code_of
 from bayesdiff.uncertainty import Samples
+from bayesdiff.uncertainty.scores.of_maps_and_images import MAP_SCORES
 
 PREFIX = "own."
 Given = Mapping[str, Tensor | None]
@@ -51,6 +52,10 @@ class OwnScore:
     def of_map(self) -> bool:
         """Whether it reads the map."""
         return "variance" in self.reads
+
+    def of_estimator(self, estimator: str) -> str:
+        """What it is called where several estimators have maps."""
+        return f"{estimator}.{self.name.removeprefix(PREFIX)}"
 
     @property
     def of_posterior(self) -> bool:
@@ -92,6 +97,8 @@ def own_scores(made: Mapping[str, Any] | None) -> dict[str, OwnScore]:
                 f"scores.{name}={of!r} is no callable; give its _target_, and _partial_: true "
                 "where that is a function"
             )
+        if name in MAP_SCORES:
+            raise UserError(f"scores.{name} has the name of map.{name}; give it another")
         found[f"{PREFIX}{name}"] = OwnScore(f"{PREFIX}{name}", of, _reads(str(name), of))
     return found
 

@@ -1,5 +1,7 @@
 """Scores by which a run's own report chooses and sorts its images: ``report`` in the options."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from bayesdiff.checks import UserError
@@ -11,6 +13,16 @@ from bayesdiff.runs.build import Run
 from bayesdiff.runs.setup import Setup, scored
 from bayesdiff.storage.artefacts import Artefact, key_of
 from bayesdiff.studies.image_pool import ImagePool
+from bayesdiff.studies.own_scores import (
+    OF_CLASSIFIER,
+    OF_MEMBERS,
+    PREFIX,
+    OwnScore,
+    inputs_of,
+    scores_of_run,
+    source_of,
+    try_scores,
+)
 from bayesdiff.studies.scoring import Seen, judged
 from bayesdiff.studies.study import check_judge
 from bayesdiff.uncertainty import Samples
@@ -21,6 +33,8 @@ from bayesdiff.uncertainty.scores.of_members import CONFIDENCE_SCORES, MEMBER_SC
 NLL = "likelihood.bits_per_dim"
 # Kinds that a classifier of the data sees.
 JUDGED = ("classifier", "members", "real")
+# Kinds that see images of posterior trajectories.
+OF_POOL = ("members", "pool")
 NAMES = (
     *(f"map.{name}" for name in MAP_SCORES),
     *(f"image.{name}" for name in IMAGE_SCORES),
@@ -36,22 +50,25 @@ def check_report(run: Run) -> None:
     Raises:
         UserError: for an unknown score, or one that needs what the run lacks.
     """
-    shown = options_of(run.cfg)
+    shown, own = options_of(run.cfg), own_of(run)
     figures_of(run.data.space).check(shown)
+    try_scores(own.values(), run)
     for name in shown.scores:
         option = "chosen_by" if name == shown.chosen_by else "sorted_by"
-        if name not in NAMES or (name == "classifier.off_label" and not run.model.num_classes):
+        known = name in NAMES or name in own
+        if not known or (name == "classifier.off_label" and not run.model.num_classes):
             raise UserError(
-                f"unknown score report.{option}={name}; choose from {', '.join(NAMES)}"
+                f"unknown score report.{option}={name}; choose from {', '.join(NAMES)}, or own.* "
+                "of those that scores= adds"
             )
-        kind = kind_of(name)
+        kinds = reads_of(name, own)
         chosen = [k for k in ("numbers", "labels") if run.cfg.uncertainty.get(k) is not None]
-        if chosen and kind in ("members", "likelihood"):
+        if chosen and kinds & {*OF_POOL, "likelihood"}:
             raise UserError(
                 f"report.{option}={name} is known for samples 0, 1, ... alone; leave "
                 f"uncertainty.{chosen[0]} out, or sort by map.*, image.* or classifier.*"
             )
-        if kind in JUDGED:
+        if kinds & {*JUDGED}:
             check_judge(run, f"report.{option}={name}")
         if name == NLL:
             check_likelihood(run.model, shown.likelihood_steps)
@@ -62,9 +79,27 @@ def kind_of(name: str) -> str:
     return name.partition(".")[0]
 
 
+def own_of(run: Run) -> dict[str, OwnScore]:
+    """Scores of the user's own that the report asks for."""
+    asked = options_of(run.cfg).scores
+    if not any(name.startswith(PREFIX) for name in asked):
+        return {}
+    return {name: own for name, own in scores_of_run(run.cfg).items() if name in asked}
+
+
+def reads_of(name: str, own: Mapping[str, OwnScore]) -> set[str]:
+    """Kinds of what a score reads; ``pool`` are members that no classifier looks at."""
+    if name not in own:
+        return {kind_of(name)}
+    reads = own[name].reads
+    kinds = {"pool": OF_MEMBERS, "classifier": OF_CLASSIFIER, "map": {"variance"}}
+    return {kind for kind, inputs in kinds.items() if reads & inputs} or {"image"}
+
+
 def kinds_of(run: Run) -> set[str]:
     """Of the scores that the report asks for."""
-    return {kind_of(name) for name in options_of(run.cfg).scores}
+    own = own_of(run)
+    return {kind for name in options_of(run.cfg).scores for kind in reads_of(name, own)}
 
 
 def report_scores(at: Address, samples: Samples) -> dict[str, Tensor]:
@@ -94,11 +129,11 @@ def scores_key(run: Run, maps: str) -> str:
     """
     shown, kinds = options_of(run.cfg), kinds_of(run)
     options = {
-        "members": shown.members if "members" in kinds else 0,
+        "members": shown.members if kinds & {*OF_POOL} else 0,
         "likelihood_steps": shown.likelihood_steps if "likelihood" in kinds else 0,
         "judge": [scored(run), run.data.data.fingerprint] if kinds & {*JUDGED} else None,
     }
-    return key_of(maps, shown.scores, options)
+    return key_of(maps, shown.scores, options, *source_of(run.cfg, shown.scores))
 
 
 def _computed(setup: Setup, samples: Samples) -> dict[str, Tensor]:
@@ -115,9 +150,12 @@ def _computed(setup: Setup, samples: Samples) -> dict[str, Tensor]:
     pool = ImagePool(setup, len(images), run.cfg.seed)
     if NLL in shown.scores:
         found[NLL] = pool.likelihood(images, shown.likelihood_steps)["bits_per_dim"]
-    members = pool.members(shown.members) if "members" in kinds else None
+    members = pool.members(shown.members) if kinds & {*OF_POOL} else None
     if rank():
         return {}
     if kinds & {*JUDGED}:
         found |= judged(run, samples, Seen(members), [*kinds])
+    if own := own_of(run):
+        given = inputs_of(own.values(), run, samples, members)
+        found |= {name: score(given) for name, score in own.items()}
     return {name: found[name] for name in shown.scores}

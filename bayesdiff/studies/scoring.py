@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,13 @@ from bayesdiff.runs.build import Run
 from bayesdiff.runs.scores import judge
 from bayesdiff.studies.image_pool import ImagePool, Rows
 from bayesdiff.studies.member_encoders import check_encoders, encoder
+from bayesdiff.studies.own_scores import (
+    OF_MEMBERS,
+    OwnScore,
+    inputs_of,
+    own_scores,
+    try_scores,
+)
 from bayesdiff.uncertainty import Samples
 from bayesdiff.uncertainty.scores.likelihood import check_likelihood
 from bayesdiff.uncertainty.scores.of_maps_and_images import (
@@ -49,6 +57,7 @@ class ScoreOptions:
             masks from the images themselves.
         encoders: beside the trained classifier, of the members' features: names of
             ``named_encoders``, each with its weights file or None, or any name with a callable.
+        own_scores: of the user's own, by name, see ``studies.own_scores``.
     """
 
     members: int = 5
@@ -58,6 +67,7 @@ class ScoreOptions:
     likelihood_steps: int = 20
     segmentation: Callable[[Tensor], Tensor] | None = None
     encoders: Mapping[str, Any] = field(default_factory=dict)
+    own_scores: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse scores that could not be computed.
@@ -90,6 +100,14 @@ class ScoreOptions:
             )
         if self.encoders and not self.members:
             raise UserError("filtering.encoders reads members; give filtering.members, 2 or more")
+        for name, own in self.own.items():
+            if own.reads & OF_MEMBERS and not self.members:
+                raise UserError(f"{name} reads members; give filtering.members, 2 or more")
+
+    @cached_property
+    def own(self) -> dict[str, OwnScore]:
+        """Scores of the user's own."""
+        return own_scores(self.own_scores)
 
 
 @dataclass(frozen=True)
@@ -102,12 +120,14 @@ class Seen:
         segmentation: gives images ``(N, C, H, W)`` a mask of the foreground, see ``segmented``;
             None for one from the image itself.
         encoders: see ``ScoreOptions``.
+        own: scores of the user's own, by their whole names.
     """
 
     members: Tensor | None = None
     known: Mapping[str, Tensor] = field(default_factory=dict)
     segmentation: Callable[[Tensor], Tensor] | None = None
     encoders: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, OwnScore] = field(default_factory=dict)
 
 
 def check_scores(wanted: ScoreOptions, run: Run) -> None:
@@ -119,6 +139,7 @@ def check_scores(wanted: ScoreOptions, run: Run) -> None:
     if wanted.likelihood:
         check_likelihood(run.model, wanted.likelihood_steps)
     check_encoders(wanted.encoders, run)
+    try_scores(wanted.own.values(), run)
     if wanted.segmentation is not None:
         # On the CPU, before any device is taken.
         segmented(wanted.segmentation, to_model_range(run.data.data.images[:2]))
@@ -145,7 +166,7 @@ def seen_of(made: ImagePool, wanted: ScoreOptions, images: Tensor) -> tuple[Seen
         for key, value in rows.items()
         if key != "nfe"
     }
-    return Seen(members, known, wanted.segmentation, wanted.encoders), spent
+    return Seen(members, known, wanted.segmentation, wanted.encoders, wanted.own), spent
 
 
 def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> Doubts:
@@ -175,7 +196,17 @@ def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> D
         doubts["sampler_noise.sum"] = MAP_SCORES["sum"](noise, samples.images)
     doubts |= seen.known
     doubts |= {f"image.{k}": of(samples.images) for k, of in IMAGE_SCORES.items()}
-    return doubts | judged(run, samples, seen)
+    return doubts | judged(run, samples, seen) | _of_own(run, maps, seen)
+
+
+def _of_own(run: Run, maps: Mapping[str, Samples], seen: Seen) -> Doubts:
+    """Scores of the user's own, those of maps for every estimator."""
+    found: Doubts = {}
+    for place, (name, made) in enumerate(maps.items()):
+        asked = [own for own in seen.own.values() if own.of_map or not place]
+        given = inputs_of(asked, run, made.in_model_range(), seen.members)
+        found |= {own.of_estimator(name) if own.of_map else own.name: own(given) for own in asked}
+    return found
 
 
 def judged(

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # How a study's work is cut up.
 _CUT = ("batch_size", "max_memory")
+# Without scores of the user's own a study is what it was before there were any.
+_NO_OWN: tuple[str, dict[str, Any]] = ("own_scores", {})
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def study_keys(at: Setup) -> list[str]:
 def _uncut(options: Any) -> Any:
     """Options without those that say how the work is cut up, in any nesting."""
     if isinstance(options, Mapping):
-        return {k: _uncut(v) for k, v in options.items() if k not in _CUT}
+        return {k: _uncut(v) for k, v in options.items() if k not in _CUT and (k, v) != _NO_OWN}
     return [_uncut(each) for each in options] if isinstance(options, list) else options
 
 

@@ -21,8 +21,8 @@ def choice(
     Args:
         tables: rows of ``gains`` of each seed, two seeds or more.
         keep: share at which is chosen, within classes where there are any.
-        rivals: names of maps that cannot be chosen, as the scores in ``OTHERS`` and the published
-            semantic ones cannot.
+        rivals: names of maps and scores that cannot be chosen, as the scores in ``OTHERS`` and
+            the published semantic ones cannot.
 
     Returns:
         ``best``, the score with the best mean z over all seeds but the last; ``best_on_last``, its
@@ -47,7 +47,7 @@ def choice(
 def _ours(score: str, rivals: Collection[str]) -> bool:
     """Whether a score reads the posterior and is no published one."""
     kind, _, name = score.partition(".")
-    return kind not in (*OTHERS, *rivals) and not name.startswith("semantic")
+    return not {kind, score} & {*OTHERS, *rivals} and not name.startswith("semantic")
 
 
 def _leads(rows: Sequence[Row], best: str) -> list[Row]:

@@ -210,6 +210,11 @@ def _judged(
     return Judged(rows, follows, rule_gains(doubts, few, wanted.rules, **chance))
 
 
+def _rivals(wanted: Filtering) -> set[str]:
+    """Names of maps, and of scores of the user's own, that do not read the run's posterior."""
+    return {*wanted.maps, *(name for name, own in wanted.own.items() if not own.of_posterior)}
+
+
 def _results(
     wanted: Filtering, judged: Sequence[Judged], nfe: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
@@ -229,7 +234,7 @@ def _results(
         "profile": over_seeds([each.profile for each in judged], ["score"], PROFILE),
     }
     if len(tables) > 1:
-        results |= choice(tables, wanted.main_keep, wanted.maps)
+        results |= choice(tables, wanted.main_keep, _rivals(wanted))
     if wanted.rules:
         results["rules"] = over_seeds([e.rules for e in judged], RULE_NAMES, [*_KEPT, *VALUES])
     return results

@@ -1,7 +1,8 @@
 """Alternatives of images: what is drawn anew, and one batch of it by every way from every time."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, listed, seed_of, share
 from bayesdiff.data.spaces import to_uint8
+from bayesdiff.studies.own_scores import OwnScore, own_scores
 from bayesdiff.studies.repair.alternatives import WAYS, Origin, fresh_noise, resample
 from bayesdiff.studies.repair.regions import Region, boxes_of, mask_of, region_of
 from bayesdiff.uncertainty.restart import fresh_start
@@ -48,9 +50,10 @@ class RedrawOptions:
             a mapping of image numbers to boxes, itself or as the path of a YAML or JSON file.
         share: of the pixels that ``map`` takes.
         score: chooses the best in table and figures; ``results.json`` has all ``SCORES``. One of
-            ``OF_MAPS`` gives every candidate a map by the run's estimator, and ``results.json``
+            maps gives every candidate a map by the run's estimator, and ``results.json``
             all of these too: of whole trajectories for ``fresh``, of the rest of the trajectory
             from the state it was left at for the other ways, for the image itself as well.
+        own_scores: see ``studies.own_scores``; those that read members are left out.
         bootstrap: samples of the intervals over images.
         seed: of the noise and the weights that are drawn.
     """
@@ -63,6 +66,7 @@ class RedrawOptions:
     region: Region = None
     share: float = 0.2
     score: str = "classifier.off_label"
+    own_scores: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     bootstrap: int = 1000
     seed: int = 0
 
@@ -80,7 +84,7 @@ class RedrawOptions:
                     "repair.ways=[fresh] for whole samples"
                 )
         _known("repair.ways", self.ways, (*WAYS, FRESH))
-        _known("repair.score", [self.score], (*SCORES, *OF_MAPS))
+        _known("repair.score", [self.score], (*SCORES, *self.of_maps, *self.own_of_images))
         if share("repair.share", self.share) == 0:
             raise UserError("repair.share=0 draws no pixel anew; give a share above 0")
         object.__setattr__(self, "region", region_of(self.region))
@@ -122,7 +126,30 @@ class RedrawOptions:
     @property
     def reads_maps(self) -> bool:
         """Whether every candidate has a map."""
-        return self.score in OF_MAPS
+        return self.score in self.of_maps
+
+    @property
+    def of_maps(self) -> tuple[str, ...]:
+        """Names of the scores of maps, in the order of ``map_scores``."""
+        return (*OF_MAPS, *self.own_of_maps)
+
+    @cached_property
+    def own_of_maps(self) -> dict[str, OwnScore]:
+        """The user's own that read maps, with images and labels alone."""
+        own, known = own_scores(self.own_scores), {"variance", "images", "labels"}
+        return {k: v for k, v in own.items() if v.of_map and v.reads <= known}
+
+    @cached_property
+    def own_of_images(self) -> dict[str, OwnScore]:
+        """The user's own of images and what a classifier says of them."""
+        own = own_scores(self.own_scores).items()
+        return {k: v for k, v in own if not v.of_posterior}
+
+    def map_scores(self, variance: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
+        """All scores of maps, ``(B, K)`` float64; the higher, the more doubtful."""
+        given = {"variance": variance, "images": images, "labels": labels}
+        shipped = [score(variance, images) for score in MAP_SCORES.values()]
+        return torch.stack([*shipped, *(own(given) for own in self.own_of_maps.values())], 1)
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse a box that reaches beyond an image of this size.
@@ -172,7 +199,8 @@ def redraw(
     if FRESH in wanted.ways:
         found |= fresh(origin.start, wanted, mapper)
         if wanted.reads_maps:
-            own = of_maps(samples.variance[places], image.cpu())
+            labels = None if samples.labels is None else samples.labels[places]
+            own = wanted.map_scores(samples.variance[places], image.cpu(), labels)
             found["fresh_scores"] = torch.cat([own[:, None], found["fresh_scores"]], 1)
     return found
 
@@ -191,7 +219,7 @@ def rewound(
         ``draws (B, T, W, n, C, H, W)`` uint8; ``region (B, 1, H, W)`` bool; ``power (B, T)``, the
         variance summed over the region; ``evaluations (B, T, 2)`` of the network to that time, and
         for an alternative from it on, its map included; where maps are read
-        ``scores (B, T, W, 1 + n, K)`` by the ``OF_MAPS``, of the image's own state first.
+        ``scores (B, T, W, 1 + n, K)`` by the scores of maps, of the image's own state first.
     """
     assert samples.requested_times is not None and samples.state_variance is not None
     image, numbers = origin.image, [(wanted.numbers or range(wanted.count))[p] for p in places]
@@ -210,7 +238,7 @@ def rewound(
         power.append(middle.power.flatten().cpu())
         before, after = origin.evaluations(step)
         if wanted.reads_maps:
-            read, of_map = _of_states(origin, step, states, mapper)
+            read, of_map = _of_states(origin, step, states, wanted, mapper)
             scores.append(read)
             after += of_map
         counts.append([before, after])
@@ -224,7 +252,7 @@ def rewound(
 
 
 def _of_states(
-    origin: Origin, step: int, states: Sequence[Tensor], mapper: Mapper
+    origin: Origin, step: int, states: Sequence[Tensor], wanted: RedrawOptions, mapper: Mapper
 ) -> tuple[Tensor, int]:
     """Scores of the maps from states of W ways on, and what a map takes.
 
@@ -232,6 +260,7 @@ def _of_states(
         origin: of the batch.
         step: that the states are left after.
         states: of every way, ``(n, B, C, H, W)``.
+        wanted: gives the scores.
         mapper: the run's estimator with its posterior.
 
     Returns:
@@ -243,7 +272,8 @@ def _of_states(
 
     own = read(origin.states[step])
     ways = [[own, *map(read, each)] for each in states]
-    scores = [[of_maps(made.variance, made.images) for made in way] for way in ways]
+    score = wanted.map_scores
+    scores = [[score(made.variance, made.images, made.labels) for made in way] for way in ways]
     return torch.stack([torch.stack(way, 1) for way in scores], 1), own.nfe
 
 
@@ -259,7 +289,7 @@ def fresh(start: Trajectory, wanted: RedrawOptions, mapper: Mapper) -> dict[str,
         begun = fresh_start(start, number, wanted.seed)
         if wanted.reads_maps:
             samples = mapper(begun)
-            scores.append(of_maps(samples.variance, samples.images))
+            scores.append(wanted.map_scores(samples.variance, samples.images, samples.labels))
             images.append(to_uint8(samples.images))
             count = samples.nfe
         else:
@@ -267,8 +297,3 @@ def fresh(start: Trajectory, wanted: RedrawOptions, mapper: Mapper) -> dict[str,
     made = torch.stack(images, 1)
     found = {"fresh": made, "fresh_evaluations": torch.full((len(made),), count)}
     return found | ({"fresh_scores": torch.stack(scores, 1)} if scores else {})
-
-
-def of_maps(variance: Tensor, images: Tensor) -> Tensor:
-    """All scores of maps, ``(B, K)`` float64; the higher, the more doubtful."""
-    return torch.stack([score(variance, images) for score in MAP_SCORES.values()], 1)

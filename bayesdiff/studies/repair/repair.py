@@ -20,6 +20,7 @@ from bayesdiff.runs.stages import made_rows, make_maps
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import Artefact
 from bayesdiff.studies.image_pool import ImagePool
+from bayesdiff.studies.own_scores import try_scores
 from bayesdiff.studies.repair import figures as pictures
 from bayesdiff.studies.repair.alternatives import Origin, weight_draws
 from bayesdiff.studies.repair.redraw import FRESH, RedrawOptions, redraw
@@ -63,6 +64,7 @@ class Repair(RedrawOptions, Study):
             )
         shape = run.data.space.shape
         self.check_size(*shape[1:])
+        try_scores([*self.own_of_maps.values(), *self.own_of_images.values()], run)
         if self.rewinding:
             self._check_times(run, solver, estimator)
         if self.reads_maps and self.rewinding and not estimator.restarts:

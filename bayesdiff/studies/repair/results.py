@@ -20,7 +20,7 @@ from bayesdiff.studies.repair.judged import (
     pick_row,
     probability,
 )
-from bayesdiff.studies.repair.redraw import AMONG, FRESH, OF_MAPS, RedrawOptions
+from bayesdiff.studies.repair.redraw import AMONG, FRESH, RedrawOptions
 from bayesdiff.studies.scoring import doubts_of_images
 from bayesdiff.uncertainty import Samples
 
@@ -82,7 +82,7 @@ def results_of(
     """Numbers of the images, of the alternatives and of the best ones, by time and way."""
     labels = samples.labels
     assert labels is not None  # checked before any work
-    judges = Judges(run, drawn["images"], labels)
+    judges = Judges(run, wanted, drawn["images"], labels)
     rows: list[Row] = []
     picks: list[Row] = []
     first: Redraws | None = None
@@ -130,12 +130,13 @@ class Judges:
 
     Args:
         run: gives the data and the classifiers.
+        wanted: gives the scores of the user's own.
         images: the images themselves, uint8 ``(N, C, H, W)``.
         labels: ``(N,)`` that were asked for.
     """
 
-    def __init__(self, run: Run, images: Tensor, labels: Tensor) -> None:
-        self.labels, self.size = labels, run.cfg.metrics.batch_size
+    def __init__(self, run: Run, wanted: RedrawOptions, images: Tensor, labels: Tensor) -> None:
+        self.wanted, self.labels, self.size = wanted, labels, run.cfg.metrics.batch_size
         self.extractor, self.reference = judge(run)
         self.scorer, _ = judge(run, run.cfg.metrics.seed + 1)
         self.images = self._read(images[:, None])
@@ -147,7 +148,7 @@ class Judges:
         named = ("quality", "right", "features", "pixels")
         doubts = {name: value for name, value in read.items() if name not in named}
         if cell.scores is not None:
-            doubts |= dict(zip(OF_MAPS, cell.scores.unbind(-1), strict=True))
+            doubts |= dict(zip(self.wanted.of_maps, cell.scores.unbind(-1), strict=True))
         judged = pool(read["features"].flatten(0, 1), self.reference)
         return Redraws(**{name: read[name] for name in named}, judged=judged, doubts=doubts)
 
@@ -158,9 +159,12 @@ class Judges:
         flat, asked = images.flatten(0, 1), self.labels.repeat_interleave(images.shape[1])
         read = extract(self.extractor, flat, self.size)
         quality, right = probability(read.logits, asked)
-        logits, seen = extract(self.scorer, flat, self.size).logits, flat.float() / 127.5 - 1
+        scored, seen = extract(self.scorer, flat, self.size), flat.float() / 127.5 - 1
         found = {"quality": quality, "right": right, "features": read.features}
-        found |= {"pixels": seen.flatten(1), **doubts_of_images(seen, logits, asked)}
+        found |= {"pixels": seen.flatten(1), **doubts_of_images(seen, scored.logits, asked)}
+        given = {"images": seen, "labels": asked}
+        given |= {"features": scored.features, "logits": scored.logits}
+        found |= {name: own(given) for name, own in self.wanted.own_of_images.items()}
         return {name: value.unflatten(0, images.shape[:2]) for name, value in found.items()}
 
 
