@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import bayesdiff
@@ -215,3 +216,16 @@ def test_continuous_integration_runs_the_linters_and_the_tests():
     assert script.stat().st_mode & 0o111
     assert "set -euo pipefail" in lines
     assert [line for line in lines if line.startswith("make")] == ["make lint", "make test"]
+
+
+def test_full_names_in_texts_are_there():
+    """What a space says draws and scores it: no import shows these, and no linter sees them."""
+    texts = {
+        node.value
+        for source in SOURCES
+        for node in ast.walk(parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    named = {text for text in texts if re.fullmatch(r"bayesdiff(\.\w+)+", text)}
+    assert {"bayesdiff.runs.scores.PointScores", "bayesdiff.report.plane.PlaneFigures"} <= named
+    assert all(get_object(name) for name in named)
