@@ -103,11 +103,9 @@ def follow(scheduler: Any, seed: int, options: Mapping[str, Any], scale: float =
         for place, t in enumerate(scheduler.timesteps):
             scales.append(input_scale(scheduler, states[-1], t))
             outputs.append(scale * torch.randn(PIXELS, generator=data, dtype=torch.float64))
-            before, shared = generator.clone_state(), torch.get_rng_state()
+            before = generator.clone_state()
             given = outputs[-1].clone(), states[-1].clone()
             states.append(advance(place, given[0], t, given[1], generator).double())
-            if not torch.equal(shared, torch.get_rng_state()):
-                raise UserError(own_noise(scheduler))
             noise.append(drawn(scheduler, before, generator))
     times = tuple(float(t) for t in scheduler.timesteps)
     return Trace(times, start, tuple(scales), states, outputs, noise)
