@@ -88,9 +88,6 @@ def follow(scheduler: Any, seed: int, options: Mapping[str, Any], scale: float =
         seed: of all three.
         options: further arguments of its ``step``.
         scale: standard deviation of the outputs, and of the first state in units of its own.
-
-    Raises:
-        UserError: if it draws noise in a way that cannot be repeated.
     """
     scheduler = on_cpu(scheduler)
     data = torch.Generator().manual_seed(seed)
