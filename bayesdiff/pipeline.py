@@ -13,7 +13,7 @@ from bayesdiff.checks import at_least, seed_of
 from bayesdiff.laplace.block.fit import check_subset
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.evidence_grid import evidence_curve
-from bayesdiff.laplace.posterior import check_settings
+from bayesdiff.laplace.structures import check_settings
 from bayesdiff.machine.costs import kept_by
 from bayesdiff.machine.progress import stage
 from bayesdiff.machine.ranks import barrier, rank

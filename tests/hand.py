@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from bayesdiff.laplace.gradients import gradients
-from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
-from bayesdiff.laplace.posterior import Curvature, HeadPosterior
+from bayesdiff.laplace.gram import gram
+from bayesdiff.laplace.head import HeadGeometry, head_matrix
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.laplace.record import Curvature
 from bayesdiff.metrics.neighbours import neighbours
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
 from bayesdiff.paths import CondOT, VariancePreserving
 from bayesdiff.solvers import DDIM, DDPM, Euler, Heun, SampleNoise, integrate
-from bayesdiff.uncertainty import Trajectory
+from bayesdiff.uncertainty import Start
 from bayesdiff.uncertainty.scores.likelihood import Probes
 
 FLOW, LINEAR = CondOT(), VariancePreserving()
@@ -104,7 +106,7 @@ class Noise(SampleNoise):
 
 
 @dataclass(frozen=True)
-class Timed(Trajectory):
+class Timed(Start):
     """A trajectory on times of its own."""
 
     times: tuple[float, ...] = ()
@@ -118,7 +120,7 @@ class Timed(Trajectory):
 def start_of(model, solver, count=1, shape=(1, 1, 1), first=None, labels=None, times=None):
     noise = Noise(count, shape, first=first)
     if times is None:
-        return Trajectory(model, solver, labels, noise, CPU)
+        return Start(model, solver, labels, noise, CPU)
     return Timed(model, solver, labels, noise, CPU, times=tuple(times))
 
 
@@ -187,7 +189,7 @@ def real_start(net, name):
     solver, path, prediction = SOLVERS[name]
     model = model_of(net, path, prediction, num_classes=3)
     shape = (len(net.head.weight) // net.patch**2, 8, 8)
-    return Trajectory(model, solver, torch.tensor([0, 2]), SampleNoise(1, (4, 7), shape), CPU)
+    return Start(model, solver, torch.tensor([0, 2]), SampleNoise(1, (4, 7), shape), CPU)
 
 
 class Double:

@@ -15,7 +15,7 @@ from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.head import head_matrix
 from bayesdiff.networks import Adapter
 from bayesdiff.solvers import Euler
-from bayesdiff.uncertainty import Trajectory
+from bayesdiff.uncertainty import Start
 from bayesdiff.uncertainty.members.ensemble import Ensemble
 from bayesdiff.uncertainty.sensitivities.linearised import Linearised
 
@@ -91,7 +91,7 @@ def mapped(net, y, covariance, estimator):
     """Images with maps, and the posterior."""
     posterior = posterior_of(net.head, covariance)
     model = model_of(net, num_classes=net.num_classes)
-    start = Trajectory(model, Euler(4), y, Noise(2, SHAPE), CPU)
+    start = Start(model, Euler(4), y, Noise(2, SHAPE), CPU)
     with torch.no_grad():
         return estimator(start, posterior), posterior
 

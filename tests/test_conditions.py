@@ -27,7 +27,7 @@ from bayesdiff.runs.build import build
 from bayesdiff.runs.setup import starts
 from bayesdiff.solvers import Euler
 from bayesdiff.storage.same_kind import kind_of
-from bayesdiff.uncertainty import Trajectory, starts_of
+from bayesdiff.uncertainty import Start, starts_of
 from bayesdiff.uncertainty.members.ensemble import Ensemble
 
 SOURCE = "data.source._target_=own_sources.digits_with_angles"
@@ -146,7 +146,7 @@ def test_maps_of_a_model_with_vectors_are_those_of_its_members(data, model, guid
     solver, numbers = Euler(4, guidance=guidance), [2, 11, 40]
     vectors = model.condition.of_samples(numbers).double()
     noise = Noise(3, (1, 8, 8))
-    start = Trajectory(model, solver, vectors, noise, CPU)
+    start = Start(model, solver, vectors, noise, CPU)
     ensemble = Ensemble(members=5, seed=3)
     with torch.no_grad():
         found = ensemble(start, posterior)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from bayesdiff.cli import explain
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.sources import digits
-from bayesdiff.laplace.posterior import check_settings
+from bayesdiff.laplace.structures import check_settings
 from bayesdiff.options.trainer import SUPPLIED
 from bayesdiff.paths import CondOT, VariancePreserving
 from bayesdiff.report.loggers import Loggers, check_loggers

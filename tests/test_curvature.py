@@ -18,7 +18,7 @@ from bayesdiff.data.module import ImageDataModule
 from bayesdiff.laplace import training_draws as draws_module
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.curvature import fit_curvature
-from bayesdiff.laplace.gram import head_matrix
+from bayesdiff.laplace.head import head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.machine import ranks
 from bayesdiff.models import GenerativeModel

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.gram import HeadGeometry, apply_head, gram, gram_diagonal, head_matrix
+from bayesdiff.laplace.gram import gram, gram_diagonal
+from bayesdiff.laplace.head import HeadGeometry, apply_head, head_matrix
 
 
 def patches(head, features):

@@ -13,7 +13,7 @@ from bayesdiff.paths import VPPerPixel, convert
 from bayesdiff.solvers import Euler, Field, Solver, Step, integrate, plan
 from bayesdiff.solvers.integrate import held_after
 from bayesdiff.solvers.step import check_solver
-from bayesdiff.uncertainty import Ensemble, Linearised, TotalVariance, Trajectory
+from bayesdiff.uncertainty import Ensemble, Linearised, Start, TotalVariance
 from bayesdiff.uncertainty.memory import images_at_once
 
 # Weights of the slopes, the latest first, of the methods of order 1 to 3.
@@ -80,7 +80,7 @@ SHAPE = (1, 2, 2)
 
 
 def start_of(model, solver, count=2, shape=SHAPE):
-    return Trajectory(model, solver, None, Noise(count, shape), CPU)
+    return Start(model, solver, None, Noise(count, shape), CPU)
 
 
 def by_hand_from(start, weights=None):
@@ -161,7 +161,7 @@ def test_the_recursion_carries_all_that_is_held(solver):
             scale = (1 - 1 / 8) ** 0.5
             return lambda: torch.full((1, 1, 1, 1), scale * next(values), dtype=torch.float64)
 
-    start = Trajectory(model, solver, None, Planned(1, (1, 1, 1), first=0.0), CPU)
+    start = Start(model, solver, None, Planned(1, (1, 1, 1), first=0.0), CPU)
     got = float(TotalVariance(8)(start, posterior).variance)
     assert got == pytest.approx(float(state[0, 0]), rel=1e-8)
 
@@ -174,7 +174,7 @@ def test_a_step_of_every_pixel_reaches_back_as_well():
     for c in (speeds, *speeds.view(-1, 1, 1, 1)):
         model = model_of(net, VPPerPixel(speeds=c), "v")
         noise = Noise(1, c.shape, first=0.3)
-        start = Trajectory(model, solver, None, noise, CPU)
+        start = Start(model, solver, None, noise, CPU)
         kinds = Ensemble(members=3), Linearised(draws=3)
         found = []
         for kind in kinds:

@@ -19,8 +19,9 @@ from bayesdiff.data.sources import digits
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.coupled import check_coupled, groups_of
 from bayesdiff.laplace.curvature import batches, fit_curvature
-from bayesdiff.laplace.gram import apply_head, head_matrix
-from bayesdiff.laplace.posterior import Curvature, HeadPosterior
+from bayesdiff.laplace.head import apply_head, head_matrix
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.laplace.record import Curvature
 from bayesdiff.likelihoods import Bernoulli, Categorical, Gaussian
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet

@@ -34,7 +34,7 @@ from torch import nn
 from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.curvature import fit_curvature
-from bayesdiff.laplace.gram import head_matrix
+from bayesdiff.laplace.head import head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
@@ -59,8 +59,8 @@ from bayesdiff.uncertainty import (
     Linearised,
     Published,
     Samples,
+    Start,
     TotalVariance,
-    Trajectory,
     starts_of,
 )
 from bayesdiff.uncertainty.members.ensemble import _SALT
@@ -405,7 +405,7 @@ def test_network_evaluations_are_counted(estimator, solver, nfe, few_pilots):
 
     def start(numbers):
         found = starts(numbers)
-        return Trajectory(model, solver, found.labels, Double(found.noise), CPU)
+        return Start(model, solver, found.labels, Double(found.noise), CPU)
 
     ready = estimator.fit(start, posterior)
     net.calls.clear()
@@ -461,7 +461,7 @@ def test_maps_do_not_depend_on_how_images_are_batched(name, skip, derivative):
 
     def start(numbers):
         noise = Double(SampleNoise(0, list(numbers), (1, 4, 4)))
-        return Trajectory(model, solver, torch.tensor(list(numbers)) % 3, noise, CPU)
+        return Start(model, solver, torch.tensor(list(numbers)) % 3, noise, CPU)
 
     estimator = Linearised(draws=6, skip_interval=skip, derivative=derivative)
     ready = estimator.fit(start, posterior)
@@ -536,9 +536,7 @@ def doubled(starts):
 
     def start(numbers):
         found = starts(numbers)
-        return Trajectory(
-            found.model, found.solver, found.labels, Double(found.noise), found.device
-        )
+        return Start(found.model, found.solver, found.labels, Double(found.noise), found.device)
 
     return start
 

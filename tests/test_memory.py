@@ -10,7 +10,7 @@ from hand import model_of, posterior_of, random_covariance
 from torch import nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.gram import head_matrix
+from bayesdiff.laplace.head import head_matrix
 from bayesdiff.networks import UNet
 from bayesdiff.solvers import Euler, Heun
 from bayesdiff.uncertainty import Ensemble, Published, Samples, TotalVariance, starts_of

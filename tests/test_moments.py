@@ -53,7 +53,7 @@ from bayesdiff.solvers import (
 )
 from bayesdiff.solvers.flow import RungeKutta
 from bayesdiff.solvers.integrate import combine
-from bayesdiff.uncertainty import Published, Samples, TotalVariance, Trajectory
+from bayesdiff.uncertainty import Published, Samples, Start, TotalVariance
 from bayesdiff.uncertainty.recursion.covariance import (
     covariance_between,
     covariance_with_input,
@@ -104,7 +104,7 @@ def exactly(estimator, model, solver, times=None, first=0.0, purposes=1):
     unbiased = estimator.var_x or estimator.covariance == "centred"
     noise = Planned(purposes, unbiased, first, paired)
     if times is None:
-        return Trajectory(model, solver, None, noise, CPU)
+        return Start(model, solver, None, noise, CPU)
     return Timed(model, solver, None, noise, CPU, times=tuple(times))
 
 
@@ -823,7 +823,7 @@ def test_maps_do_not_depend_on_how_images_are_batched(estimator, name):
 
     def run(indices):
         noise = Double(SampleNoise(0, indices, (1, 3, 3)))
-        return estimator(Trajectory(model, solver, None, noise, CPU), posterior)
+        return estimator(Start(model, solver, None, noise, CPU), posterior)
 
     whole = run(range(5))
     joined = Samples.join([run(part) for part in ([0, 1], [2], [3, 4])])

@@ -49,8 +49,8 @@ from bayesdiff.uncertainty import (
     Linearised,
     Published,
     Refined,
+    Start,
     TotalVariance,
-    Trajectory,
     starts_of,
 )
 from bayesdiff.uncertainty.scores.aleatoric import aleatoric
@@ -180,7 +180,7 @@ def both(estimator, solver):
         (PATH, (1, 2, 2)),
         *((VPPerPixel(speeds=c), (1, 1, 1)) for c in SPEEDS.view(-1, 1, 1, 1)),
     ]:
-        start = Trajectory(model_of(net, path, "v"), solver, None, Even(shape), CPU)
+        start = Start(model_of(net, path, "v"), solver, None, Even(shape), CPU)
         found.append(estimator(start, posterior))
     return found[0], found[1:]
 
@@ -262,7 +262,7 @@ TIMES = [k / 5 for k in range(6)]
 
 def coupled_start(net, count=2):
     model = model_of(net, VPPerPixel(speeds=SPEEDS4), "v")
-    return Trajectory(model, DDIM(5), None, Noise(count, (1, 4, 4)), CPU)
+    return Start(model, DDIM(5), None, Noise(count, (1, 4, 4)), CPU)
 
 
 def test_an_ensemble_is_the_spread_of_networks_sampled_one_by_one():
@@ -316,7 +316,7 @@ def trajectories(solver, prediction, count=2):
     net, posterior = coupled()
     for path in (LINEAR, Tensors(LINEAR)):
         model = model_of(net, path, prediction)
-        yield Trajectory(model, solver, None, Noise(count, (1, 4, 4)), CPU), posterior
+        yield Start(model, solver, None, Noise(count, (1, 4, 4)), CPU), posterior
 
 
 @pytest.mark.parametrize(("solver", "prediction"), PAIRS)

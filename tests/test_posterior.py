@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
-from bayesdiff.laplace.posterior import Curvature, HeadPosterior
+from bayesdiff.laplace.gram import gram
+from bayesdiff.laplace.head import HeadGeometry, head_matrix
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.laplace.record import Curvature
 
 
 def patches(head, features):

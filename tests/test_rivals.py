@@ -32,7 +32,7 @@ from torch import nn
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.gram import head_matrix
+from bayesdiff.laplace.head import head_matrix
 from bayesdiff.solvers import DDIM, Euler, SampleNoise
 from bayesdiff.storage.checked_file import save_checked
 from bayesdiff.storage.checkpoints import read_checkpoint
@@ -42,8 +42,8 @@ from bayesdiff.uncertainty import (
     MCDropout,
     Samples,
     Snapshots,
+    Start,
     Swag,
-    Trajectory,
 )
 from bayesdiff.uncertainty.members.base import twin
 from bayesdiff.uncertainty.members.snapshots import read_snapshot, snapshots_of
@@ -254,7 +254,7 @@ def test_maps_do_not_depend_on_how_images_are_batched(estimator):
 
     def run(indices):
         noise = Double(SampleNoise(0, indices, (1, 3, 3)))
-        return chosen(Trajectory(model, Euler(4), None, noise, CPU), posterior)
+        return chosen(Start(model, Euler(4), None, noise, CPU), posterior)
 
     whole = run(range(5))
     joined = Samples.join([run(part) for part in ([0, 1], [2], [3, 4])])

@@ -17,7 +17,7 @@ from bayesdiff.data.points import PointData, moons
 from bayesdiff.data.sources import digits
 from bayesdiff.data.spaces import Latents, Pixels, Plane, Rotation, to_model_range
 from bayesdiff.laplace.curvature import batches, fit_curvature
-from bayesdiff.laplace.gram import head_matrix
+from bayesdiff.laplace.head import head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.metrics.two_samples import energy_distance, sliced_wasserstein
 from bayesdiff.networks import MLP
@@ -25,7 +25,7 @@ from bayesdiff.report import plane
 from bayesdiff.report.plane import TIMES
 from bayesdiff.solvers import DDIM, Euler, Heun, integrate
 from bayesdiff.storage.artefacts import read_arrays
-from bayesdiff.uncertainty import Ensemble, Linearised, Published, TotalVariance, Trajectory
+from bayesdiff.uncertainty import Ensemble, Linearised, Published, Start, TotalVariance
 from bayesdiff.uncertainty.restart import with_state
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def points_start(name, net, count=3, decoder=None):
     solver, path, prediction = SOLVERS[name]
     model = model_of(net, path, prediction, num_classes=2)
     labels = torch.arange(count) % 2
-    return Trajectory(model, solver, labels, Noise(count, net.shape), CPU, decoder)
+    return Start(model, solver, labels, Noise(count, net.shape), CPU, decoder)
 
 
 def mlp(shape=(2,), width=6):
@@ -56,7 +56,7 @@ def mlp(shape=(2,), width=6):
     return net, posterior_of(net.head, covariance), covariance
 
 
-def final(start: Trajectory, weights: torch.Tensor) -> torch.Tensor:
+def final(start: Start, weights: torch.Tensor) -> torch.Tensor:
     """The last state under a head with these weights ``(C_out, P)``, step by step."""
     net, labels = start.model.net, start.condition
     head = {"weight": weights[:, :-1], "bias": weights[:, -1]}
@@ -201,7 +201,7 @@ def test_one_step_of_a_recursion_has_the_predictive_variance_of_points(kind):
     solver, path, prediction = Euler(1), FLOW, "velocity"
     model = model_of(net, path, prediction, num_classes=2)
     labels = torch.tensor([0, 1, 0])
-    start = Trajectory(model, solver, labels, Noise(3, (2,)), CPU)
+    start = Start(model, solver, labels, Noise(3, (2,)), CPU)
     samples = kind()(start, posterior)
     features = net.features(Noise(3, (2,))(), torch.zeros(3), labels)
     phi = torch.cat([features, torch.ones(3, 1)], 1)
@@ -273,11 +273,11 @@ def test_maps_of_rotated_latents_are_those_of_the_model_in_pixels(kind):
     labels = torch.tensor([0, 2])
     for estimator in (Ensemble(members=4), Linearised(draws=8), Linearised(draws="all")):
         latent = estimator(
-            Trajectory(model, Heun(3), labels, Typed(2, (1, 8, 8), dtype), CPU, space.values),
+            Start(model, Heun(3), labels, Typed(2, (1, 8, 8), dtype), CPU, space.values),
             posterior,
         )
         noise = Turned(2, (1, 8, 8), dtype, space.coder)
-        pixel = estimator(Trajectory(pixels, Heun(3), labels, noise, CPU), posterior)
+        pixel = estimator(Start(pixels, Heun(3), labels, noise, CPU), posterior)
         torch.testing.assert_close(latent.images, pixel.images, rtol=tolerance, atol=tolerance)
         scale = float(pixel.variance.max())
         torch.testing.assert_close(
@@ -383,7 +383,7 @@ def test_a_cell_of_the_plane_has_the_variance_of_what_starts_there(monkeypatch):
 
     def starts(numbers):
         labels = torch.tensor(list(numbers)) % 2
-        return Trajectory(model, Euler(4), labels, Noise(len(numbers), (2,)), CPU)
+        return Start(model, Euler(4), labels, Noise(len(numbers), (2,)), CPU)
 
     estimator = Ensemble(members=4, noise_members=0)
     seen = SimpleNamespace(images=torch.zeros(1, 2).double())

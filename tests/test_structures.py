@@ -14,7 +14,8 @@ from bayesdiff.laplace import callback
 from bayesdiff.laplace import training_draws as draws_module
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.gradients import gradients, unfolded
-from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
+from bayesdiff.laplace.gram import gram
+from bayesdiff.laplace.head import HeadGeometry, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.laplace.structures import STRUCTURES

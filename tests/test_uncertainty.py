@@ -29,7 +29,7 @@ from hand import (
 
 from bayesdiff.checks import UserError
 from bayesdiff.solvers import DDIM, DDPM, Euler, Heun, SampleNoise, integrate
-from bayesdiff.uncertainty import Ensemble, Published, Samples, TotalVariance, Trajectory
+from bayesdiff.uncertainty import Ensemble, Published, Samples, Start, TotalVariance
 
 
 def sensitivity(times, slope=M, heun=False):
@@ -270,7 +270,7 @@ def test_maps_do_not_depend_on_how_images_are_batched(estimator):
 
     def run(indices):
         noise = SampleNoise(0, indices, (1, 3, 3))
-        return estimator(Trajectory(model, Euler(4), None, Double(noise), CPU), posterior)
+        return estimator(Start(model, Euler(4), None, Double(noise), CPU), posterior)
 
     whole = run(range(5))
     joined = Samples.join([run(part) for part in ([0, 1], [2], [3, 4])])
@@ -498,7 +498,7 @@ def test_a_coarse_member_gets_the_noise_of_all_the_steps_it_stands_for(solver):
     model = model_of(net, LINEAR, "noise", num_classes=3)
 
     def start():
-        return Trajectory(model, solver, None, SampleNoise(0, range(6), (1, 8, 8)), CPU)
+        return Start(model, solver, None, SampleNoise(0, range(6), (1, 8, 8)), CPU)
 
     estimator = Ensemble(members=2, skip_interval=3, noise_members=0)
     image, members = estimator.images(start(), posterior)

@@ -28,7 +28,7 @@ from bayesdiff.report import board, figures
 from bayesdiff.report.pictures import Pictures
 from bayesdiff.report.validation_callback import ValidateUncertainty
 from bayesdiff.solvers import DDPM, Euler, Heun, SampleNoise
-from bayesdiff.uncertainty import Ensemble, Published, Trajectory
+from bayesdiff.uncertainty import Ensemble, Published, Start
 
 SHAPE = (1, 3, 3)
 
@@ -124,7 +124,7 @@ def test_maps_without_any_variance_give_nan_and_no_error():
 def starts(model, solver):
     def start(numbers):
         noise = Double(SampleNoise(0, list(numbers), SHAPE))
-        return Trajectory(model, solver, None, noise, CPU)
+        return Start(model, solver, None, noise, CPU)
 
     return start
 

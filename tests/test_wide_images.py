@@ -14,7 +14,7 @@ from bayesdiff.laplace.head import head_matrix
 from bayesdiff.networks import UNet
 from bayesdiff.runs.build import build
 from bayesdiff.solvers import Euler
-from bayesdiff.uncertainty import Trajectory
+from bayesdiff.uncertainty import Start
 from bayesdiff.uncertainty.members.ensemble import Ensemble
 from bayesdiff.uncertainty.sensitivities.linearised import Linearised
 
@@ -52,7 +52,7 @@ def image_under(model, noise):
 
 def test_maps_are_those_of_members_one_by_one(model):
     posterior = posterior_of(model.net.head, random_covariance(37, 0.3))
-    start = Trajectory(model, Euler(4), None, Noise(2, SHAPE), CPU)
+    start = Start(model, Euler(4), None, Noise(2, SHAPE), CPU)
     ensemble = Ensemble(members=5, seed=3)
     with torch.no_grad():
         found = ensemble(start, posterior)
@@ -67,7 +67,7 @@ def test_maps_are_those_of_members_one_by_one(model):
 def test_the_linearised_map_is_that_of_the_jacobian(model):
     covariance = random_covariance(37, 0.3)
     posterior = posterior_of(model.net.head, covariance)
-    start = Trajectory(model, Euler(4), None, Noise(1, SHAPE), CPU)
+    start = Start(model, Euler(4), None, Noise(1, SHAPE), CPU)
     with torch.no_grad():
         found = Linearised(draws="all")(start, posterior)
     image = image_under(model, Noise(1, SHAPE)())

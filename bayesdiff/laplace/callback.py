@@ -15,10 +15,10 @@ from bayesdiff.laplace.block.fit import check_block, check_subset, factors_of, s
 from bayesdiff.laplace.block.posterior import BlockPosterior
 from bayesdiff.laplace.block.record import BlockFactors
 from bayesdiff.laplace.curvature import check_pass_of, fit_curvature
-from bayesdiff.laplace.posterior import HeadPosterior, check_settings
+from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.requirements import require_data, require_module
-from bayesdiff.laplace.structures import check_likelihood, check_structure
+from bayesdiff.laplace.structures import check_likelihood, check_settings, check_structure
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.machine.ranks import rank
 from bayesdiff.models.conditions import values_of

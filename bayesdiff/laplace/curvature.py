@@ -11,7 +11,8 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.coupled import check_coupled, coupled_gram, groups_of
 from bayesdiff.laplace.gradients import gradients, unfolded
-from bayesdiff.laplace.gram import HeadGeometry, gram, head_matrix
+from bayesdiff.laplace.gram import gram
+from bayesdiff.laplace.head import HeadGeometry, head_matrix
 from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.laplace.training_draws import Encode, draws_of
 from bayesdiff.likelihoods import Likelihood, likelihood_of

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from bayesdiff.laplace.head import HeadGeometry, apply_head, head_matrix
-
-__all__ = ["HeadGeometry", "apply_head", "gram", "gram_diagonal", "head_matrix"]
+from bayesdiff.laplace.head import HeadGeometry
 
 # Pixels in one float32 sum: 4096 are a tenth faster and 20 times less accurate.
 _PIXELS = 1024

@@ -31,8 +31,6 @@ from bayesdiff.laplace.structures import (
 )
 from bayesdiff.laplace.variance import QuadraticForm
 
-__all__ = ["Curvature", "HeadPosterior", "check_settings"]
-
 
 @dataclass(frozen=True)
 class HeadPosterior:

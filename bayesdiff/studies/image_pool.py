@@ -18,7 +18,7 @@ from bayesdiff.runs.setup import Setup, starts
 from bayesdiff.runs.stages import made_rows, make_maps
 from bayesdiff.storage.artefacts import Artefact, key_of
 from bayesdiff.storage.source_code import code_of
-from bayesdiff.uncertainty import Ensemble, Estimator, Samples, Trajectory
+from bayesdiff.uncertainty import Ensemble, Estimator, Samples, Start
 from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.scores.aleatoric import aleatoric
@@ -72,7 +72,7 @@ class ImagePool:
             range(first, min(first + BLOCK, self.count)) for first in range(0, self.count, BLOCK)
         ]
 
-    def start(self, numbers: Sequence[int]) -> Trajectory:
+    def start(self, numbers: Sequence[int]) -> Start:
         """The samples with these numbers, at their noise."""
         return starts(self.run, self.at.solver, self.seed)(numbers)
 

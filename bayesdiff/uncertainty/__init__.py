@@ -5,9 +5,10 @@ from bayesdiff.uncertainty.members.ensemble import Ensemble
 from bayesdiff.uncertainty.members.snapshots import Snapshots
 from bayesdiff.uncertainty.members.swag import Checkpoints, Swag
 from bayesdiff.uncertainty.recursion.moments import Published, TotalVariance
-from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory, starts_of
+from bayesdiff.uncertainty.samples import Samples
 from bayesdiff.uncertainty.sensitivities.linearised import Linearised
 from bayesdiff.uncertainty.sensitivities.refined import Refined
+from bayesdiff.uncertainty.start import Start, Starts, starts_of
 
 __all__ = [
     "Checkpoints",
@@ -23,6 +24,6 @@ __all__ = [
     "Starts",
     "Swag",
     "TotalVariance",
-    "Trajectory",
+    "Start",
     "starts_of",
 ]

@@ -16,7 +16,8 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver
-from bayesdiff.uncertainty.samples import UNITS, Samples, Starts, Trajectory
+from bayesdiff.uncertainty.samples import UNITS, Samples
+from bayesdiff.uncertainty.start import Start, Starts
 
 # Settings that change no map: how the work is cut up, which samples it is done for, and what is
 # made of it afterwards.
@@ -121,7 +122,7 @@ class Estimator(ABC):
         self._check_validation()
 
     @abstractmethod
-    def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
+    def __call__(self, start: Start, posterior: HeadPosterior) -> Samples:
         """Images of one batch with their variance."""
 
     @abstractmethod
@@ -142,7 +143,7 @@ class Estimator(ABC):
     def copies(self, solver: Solver) -> int:
         """Network inputs per image that are held at once."""
 
-    def evaluations(self, start: Trajectory) -> float | None:
+    def evaluations(self, start: Start) -> float | None:
         """Network evaluations of an image with its map, None where only a batch can tell."""
         return None
 
@@ -180,9 +181,7 @@ class Estimator(ABC):
         """
         return self
 
-    def prepared(
-        self, start: Trajectory, posterior: HeadPosterior, folder: Path
-    ) -> tuple[str, bool]:
+    def prepared(self, start: Start, posterior: HeadPosterior, folder: Path) -> tuple[str, bool]:
         """Key of what ``fit`` leaves in the run folder, and whether it is there."""
         return "", False
 

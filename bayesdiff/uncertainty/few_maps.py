@@ -9,11 +9,11 @@ from dataclasses import fields
 
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.members.ensemble import Ensemble
-from bayesdiff.uncertainty.samples import Trajectory
 from bayesdiff.uncertainty.sensitivities.linearised import evaluations
 from bayesdiff.uncertainty.sensitivities.pilot_images import DRAWS, IMAGES
 from bayesdiff.uncertainty.sensitivities.predicted_products import spread_nodes
 from bayesdiff.uncertainty.sensitivities.refined import TARGET_DRAWS, TARGET_PRODUCTS, Refined
+from bayesdiff.uncertainty.start import Start
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ MEMBERS = 16
 
 
 def for_few_maps(
-    estimator: Estimator, start: Trajectory, maps: int, unfit: str = ""
+    estimator: Estimator, start: Start, maps: int, unfit: str = ""
 ) -> tuple[Estimator, str]:
     """The estimator, or an ensemble of 16 where a refined one costs more network evaluations.
 
@@ -55,7 +55,7 @@ def for_few_maps(
     )
 
 
-def training(refined: Refined, start: Trajectory) -> float:
+def training(refined: Refined, start: Start) -> float:
     """Network evaluations before the first map: pilot, and images to learn from.
 
     The small network's own training is not among them.

@@ -6,7 +6,7 @@ from typing import Self
 from torch import Tensor
 
 from bayesdiff.solvers import SampleNoise, Step
-from bayesdiff.uncertainty.samples import Trajectory
+from bayesdiff.uncertainty.start import Start
 
 # Other noise than alternatives, aleatoric scores and estimators take.
 _FRESH = 5_000_011
@@ -35,7 +35,7 @@ class RestartNoise(SampleNoise):
 
 
 @dataclass(frozen=True)
-class Restart(Trajectory):
+class Restart(Start):
     """The rest of a trajectory as one of its own: any estimator follows the weights from there on.
 
     A map of it is the variance that the posterior adds from that state on; the state itself counts
@@ -48,7 +48,7 @@ class Restart(Trajectory):
     times: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, start: Trajectory, times: list[float], state: Tensor, later: SampleNoise) -> Self:
+    def of(cls, start: Start, times: list[float], state: Tensor, later: SampleNoise) -> Self:
         """From a state of the batch.
 
         Args:
@@ -71,15 +71,13 @@ class Restart(Trajectory):
         return self.solver.steps(self.path, self.model.prediction, times)
 
 
-def with_state(start: Trajectory, state: Tensor) -> Trajectory:
+def with_state(start: Start, state: Tensor) -> Start:
     """The batch from another starting noise ``(B, C, H, W)``; its own was drawn already."""
     noise = RestartNoise(state, start.noise)
-    return Trajectory(
-        start.model, start.solver, start.condition, noise, start.device, start.decoder
-    )
+    return Start(start.model, start.solver, start.condition, noise, start.device, start.decoder)
 
 
-def fresh_start(start: Trajectory, number: int, seed: int) -> Trajectory:
+def fresh_start(start: Start, number: int, seed: int) -> Start:
     """Another sample of the same class in place of each, from noise of its own.
 
     Args:
@@ -88,6 +86,4 @@ def fresh_start(start: Trajectory, number: int, seed: int) -> Trajectory:
         seed: of all of them.
     """
     noise = start.noise.fork(_FRESH + seed * _MOST + number)
-    return Trajectory(
-        start.model, start.solver, start.condition, noise, start.device, start.decoder
-    )
+    return Start(start.model, start.solver, start.condition, noise, start.device, start.decoder)

@@ -21,8 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayesdiff.laplace.backend import HeadGGN
-from bayesdiff.laplace.gram import HeadGeometry, gram, gram_diagonal, head_matrix
-from bayesdiff.laplace.posterior import Curvature, HeadPosterior
+from bayesdiff.laplace.gram import gram, gram_diagonal
+from bayesdiff.laplace.head import HeadGeometry, head_matrix
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.laplace.record import Curvature
 
 SIZES = tuple((features, k) for k in (1, 3) for features in (32, 64, 128))
 BATCH, PIXELS, DRAWS = 64, 28, 100

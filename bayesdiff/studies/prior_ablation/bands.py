@@ -20,9 +20,9 @@ from torch import Tensor
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.evidence_grid import likelihood_precisions, resolved
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.uncertainty.samples import Trajectory
 from bayesdiff.uncertainty.sensitivities.linearised import follow
 from bayesdiff.uncertainty.sensitivities.products import Product
+from bayesdiff.uncertainty.start import Start
 
 # Random directions of a band: with fewer bands the weights spread, with more the draws scatter.
 _PER_BAND = 4
@@ -92,7 +92,7 @@ class Bands:
         )
 
     @torch.no_grad()
-    def follow(self, start: Trajectory, product: Product, turn: int) -> tuple[Tensor, Tensor]:
+    def follow(self, start: Start, product: Product, turn: int) -> tuple[Tensor, Tensor]:
         """Images ``(N, C, H, W)`` and the bands' summed squares ``(N, B, C, H, W)``, on the CPU.
 
         Args:

@@ -12,9 +12,9 @@ from bayesdiff.checks import UserError, at_least, listed, positive
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.structures import STRUCTURES
 from bayesdiff.studies.prior_ablation.bands import Bands
-from bayesdiff.uncertainty.samples import Starts
 from bayesdiff.uncertainty.sensitivities.linearised import Linearised, directions, follow
 from bayesdiff.uncertainty.sensitivities.products import PRODUCTS
+from bayesdiff.uncertainty.start import Starts
 
 _TURN = 64  # directions followed at once
 _CURVE = 46  # values of prior_precision along the curve at the run's own sigma_noise

@@ -28,7 +28,7 @@ from bayesdiff.solvers.integrate import Memory, advance, evaluate, held_after
 from bayesdiff.solvers.step import coefficients
 from bayesdiff.uncertainty.members.ensemble import MemberField
 from bayesdiff.uncertainty.restart import Restart
-from bayesdiff.uncertainty.samples import Trajectory
+from bayesdiff.uncertainty.start import Start
 
 # Other noise than aleatoric scores and estimators take, and other weights than ensembles have:
 # a variance must not know the draws that are made from it.
@@ -143,7 +143,7 @@ def resample(way: str, middle: Middle, z: Tensor) -> Tensor:
     return torch.where(middle.region, WAYS[way](middle, z), middle.state)
 
 
-def fresh_noise(start: Trajectory, count: int, seed: int) -> Tensor:
+def fresh_noise(start: Start, count: int, seed: int) -> Tensor:
     """Standard noise of ``count`` alternatives, ``(n, B, C, H, W)``.
 
     The same for all ways and times; it depends on the sample's number, ``seed`` and the
@@ -191,7 +191,7 @@ class Origin:
         states: after every step, ``(S, B, C, H, W)``.
     """
 
-    start: Trajectory
+    start: Start
     x_0: Tensor
     noise: SampleNoise
     steps: list[Step]
@@ -199,7 +199,7 @@ class Origin:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, start: Trajectory) -> Self:
+    def of(cls, start: Start) -> Self:
         """Follow the trained model from the start of a batch."""
         steps, x_0 = start.steps(), start.initial()
         noise, states = start.noise.copy(), []

@@ -14,9 +14,10 @@ from bayesdiff.studies.own_scores import OwnScore, own_scores
 from bayesdiff.studies.repair.alternatives import WAYS, Origin, fresh_noise, resample
 from bayesdiff.studies.repair.regions import Region, boxes_of, mask_of, region_of
 from bayesdiff.uncertainty.restart import fresh_start
-from bayesdiff.uncertainty.samples import Samples, Trajectory
+from bayesdiff.uncertainty.samples import Samples
 from bayesdiff.uncertainty.scores.of_maps_and_images import IMAGE_SCORES, MAP_SCORES
 from bayesdiff.uncertainty.scores.of_members import CONFIDENCE_SCORES
+from bayesdiff.uncertainty.start import Start
 
 # Scores that look at the image alone.
 SCORES = (
@@ -30,7 +31,7 @@ AMONG = {"draws": 1, "all": 0}
 # Plain rejection sampling: other samples of the same class, from their own noise.
 FRESH = "fresh"
 # Image and map of a batch from its start on.
-Mapper = Callable[[Trajectory], Samples]
+Mapper = Callable[[Start], Samples]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +278,7 @@ def _of_states(
     return torch.stack([torch.stack(way, 1) for way in scores], 1), own.nfe
 
 
-def fresh(start: Trajectory, wanted: RedrawOptions, mapper: Mapper) -> dict[str, Tensor]:
+def fresh(start: Start, wanted: RedrawOptions, mapper: Mapper) -> dict[str, Tensor]:
     """Other samples of the same classes.
 
     Returns:

@@ -19,7 +19,8 @@ from bayesdiff.solvers.integrate import Observe
 from bayesdiff.uncertainty.decoded import decoded
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.recorder import Recorder
-from bayesdiff.uncertainty.samples import Samples, Trajectory, check_skip_interval
+from bayesdiff.uncertainty.samples import Samples, check_skip_interval
+from bayesdiff.uncertainty.start import Start
 
 # States ``(m, B, C, H, W)``, m = 1 or M, and a time, to outputs ``(M, B, C, H, W)``.
 Outputs = Callable[[Tensor, float], Tensor]
@@ -59,7 +60,7 @@ class Members(Estimator):
         """M, the members that are followed."""
 
     @abstractmethod
-    def outputs(self, field: Field, start: Trajectory, posterior: HeadPosterior) -> Outputs:
+    def outputs(self, field: Field, start: Start, posterior: HeadPosterior) -> Outputs:
         """The members' networks; what they evaluate is added to the field's count."""
 
     def check(self, solver: Solver) -> None:
@@ -70,7 +71,7 @@ class Members(Estimator):
         """Network inputs per image held at once."""
         return max(self.count, self.noise_members) + 1
 
-    def evaluations(self, start: Trajectory) -> float:
+    def evaluations(self, start: Start) -> float:
         """Of image, members, and those for a stochastic solver's own noise."""
         steps, coarse = start.steps(), start.steps(self.skip_interval)
         share = sum(len(step.times) for step in coarse) / sum(len(step.times) for step in steps)
@@ -83,7 +84,7 @@ class Members(Estimator):
         return f"{self.name}, {self.count} members, skip {self.skip_interval}"
 
     @torch.inference_mode()
-    def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
+    def __call__(self, start: Start, posterior: HeadPosterior) -> Samples:
         """Images of one batch with their variance over the members."""
         steps = start.steps(self.skip_interval)
         recorder = Recorder(len(steps), self.times)
@@ -114,7 +115,7 @@ class Members(Estimator):
         )
 
     @torch.inference_mode()
-    def images(self, start: Trajectory, posterior: HeadPosterior) -> tuple[Tensor, Tensor]:
+    def images(self, start: Start, posterior: HeadPosterior) -> tuple[Tensor, Tensor]:
         """The trained model's images ``(B, C, H, W)`` and the members' ``(M, B, C, H, W)``."""
         field, x_0 = start.field(), start.initial()
         noise = start.noise.copy()
@@ -126,7 +127,7 @@ class Members(Estimator):
     def _members(
         self,
         field: Field,
-        start: Trajectory,
+        start: Start,
         posterior: HeadPosterior,
         x_0: Tensor,
         noise: SampleNoise,
@@ -142,7 +143,7 @@ class Members(Estimator):
             observe,
         )
 
-    def _sampler_noise(self, field: Field, start: Trajectory, x_0: Tensor) -> Tensor | None:
+    def _sampler_noise(self, field: Field, start: Start, x_0: Tensor) -> Tensor | None:
         """Variance over the solver's noise from the same x_0, under the trained weights."""
         steps, count = start.steps(), self.noise_members
         if not count or not any(step.stochastic for step in steps):
@@ -179,7 +180,7 @@ class NetworkMembers(Members):
     def planned(self) -> int:
         """Members that ``fit`` will probably find."""
 
-    def outputs(self, field: Field, start: Trajectory, posterior: HeadPosterior) -> Outputs:
+    def outputs(self, field: Field, start: Start, posterior: HeadPosterior) -> Outputs:
         """Every member's network at the batch's condition and guidance.
 
         Raises:

@@ -16,7 +16,7 @@ from bayesdiff.storage.artefacts import weights_key
 from bayesdiff.uncertainty.estimator import Estimator, Training
 from bayesdiff.uncertainty.members.base import NetworkMembers, twin
 from bayesdiff.uncertainty.members.ensemble import Ensemble
-from bayesdiff.uncertainty.samples import Starts
+from bayesdiff.uncertainty.start import Starts
 
 _SALT = 4_000_037
 

@@ -23,7 +23,7 @@ from bayesdiff.storage.checkpoints import (
 from bayesdiff.storage.same_kind import kind_of, require_guidance, require_options
 from bayesdiff.uncertainty.estimator import Training
 from bayesdiff.uncertainty.members.base import NetworkMembers, twin
-from bayesdiff.uncertainty.samples import Starts
+from bayesdiff.uncertainty.start import Starts
 
 log = logging.getLogger(__name__)
 

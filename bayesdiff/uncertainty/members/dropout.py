@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, share
-from bayesdiff.laplace.gram import head_matrix
-from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.laplace.head import HeadGeometry, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Field, Solver
 from bayesdiff.uncertainty.members.base import Members, Outputs
 from bayesdiff.uncertainty.members.ensemble import MemberField
-from bayesdiff.uncertainty.samples import Trajectory
+from bayesdiff.uncertainty.start import Start
 
 _SALT = 2_000_029
 MASKS = ("fixed", "fresh")
@@ -92,7 +91,7 @@ class MCDropout(Members):
         while True:
             yield torch.bernoulli(keep, generator=generator) / keep
 
-    def outputs(self, field: Field, start: Trajectory, posterior: HeadPosterior) -> Outputs:
+    def outputs(self, field: Field, start: Start, posterior: HeadPosterior) -> Outputs:
         """The network under all masked heads at once."""
         head = field.model.net.head
         geometry, trained = HeadGeometry.of(head), head_matrix(head)

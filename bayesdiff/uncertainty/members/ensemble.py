@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import at_least
-from bayesdiff.laplace.gram import apply_head
+from bayesdiff.laplace.head import apply_head
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Field
 from bayesdiff.uncertainty.members.base import Members, Outputs
-from bayesdiff.uncertainty.samples import Trajectory
+from bayesdiff.uncertainty.start import Start
 
 # Other draws than an estimator of the same seed has: agreement must not come from sharing them.
 _SALT = 1_000_003
@@ -45,7 +45,7 @@ class Ensemble(Members):
         generator = torch.Generator().manual_seed(self.seed + _SALT)
         return posterior.draw(self.members, generator)
 
-    def outputs(self, field: Field, start: Trajectory, posterior: HeadPosterior) -> Outputs:
+    def outputs(self, field: Field, start: Start, posterior: HeadPosterior) -> Outputs:
         """The network under all draws of its head at once."""
         return MemberField(field, self.weights(posterior).to(start.device))
 

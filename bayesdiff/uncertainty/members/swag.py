@@ -21,7 +21,7 @@ from bayesdiff.uncertainty.members.snapshots import (
     snapshots_of,
     train_again,
 )
-from bayesdiff.uncertainty.samples import Starts
+from bayesdiff.uncertainty.start import Starts
 
 _SALT = 3_000_017
 

@@ -24,7 +24,8 @@ from bayesdiff.uncertainty.recursion.propagate import (
 )
 from bayesdiff.uncertainty.recursion.state_draws import Draws
 from bayesdiff.uncertainty.recursion.uncertain_head import Evaluations, UncertainHead, evaluate
-from bayesdiff.uncertainty.samples import Samples, Trajectory, check_skip_interval
+from bayesdiff.uncertainty.samples import Samples, check_skip_interval
+from bayesdiff.uncertainty.start import Start
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Moments(Estimator):
         return self.mc_samples * (1 + (self.covariance == "stein")) + 1
 
     @torch.inference_mode()
-    def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
+    def __call__(self, start: Start, posterior: HeadPosterior) -> Samples:
         """Images of one batch with the variance of the recursion."""
         self._check_prediction(start.model.prediction)
         field = start.field()
@@ -181,7 +182,7 @@ class Moments(Estimator):
             x, epistemic, start.labels, field.evaluations, self.describe(), *of_noise
         )
 
-    def _draws(self, start: Trajectory, head: UncertainHead) -> Draws:
+    def _draws(self, start: Start, head: UncertainHead) -> Draws:
         """The estimates of one batch; all images meet the same weights, however batched."""
         fresh, weights = start.noise.fork(self.seed), torch.Generator().manual_seed(self.seed)
         return Draws(head, self.mc_samples, self.covariance, self.var_x, fresh, weights)

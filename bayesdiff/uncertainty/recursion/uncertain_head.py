@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesdiff.laplace.gram import apply_head
+from bayesdiff.laplace.head import apply_head
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Field, Step
 from bayesdiff.solvers.integrate import combine

@@ -9,7 +9,7 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.paths import convert
 from bayesdiff.paths.coefficient import as_coefficient, like
 from bayesdiff.solvers import Field, Step, integrate
-from bayesdiff.uncertainty.samples import Trajectory
+from bayesdiff.uncertainty.start import Start
 
 # Tells this noise apart from what else is drawn for the same samples.
 _FORK = 70_001
@@ -42,7 +42,7 @@ class Aleatoric:
 
 @torch.inference_mode()
 def aleatoric(
-    start: Trajectory,
+    start: Start,
     draws: int = 5,
     window: tuple[float, float] = (0.8, 1.0),
     seed: int = 0,

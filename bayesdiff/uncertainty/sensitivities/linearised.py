@@ -14,15 +14,11 @@ from bayesdiff.solvers import Solver, Step, integrate
 from bayesdiff.uncertainty.decoded import decoded, decoded_sensitivities
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.recorder import Recorder
-from bayesdiff.uncertainty.samples import (
-    Samples,
-    Starts,
-    Trajectory,
-    check_skip_interval,
-)
+from bayesdiff.uncertainty.samples import Samples, check_skip_interval
 from bayesdiff.uncertainty.sensitivities.pilot_images import DRAWS, Pilot
 from bayesdiff.uncertainty.sensitivities.predicted_products import Rule, spread_nodes
 from bayesdiff.uncertainty.sensitivities.products import PRODUCTS, Product, TangentField
+from bayesdiff.uncertainty.start import Start, Starts
 
 _ROWS = 64  # sensitivities of one image followed at once
 
@@ -109,7 +105,7 @@ class Linearised(Estimator):
         return replace(self, rule=pilot.rule(nodes, product))
 
     @torch.no_grad()
-    def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
+    def __call__(self, start: Start, posterior: HeadPosterior) -> Samples:
         """Images of one batch with their first-order variance."""
         if self.skip_interval > 1 and self.rule is None:
             raise ValueError("a skip interval needs fit(...) before the first batch")
@@ -134,7 +130,7 @@ class Linearised(Estimator):
         return whole.samples(start, label, self.times)
 
 
-def evaluations(start: Trajectory) -> int:
+def evaluations(start: Start) -> int:
     """Network evaluations of the solver along one trajectory."""
     return sum(len(step.times) for step in start.steps())
 
@@ -169,7 +165,7 @@ class Followed:
     nfe: int
     shown: Tensor | None = None
 
-    def samples(self, start: Trajectory, estimator: str, times: Sequence[float]) -> Samples:
+    def samples(self, start: Start, estimator: str, times: Sequence[float]) -> Samples:
         """The record that every estimator returns."""
         recorder = Recorder(len(self.ends), times)
         for time, state, variance in zip(self.ends, self.states, self.variance, strict=True):
@@ -188,7 +184,7 @@ class Followed:
 
 @torch.no_grad()
 def follow(
-    start: Trajectory,
+    start: Start,
     deltas: Tensor,
     weight: float,
     product: Product,

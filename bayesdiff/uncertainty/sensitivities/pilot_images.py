@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from bayesdiff.solvers import Field, Step, integrate
-from bayesdiff.uncertainty.samples import Starts, Trajectory
 from bayesdiff.uncertainty.sensitivities.predicted_products import Rule
 from bayesdiff.uncertainty.sensitivities.products import (
     Product,
@@ -15,6 +14,7 @@ from bayesdiff.uncertainty.sensitivities.products import (
     answer_coefficients,
     undecided,
 )
+from bayesdiff.uncertainty.start import Start, Starts
 
 # Samples that no user's run reaches: pilots must not be the images that are mapped.
 FIRST = 1_000_000_000
@@ -99,7 +99,7 @@ class _Fitted(TangentField):
         return response
 
 
-def _totals(start: Trajectory, field: TangentField) -> list[float]:
+def _totals(start: Start, field: TangentField) -> list[float]:
     """Summed variance after every step."""
     totals: list[float] = []
 
@@ -112,7 +112,7 @@ def _totals(start: Trajectory, field: TangentField) -> list[float]:
     return totals
 
 
-def noise_of(start: Trajectory, still: int) -> Callable[[], Tensor]:
+def noise_of(start: Start, still: int) -> Callable[[], Tensor]:
     """The sampler's noise for row 0, none for the ``still`` rows after it."""
 
     def noise() -> Tensor:

@@ -6,7 +6,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from bayesdiff.laplace.gram import apply_head
+from bayesdiff.laplace.head import apply_head
 from bayesdiff.networks.forward_mode import jvp
 from bayesdiff.paths import Coefficient, convert
 from bayesdiff.paths.coefficient import as_coefficient, like

@@ -16,7 +16,7 @@ from bayesdiff.machine.progress import track
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.storage.artefacts import key_of, weights_key
 from bayesdiff.uncertainty.estimator import Estimator, Training
-from bayesdiff.uncertainty.samples import Samples, Starts, Trajectory, check_skip_interval
+from bayesdiff.uncertainty.samples import Samples, check_skip_interval
 from bayesdiff.uncertainty.sensitivities import refiner_file
 from bayesdiff.uncertainty.sensitivities.linearised import (
     Followed,
@@ -41,6 +41,7 @@ from bayesdiff.uncertainty.sensitivities.refiner import (
     loss,
     train_refiner,
 )
+from bayesdiff.uncertainty.start import Start, Starts
 
 log = logging.getLogger(__name__)
 _MOST_DRAWS, TARGET_DRAWS, TARGET_PRODUCTS = 32, 2, 8
@@ -124,7 +125,7 @@ class Refined(Estimator):
         noise = self.noise_draws if solver.stochastic else 0
         return 1 + noise + self.draws(solver.stages * solver.num_steps)
 
-    def evaluations(self, start: Trajectory) -> float:
+    def evaluations(self, start: Start) -> float:
         """Of image, products, and a stochastic solver's own noise, not of the training."""
         count = evaluations(start)
         noise = self.noise_draws if any(step.stochastic for step in start.steps()) else 0
@@ -156,7 +157,7 @@ class Refined(Estimator):
             rule, refiner = refiner_file.once(folder, key, lambda: self.train(starts, near))
         return replace(self, fitted=(rule, refiner.to(starts([0]).device), shift))
 
-    def key(self, start: Trajectory, posterior: HeadPosterior) -> str:
+    def key(self, start: Start, posterior: HeadPosterior) -> str:
         """Changes with all that rule and refiner depend on; the same for posteriors that share."""
         near, _ = refiner_file.representative(posterior)
         numbers = [step.numbers() for step in start.steps()]
@@ -168,9 +169,7 @@ class Refined(Estimator):
             [*mine, self.train_images, self.epochs, self.seed],
         )
 
-    def prepared(
-        self, start: Trajectory, posterior: HeadPosterior, folder: Path
-    ) -> tuple[str, bool]:
+    def prepared(self, start: Start, posterior: HeadPosterior, folder: Path) -> tuple[str, bool]:
         """Key of the refiner, and whether it is there."""
         key = self.key(start, posterior)
         return key, refiner_file.load(refiner_file.path_of(folder, key), key) is not None
@@ -195,7 +194,7 @@ class Refined(Estimator):
         return rule, self.refiner(Evidence.join(seen), torch.cat(targets))
 
     def lesson(
-        self, start: Trajectory, live: tuple[Tensor, Rule], fresh: tuple[Tensor, Rule]
+        self, start: Start, live: tuple[Tensor, Rule], fresh: tuple[Tensor, Rule]
     ) -> tuple[Evidence, Tensor]:
         """Evidence of a batch, and independent sensitivities ``(B, M, C, H, W)`` as its target.
 
@@ -243,16 +242,14 @@ class Refined(Estimator):
             )
         return refiner
 
-    def product(self, start: Trajectory) -> Product:
+    def product(self, start: Start) -> Product:
         """How this device computes J d best."""
         name = self.derivative
         if name == "auto":
             name = "bfloat16" if autocast_dtype(start.device) else "difference"
         return PRODUCTS[name]
 
-    def follow(
-        self, start: Trajectory, deltas: Tensor, rule: Rule, noise_draws: int = 0
-    ) -> Followed:
+    def follow(self, start: Start, deltas: Tensor, rule: Rule, noise_draws: int = 0) -> Followed:
         """A batch with these sensitivities."""
         product = self.product(start)
         deltas = deltas.to(start.device)
@@ -263,7 +260,7 @@ class Refined(Estimator):
         return directions(posterior, self.draws(count), self.seed)
 
     @torch.no_grad()
-    def __call__(self, start: Trajectory, posterior: HeadPosterior) -> Samples:
+    def __call__(self, start: Start, posterior: HeadPosterior) -> Samples:
         """Images of one batch with their refined variance."""
         if self.fitted is None:
             raise ValueError("refined needs fit(...) before the first batch")
