@@ -102,8 +102,8 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
     with stage("curvature"):
         posterior = laplace.fit(this.model, this.data.data)
     estimator = with_block(estimator, laplace.block)
-    told = settings(this, posterior, solver, estimator)
-    setup = Setup(this, solver, estimator, posterior, weights, told)
+    standing = settings(this, posterior, solver, estimator)
+    setup = Setup(this, solver, estimator, posterior, weights, standing)
     at = Address.of(setup, study_keys(setup))
     images = None
     if cfg.metrics.num_images:

@@ -269,14 +269,14 @@ def study():
 
 def test_areas_against_a_truth_made_by_hand(study):
     found = torch.tensor([True, False, True, False])
-    doubts = {
+    table = {
         "right": torch.tensor([3.0, 1.0, 2.0, 0.0]),
         "opposite": torch.tensor([0.0, 2.0, 1.0, 3.0]),
         "one": torch.tensor([3.0, 1.0, 0.5, 0.0]),
         "none": torch.zeros(4),
         "unknown": torch.tensor([torch.inf, 1.0, torch.inf, torch.inf]),
     }
-    areas = study.areas(doubts, found)
+    areas = study.areas(table, found)
     expected = {"right": 1.0, "opposite": 0.0, "one": 0.75, "none": 0.5, "unknown": 0.75}
     assert areas == expected
 

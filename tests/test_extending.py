@@ -53,17 +53,17 @@ def mine(tmp_path_factory):
 
 def run(mine, *overrides):
     """train.py as the shell would start it in the folder above, but in this process."""
-    root, told = logging.getLogger(), []
+    root, printed = logging.getLogger(), []
     handlers, level = root.handlers[:], root.level
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(mine)
         patch.setattr(sys, "argv", ["train.py", *OPTION.split(), *overrides])
-        patch.setattr(pipeline, "show", told.append)
+        patch.setattr(pipeline, "show", printed.append)
         try:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         finally:
             root.handlers[:], root.level = handlers, level
-    return told[0]
+    return printed[0]
 
 
 def composed(mine, *overrides):
@@ -187,8 +187,8 @@ def test_filtering_has_a_score_of_ones_own_for_every_map():
     expected = (members.double() / 127.5 - 1 - images[:, None]).square().mean((1, 2, 3, 4))
     torch.testing.assert_close(found["own.spread"], expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found["other.flat"], variance[1].sum((1, 2, 3)).double())
-    wanted = Filtering(own_scores={"spread": spread, "looks": lambda images: images})
-    assert _rivals(wanted) == {"own.looks"}  # which sees nothing of the posterior
+    options = Filtering(own_scores={"spread": spread, "looks": lambda images: images})
+    assert _rivals(options) == {"own.looks"}  # which sees nothing of the posterior
 
 
 def keys(at):

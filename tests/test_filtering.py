@@ -21,10 +21,10 @@ from bayesdiff.report.pictures import Pictures
 from bayesdiff.runs.setup import Setup, starts
 from bayesdiff.storage.artefacts import key_of
 from bayesdiff.studies import image_pool as pools
-from bayesdiff.studies import scoring as doubts
+from bayesdiff.studies import scoring
 from bayesdiff.studies.filtering import figures, filtering
 from bayesdiff.studies.filtering.filtering import Filtering, Judged
-from bayesdiff.studies.scoring import ScoreOptions, Seen, doubts_of
+from bayesdiff.studies.scoring import ScoreOptions, Seen, score_table
 from bayesdiff.uncertainty import Ensemble, Samples
 from bayesdiff.uncertainty.scores.likelihood import log_likelihood, random_probes
 from bayesdiff.uncertainty.scores.of_maps_and_images import (
@@ -62,7 +62,7 @@ def results_of(folder):
 
 def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, monkeypatch):
     monkeypatch.setattr(Pictures, "every", lambda *_: ())
-    asked = {filtering: [], doubts: []}
+    asked = {filtering: [], scoring: []}
     for module, seeds in asked.items():
         real = module.judge
         watched = lambda run, seed=None, real=real, seeds=seeds: (  # noqa: E731
@@ -71,7 +71,7 @@ def test_the_command_scores_every_pool_once(copied: Trained, compose: Compose, m
         monkeypatch.setattr(module, "judge", watched)
     pipeline.run(compose(*SMALL))
     # The run's own classifier judges, another scores.
-    assert set(asked[filtering]) == {None} and set(asked[doubts]) == {1}
+    assert set(asked[filtering]) == {None} and set(asked[scoring]) == {1}
     folder, results = results_of(copied.folder)
     rows = results["seeds"]["5"]
     named = {f"{m}.{k}" for m in ("ensemble", "published") for k in MAP_SCORES}
@@ -138,9 +138,9 @@ class Brighter(nn.Module):
 def test_the_joint_score_adds_ranks_among_images_of_the_same_label():
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([5, 7, 8]))
-    given = {f"members.{k}": torch.rand(20, generator=generator) for k in doubts.JOINT}
+    given = {f"members.{k}": torch.rand(20, generator=generator) for k in scoring.JOINT}
     given["members.log_det"][3] = given["members.log_det"][1]  # a tie shares its place
-    found = doubts.joint(given, labels)
+    found = scoring.joint(given, labels)
     for k, label in enumerate(labels.tolist()):
         own = (labels == label).nonzero().flatten()
         place = [
@@ -148,20 +148,20 @@ def test_the_joint_score_adds_ranks_among_images_of_the_same_label():
         ]
         assert float(found[k]) == pytest.approx(float(sum(place)))
     order = torch.randperm(20, generator=generator)
-    mixed = doubts.joint({k: v[order] for k, v in given.items()}, labels[order])
+    mixed = scoring.joint({k: v[order] for k, v in given.items()}, labels[order])
     assert torch.equal(mixed, found[order])
-    alone = doubts.joint(given, None)
-    torch.testing.assert_close(alone, doubts.joint(given, torch.zeros(20, dtype=torch.long)))
+    alone = scoring.joint(given, None)
+    torch.testing.assert_close(alone, scoring.joint(given, torch.zeros(20, dtype=torch.long)))
 
 
 def test_further_scores_come_from_options(copied: Trained, compose: Compose, monkeypatch):
     monkeypatch.setattr(Pictures, "every", lambda *_: ())
     monkeypatch.setattr(board, "write_study", lambda *_, **options: None)
     scored = []
-    real = filtering.doubts_of
+    real = filtering.score_table
     monkeypatch.setattr(
         filtering,
-        "doubts_of",
+        "score_table",
         lambda *given: scored.append((given, real(*given))) or scored[-1][1],
     )
     target = "bayesdiff.uncertainty.MCDropout"
@@ -171,22 +171,22 @@ def test_further_scores_come_from_options(copied: Trained, compose: Compose, mon
     more += ["+filtering.segmentation._target_=test_filtering.Brighter", "filtering.seeds=[0]"]
     pipeline.run(compose(*SMALL, *dropout, *more))
     _, results = results_of(copied.folder)
-    (((run, maps, seen, _), doubts),) = scored
-    assert {f"dropout.{name}" for name in MAP_SCORES} <= doubts.keys()
+    (((run, maps, seen, _), table),) = scored
+    assert {f"dropout.{name}" for name in MAP_SCORES} <= table.keys()
     assert "p 0.1, fixed masks" in maps["dropout"].estimator
-    assert {"aleatoric.zigzag_centred", "aleatoric.zigzag_variance"} <= doubts.keys()
+    assert {"aleatoric.zigzag_centred", "aleatoric.zigzag_variance"} <= table.keys()
     samples = maps["ensemble"]
     mask = torch.sigmoid(4 * samples.images.clamp(-1, 1))
     expected = foreground_mean(samples.variance, samples.images, mask)
-    torch.testing.assert_close(doubts["ensemble.foreground_mean"], expected)
+    torch.testing.assert_close(table["ensemble.foreground_mean"], expected)
     start = starts(run, instantiate(run.cfg.solver), 0)(range(3))
     probes = random_probes(start.noise.fork(pools._PROBES))
     bits = log_likelihood(start.field(), samples.images[:3], probes, 2).bits_per_dim
-    torch.testing.assert_close(doubts["likelihood.bits_per_dim"][:3], bits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(table["likelihood.bits_per_dim"][:3], bits, rtol=1e-4, atol=1e-4)
     network = untrained(run.data.data, run.cfg.metrics.seed + 1)
     with torch.no_grad():
         features = network.features(seen.members.flatten(0, 1)).unflatten(0, (40, 2))
-    found = doubts["members.semantic_entropy_untrained"]
+    found = table["members.semantic_entropy_untrained"]
     torch.testing.assert_close(found, semantic_entropy(features), rtol=1e-5, atol=1e-4)
     nfe = results["conditions"]["nfe"]
     # Three steps, the last of them (0.8 of 3 on) asked once and by 2 draws of 3 answers.
@@ -346,7 +346,7 @@ def test_image_scores_see_the_images_that_are_shown(copied: Trained, compose: Co
     this.model.load_state_dict(torch.load(copied.checkpoint, weights_only=True)["state_dict"])
     posterior = laplace.fit(this.model.eval(), this.data.data)
     maps = pool_in(copied.folder, this, solver, estimator, posterior, 12).maps(estimator)
-    found = doubts_of(this, {"own": maps}, Seen(), 0)
+    found = score_table(this, {"own": maps}, Seen(), 0)
     seen = to_uint8(maps.images).double() / 255
     steps = [seen.diff(dim=dim).abs().flatten(1).sum(1) for dim in (-1, -2)]
     # Of 255 grey levels, so that each of the 112 steps may be half a level off at either end.
@@ -357,7 +357,7 @@ def test_image_scores_see_the_images_that_are_shown(copied: Trained, compose: Co
     assert "sampler_noise.sum" not in found
     noise = torch.rand(maps.variance.shape, generator=torch.Generator().manual_seed(0))
     noisy = dataclasses.replace(maps, sampler_noise=noise).in_unit_range()
-    found = doubts_of(this, {"own": maps, "other": noisy}, Seen(), 0)
+    found = score_table(this, {"own": maps, "other": noisy}, Seen(), 0)
     torch.testing.assert_close(
         found["sampler_noise.sum"], noise.double().sum((1, 2, 3)), rtol=1e-5, atol=0
     )
@@ -446,14 +446,14 @@ def test_the_choice_is_made_before_the_last_seed_and_never_by_luck_or_by_real_im
     others += ("aleatoric.centred", "members.semantic_entropy", "members.semantic_variance_clip")
     early = dict.fromkeys(others, 90.0) | {"a.sum": 3.0, "b.sum": 2.0}
     late = dict.fromkeys(others, 0.0) | {"a.sum": -5.0, "b.sum": 70.0}
-    wanted = Filtering(seeds=[0, 1, 2], keep=[0.5, 0.8], maps={"rival": Ensemble()})
+    options = Filtering(seeds=[0, 1, 2], keep=[0.5, 0.8], maps={"rival": Ensemble()})
     judged = [Judged(rows_of(seed, z), []) for seed, z in enumerate((early, early, late))]
-    results = filtering._results(wanted, judged)
+    results = filtering._results(options, judged)
     assert results["best"] == "a.sum"
     # FIDs are the seed's number; the best one's is made 0.5 less on seed 1.
     for row in judged[1].gains:
         row["fid"] -= 0.5 * (row["score"] == "a.sum")
-    over = {row["score"]: row for row in filtering._results(wanted, judged)["best_over"]}
+    over = {row["score"]: row for row in filtering._results(options, judged)["best_over"]}
     assert over["b.sum"]["lead"] == pytest.approx(0.5 / 3) and over["a.sum"]["lead"] == 0
     assert over["b.sum"]["lead_low"] < 0 < over["b.sum"]["lead_high"]
     kept = [row["z"] for row in results["best_on_last"] if row["keep"] == 0.8]
@@ -462,7 +462,7 @@ def test_the_choice_is_made_before_the_last_seed_and_never_by_luck_or_by_real_im
     assert "best" not in single
 
 
-def test_kept_images_are_the_least_doubtful_ones(monkeypatch):
+def test_kept_images_are_those_of_lowest_scores(monkeypatch):
     images = torch.linspace(-1, 1, 10)[:, None, None, None].expand(10, 1, 4, 4)
     shown = []
     real = figures.put
@@ -486,5 +486,5 @@ def test_members_of_guided_samples_take_both_evaluations(compose: Compose, monke
     run, solver, *_ = pipeline.prepare(compose("solver.guidance=2"))
     pool = pool_in(run.folder, run, solver, None, None, 9)
     monkeypatch.setattr(pools.ImagePool, "members", lambda *_: None)
-    _, spent = doubts.seen_of(pool, ScoreOptions(members=5, aleatoric_draws=0), None)
+    _, spent = scoring.seen_of(pool, ScoreOptions(members=5, aleatoric_draws=0), None)
     assert spent == {"members": 5 * 2 * 3}

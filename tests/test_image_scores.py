@@ -313,7 +313,7 @@ def slow_entropy(probability):
 
 def test_member_scores_equal_slow_loops():
     values = drawn()
-    spread, entropy, information, against, doubt = [], [], [], [], []
+    spread, entropy, information, against, score = [], [], [], [], []
     for features, logits in zip(values["features"], values["logits"], strict=True):
         variance = [float(column.var(correction=0)) for column in features.T]
         spread.append(sum(variance))
@@ -322,14 +322,14 @@ def test_member_scores_equal_slow_loops():
         )
         members = [slow_softmax(row.tolist()) for row in logits]
         mean = [sum(column) / 5 for column in zip(*members, strict=True)]
-        doubt.append(slow_entropy(mean))
+        score.append(slow_entropy(mean))
         information.append(slow_entropy(mean) - sum(map(slow_entropy, members)) / 5)
         votes = [max(range(4), key=member.__getitem__) for member in members]
         against.append(1 - max(votes.count(k) for k in range(4)) / 5)
     expected = {
         "semantic_entropy": entropy,
         "semantic_variance": spread,
-        "predictive_entropy": doubt,
+        "predictive_entropy": score,
         "mutual_information": information,
         "dissent": against,
     }

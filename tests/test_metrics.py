@@ -457,17 +457,17 @@ def test_bootstrap_equals_a_loop_and_is_seeded(monkeypatch):
     index = torch.randint(15, (200, 15), generator=torch.Generator().manual_seed(7))
     slow = [scipy.stats.spearmanr(a[i], b[i]).statistic for i in index]
     expected = np.quantile(slow, [0.05, 0.95])
-    found = bootstrap_interval(spearman, a, b, seed=7, draws=200, level=0.9)
+    found = bootstrap_interval(spearman, a, b, seed=7, resamples=200, level=0.9)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
     # Blocks only bound the memory.
     monkeypatch.setattr("bayesdiff.metrics.agreement.BLOCK", 15 * 64)
-    assert bootstrap_interval(spearman, a, b, seed=7, draws=200, level=0.9) == found
-    assert bootstrap_interval(spearman, a, b, seed=8, draws=200, level=0.9) != found
+    assert bootstrap_interval(spearman, a, b, seed=7, resamples=200, level=0.9) == found
+    assert bootstrap_interval(spearman, a, b, seed=8, resamples=200, level=0.9) != found
 
 
 def test_bootstrap_interval_of_a_mean_has_the_textbook_width():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    low, high = bootstrap_interval(lambda v: v.mean(-1), values, seed=0, draws=4000)
+    low, high = bootstrap_interval(lambda v: v.mean(-1), values, seed=0, resamples=4000)
     width = 2 * 1.96 * float(values.std()) / 20
     assert high - low == pytest.approx(width, rel=0.05)
     assert low < float(values.mean()) < high
@@ -475,7 +475,7 @@ def test_bootstrap_interval_of_a_mean_has_the_textbook_width():
 
 def test_agreement_holds_each_figure_with_its_interval():
     a, b = maps(40, dtype=torch.float32), maps(40, dtype=torch.float32) + maps(40, seed=1).float()
-    found = agreement(a, b, seed=0, draws=200)
+    found = agreement(a, b, seed=0, resamples=200)
     for name, figure in [
         ("image_rank", image_rank),
         ("pixel_rank", pixel_rank),
@@ -483,7 +483,7 @@ def test_agreement_holds_each_figure_with_its_interval():
     ]:
         assert found[name] == pytest.approx(figure(a, b))
         assert found[f"{name}_low"] < found[name] < found[f"{name}_high"]
-    assert len(found) == 9 and found == agreement(a, b, seed=0, draws=200)
+    assert len(found) == 9 and found == agreement(a, b, seed=0, resamples=200)
 
 
 def test_variance_statistics_against_loops():

@@ -21,7 +21,7 @@ from bayesdiff.studies.repair import judged as figures_of
 from bayesdiff.studies.repair import repair
 from bayesdiff.studies.repair import results as repair_results
 from bayesdiff.studies.repair.alternatives import WAYS, Origin, weight_draws
-from bayesdiff.studies.repair.judged import Redraws, draws_row, images_row, over, pick_row
+from bayesdiff.studies.repair.judged import Redraws, alternatives_row, images_row, over, pick_row
 from bayesdiff.studies.repair.redraw import OF_MAPS, SCORES, redraw
 from bayesdiff.studies.repair.repair import Repair
 from bayesdiff.uncertainty import Ensemble
@@ -36,7 +36,7 @@ SMALL = (
     "repair.from_time=[0.25,0.6]",
     "repair.bootstrap=20",
 )
-CHANCE = {"seed": 0, "draws": 50}
+CHANCE = {"seed": 0, "resamples": 50}
 
 
 def made_up(images=7, draws=3, seed=0, width=5):
@@ -52,14 +52,14 @@ def made_up(images=7, draws=3, seed=0, width=5):
     flat = features.flatten(0, 1)
     judged = Pool(flat, inside, none, none.diag(), None, torch.arange(len(flat)))
     quality = random()
-    doubts = {"one": random(), "other": random()}
-    return Redraws(quality, quality > 0.4, features, random(6), judged, doubts)
+    scores = {"one": random(), "other": random()}
+    return Redraws(quality, quality > 0.4, features, random(6), judged, scores)
 
 
 def test_figures_of_the_draws_equal_slow_loops():
     found = made_up()
     power = torch.arange(7.0)
-    row = draws_row(found, power, **CHANCE)
+    row = alternatives_row(found, power, **CHANCE)
     images, draws = range(7), range(1, 4)
 
     def average(value):
@@ -106,7 +106,7 @@ def test_figures_of_the_best_equal_slow_loops(first):
     gain = better = chance = mended = spoiled = changed = 0.0
     wrong = sum(not right for right in found.right[:, 0])
     for i in range(7):
-        best = min(range(first, 4), key=lambda j: float(found.doubts["one"][i, j]))
+        best = min(range(first, 4), key=lambda j: float(found.scores["one"][i, j]))
         gain += float(found.quality[i, best] - found.quality[i, 0]) / 7
         better += (0.5 if not best else float(found.quality[i, best] > found.quality[i, 0])) / 7
         expected = sum(float(found.quality[i, j]) for j in range(first, 4)) / (4 - first)
@@ -120,9 +120,9 @@ def test_figures_of_the_best_equal_slow_loops(first):
     assert row["fid"] != row["fid"] or len(found.features) > 5  # too few images have none
 
 
-def test_equal_doubt_keeps_the_image():
+def test_equal_scores_keep_the_image():
     found = made_up()
-    same = dataclasses.replace(found, doubts={"one": torch.zeros(7, 4)})
+    same = dataclasses.replace(found, scores={"one": torch.zeros(7, 4)})
     row = pick_row(same, "one", 0, **CHANCE)
     assert row["changed"] == 0 and row["gain"] == 0 and row["harm"] == 0
     assert same.picked("one", 1).tolist() == [1] * 7
@@ -143,7 +143,7 @@ def test_the_fid_is_that_of_the_chosen_images_and_is_left_out_for_too_few():
 def test_a_single_alternative_has_no_pairs_and_nothing_wrong_has_no_success():
     found = made_up(draws=1)
     fine = dataclasses.replace(found, right=torch.ones_like(found.right))
-    row = draws_row(fine, torch.ones(7), **CHANCE)
+    row = alternatives_row(fine, torch.ones(7), **CHANCE)
     assert all(np.isnan(row[name]) for name in ("feature_distance", "pixel_distance", "success"))
     assert row["harm"] == 0 and images_row(fine)["wrong"] == 0
     # Neither is shown as a number.
@@ -304,16 +304,16 @@ def test_an_alternative_takes_what_the_network_is_asked_for_it(solver, way, scor
     estimator, totals = Ensemble(members=3), []
     for draws in (1, 2):
         # Left after the first step, so that no member has steps of its own before it.
-        wanted = Repair(num_images=2, ways=[way], from_time=[0.2], draws=draws, score=score)
-        timed = dataclasses.replace(estimator, times=wanted.times)
+        options = Repair(num_images=2, ways=[way], from_time=[0.2], draws=draws, score=score)
+        timed = dataclasses.replace(estimator, times=options.times)
         samples = timed(real_start(net, solver), posterior)
         origin = Origin.of(real_start(net, solver))
         weights = weight_draws(posterior, draws, 0)
         asked.clear()
         mapper = lambda start: estimator(start, posterior)  # noqa: E731
-        drawn = redraw(origin, weights, wanted, samples, [0, 1], mapper)
+        drawn = redraw(origin, weights, options, samples, [0, 1], mapper)
         totals.append(sum(asked))
-    [[cell]] = repair_results.cells_of(wanted, samples, drawn)
+    [[cell]] = repair_results.cells_of(options, samples, drawn)
     assert 2 * cell.nfe == totals[1] - totals[0]
 
 

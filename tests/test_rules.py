@@ -50,10 +50,10 @@ def test_equal_scores_are_all_kept_and_infinite_ones_never():
 
 def test_the_gain_is_over_random_choices_of_that_size():
     images = pool_of()
-    doubt = scores()
-    rows = rule_gains({"one": doubt}, images, ["mean+1sd"], seed=3, subsets=400)
+    score = scores()
+    rows = rule_gains({"one": score}, images, ["mean+1sd"], seed=3, subsets=400)
     (row,) = rows
-    keep = kept_by_rule(doubt, 1.0)[images.order]  # the scores come in the order of the list
+    keep = kept_by_rule(score, 1.0)[images.order]  # the scores come in the order of the list
     assert row["kept"] == int(keep.sum()) and row["keep"] == pytest.approx(row["kept"] / 60)
     own = images.features[keep]
 

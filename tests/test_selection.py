@@ -58,14 +58,14 @@ def assert_equal_rows(row, expected):
         assert row[name] == (value if exact else pytest.approx(value, rel=1e-8, abs=1e-12))
 
 
-def slow_kept(doubt, fraction, groups, numbers):
-    """Numbers that are kept, class by class, from sorted lists; equal doubts by lot."""
+def slow_kept(score, fraction, groups, numbers):
+    """Numbers that are kept, class by class, from sorted lists; equal table by lot."""
     found = []
     lots = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(len(numbers)))
     order = sorted(numbers)
     lot = {order[place]: turn for turn, place in enumerate(lots.tolist())}
     for group in set(groups):
-        members = zip(doubt, numbers, groups, strict=True)
+        members = zip(score, numbers, groups, strict=True)
         rows = sorted((d, lot[n], n) for d, n, g in members if g == group)
         size = max(math.floor(fraction * len(rows) + 0.5 + 1e-9), 1)
         found += [n for *_, n in rows[:size]]
@@ -85,39 +85,39 @@ def test_a_score_that_says_nothing_keeps_no_balanced_set():
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("levels", [None, 4])
 def test_kept_against_sorted_lists(fraction, grouped, levels):
-    doubt, numbers = uniform(90, levels=levels), 3 * permutation(90) + 5
+    score, numbers = uniform(90, levels=levels), 3 * permutation(90) + 5
     groups = torch.tensor([7, 2, 2, 90, 2]).repeat(18) if grouped else torch.zeros(90).long()
-    found = kept(doubt, fraction, groups if grouped else None, numbers)
-    expected = slow_kept(doubt.tolist(), fraction, groups.tolist(), numbers.tolist())
+    found = kept(score, fraction, groups if grouped else None, numbers)
+    expected = slow_kept(score.tolist(), fraction, groups.tolist(), numbers.tolist())
     assert numbers[found].tolist() == expected
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_t16_kept_set_does_not_depend_on_the_listing(grouped):
-    """Shuffled order, gaps in the numbering and a rejected first file, with equal doubts."""
-    doubts = dict(zip(range(2, 400, 3), uniform(133, levels=10).tolist(), strict=True))
-    del doubts[2]  # the first file was rejected, so places and numbers differ
-    labels = {number: number % 5 for number in doubts}
-    listings = [list(doubts), list(doubts)[::-1]]
-    listings += [[list(doubts)[i] for i in permutation(132, seed)] for seed in range(8)]
+    """Shuffled order, gaps in the numbering and a rejected first file, with equal table."""
+    table = dict(zip(range(2, 400, 3), uniform(133, levels=10).tolist(), strict=True))
+    del table[2]  # the first file was rejected, so places and numbers differ
+    labels = {number: number % 5 for number in table}
+    listings = [list(table), list(table)[::-1]]
+    listings += [[list(table)[i] for i in permutation(132, seed)] for seed in range(8)]
     kept_sets, random_sets = [], []
     for numbers in listings:
-        doubt = torch.tensor([doubts[n] for n in numbers])
+        score = torch.tensor([table[n] for n in numbers])
         groups = torch.tensor([labels[n] for n in numbers]) if grouped else None
         listed = torch.tensor(numbers)
-        kept_sets.append(listed[kept(doubt, 0.7, groups, listed)].tolist())
+        kept_sets.append(listed[kept(score, 0.7, groups, listed)].tolist())
         random_sets.append(listed[random_kept(132, 0.7, 4, groups, listed)].tolist())
     expected = slow_kept(
-        doubts.values(), 0.7, labels.values() if grouped else [0] * 132, list(doubts)
+        table.values(), 0.7, labels.values() if grouped else [0] * 132, list(table)
     )
     assert all(found == expected for found in kept_sets)
     assert all(found == random_sets[0] for found in random_sets)
 
 
-def test_infinite_doubt_is_discarded_first():
-    doubt = torch.tensor([1.0, math.inf, -math.inf, 0.0, math.inf])
-    assert kept(doubt, 0.6).tolist() == [0, 2, 3]
-    assert kept(doubt, 0.8).tolist() == [0, 1, 2, 3]
+def test_an_infinite_score_is_discarded_first():
+    score = torch.tensor([1.0, math.inf, -math.inf, 0.0, math.inf])
+    assert kept(score, 0.6).tolist() == [0, 2, 3]
+    assert kept(score, 0.8).tolist() == [0, 1, 2, 3]
 
 
 def test_shares_that_rounding_would_miss():
@@ -146,7 +146,7 @@ def test_random_choices_have_the_same_sizes_and_are_fair(grouped):
     assert set(chosen[0].tolist()) < set(more[0].tolist())
 
 
-def test_unusable_doubts_are_refused_in_one_line():
+def test_unusable_scores_are_refused_in_one_line():
     good = uniform(4)
     for arguments, message in [
         ((torch.tensor([0.0, math.nan, 1.0, math.nan]), 0.5), r"image 1 is NaN \(2 of 4 images\)"),
@@ -173,12 +173,12 @@ def test_unusable_doubts_are_refused_in_one_line():
 @pytest.mark.parametrize("levels", [None, 5, 1])
 def test_auroc_against_sklearn(levels):
     marked = uniform(300, seed=1) < 0.2
-    doubt = uniform(300, levels=levels) + (0.3 * marked if levels != 1 else 0)
-    expected = roc_auc_score(marked, doubt)
-    assert float(auroc(doubt, marked)) == pytest.approx(expected, rel=1e-12)
-    assert float(auroc(-doubt, marked)) == pytest.approx(1 - expected, rel=1e-12)
+    score = uniform(300, levels=levels) + (0.3 * marked if levels != 1 else 0)
+    expected = roc_auc_score(marked, score)
+    assert float(auroc(score, marked)) == pytest.approx(expected, rel=1e-12)
+    assert float(auroc(-score, marked)) == pytest.approx(1 - expected, rel=1e-12)
     assert levels != 1 or expected == 0.5
-    both = auroc(torch.stack([doubt, -doubt]), torch.stack([marked, marked]))
+    both = auroc(torch.stack([score, -score]), torch.stack([marked, marked]))
     np.testing.assert_allclose(both, [expected, 1 - expected], rtol=1e-12)
 
 
@@ -186,30 +186,32 @@ def test_auroc_of_one_kind_alone_is_nan():
     assert auroc(uniform(5), torch.ones(5)).isnan() and auroc(uniform(5), torch.zeros(5)).isnan()
 
 
-def detection(doubt, marked, seed, draws=1000):
-    return with_intervals({"auroc": (auroc, (doubt, marked))}, seed=seed, draws=draws, level=0.95)
+def detection(score, marked, seed, draws=1000):
+    return with_intervals(
+        {"auroc": (auroc, (score, marked))}, seed=seed, resamples=draws, level=0.95
+    )
 
 
 def test_detection_interval_equals_a_loop_over_resampled_images():
     marked = uniform(60, seed=1) < 0.2
-    doubt = uniform(60, levels=20) + 0.3 * marked
-    found = detection(doubt, marked, seed=5, draws=300)
+    score = uniform(60, levels=20) + 0.3 * marked
+    found = detection(score, marked, seed=5, draws=300)
     index = torch.randint(60, (300, 60), generator=torch.Generator().manual_seed(5))
-    loop = [roc_auc_score(marked[i], doubt[i]) for i in index]
+    loop = [roc_auc_score(marked[i], score[i]) for i in index]
     expected = np.quantile(loop, [0.025, 0.975])
     np.testing.assert_allclose([found["auroc_low"], found["auroc_high"]], expected, rtol=1e-10)
     assert found["auroc_low"] < found["auroc"] < found["auroc_high"]
 
 
 def test_top_recall_counts_what_is_discarded():
-    doubt = torch.tensor([0.1, 0.9, 0.7, 0.2, 0.8])
+    score = torch.tensor([0.1, 0.9, 0.7, 0.2, 0.8])
     marked = torch.tensor([False, True, False, True, True])
-    assert top_recall(doubt, marked, 0.2) == pytest.approx(1 / 3)
-    assert top_recall(doubt, marked, 0.4) == pytest.approx(2 / 3)
-    assert top_recall(doubt, marked, 0.6) == pytest.approx(2 / 3)
+    assert top_recall(score, marked, 0.2) == pytest.approx(1 / 3)
+    assert top_recall(score, marked, 0.4) == pytest.approx(2 / 3)
+    assert top_recall(score, marked, 0.6) == pytest.approx(2 / 3)
     for nothing in (torch.zeros(5), torch.ones(5)):
         with pytest.raises(UserError, match="marked must name some of the 5 images"):
-            top_recall(doubt, nothing.bool(), 0.2)
+            top_recall(score, nothing.bool(), 0.2)
 
 
 def test_t16_an_oracle_finds_injected_corruptions():
@@ -226,7 +228,7 @@ def test_t16_an_oracle_finds_injected_corruptions():
     assert chance["auroc_low"] < 0.5 < chance["auroc_high"]
     assert top_recall(blind, marked, 0.1) < 0.25
     images_pool = pool(images, reference_of(normal(2000, dims=16)))
-    (row,) = gains({"oracle": error}, images_pool, [0.9], seed=0, draws=30)
+    (row,) = gains({"oracle": error}, images_pool, [0.9], seed=0, resamples=30)
     assert row["z"] > 3 and row["fid_gain_low"] > row["fid_chance"] > 0
 
 
@@ -274,15 +276,15 @@ def test_figures_of_subsets_are_those_of_torch_fidelity(dims, monkeypatch):
 def test_gains_by_hand():
     features, reference = normal(80, seed=1, scale=1.5), reference_of(normal(100))
     labels = torch.tensor([0, 1, 1, 2]).repeat(20)
-    doubts = {"far": features.norm(dim=1), "dice": uniform(80, levels=3)}
+    table = {"far": features.norm(dim=1), "dice": uniform(80, levels=3)}
     images = pool(features, reference, groups=labels)
-    rows = gains(doubts, images, [0.5, 0.8], seed=9, subsets=6)
-    expected = itertools.product(("global", "per_class"), (0.5, 0.8), doubts)
+    rows = gains(table, images, [0.5, 0.8], seed=9, subsets=6)
+    expected = itertools.product(("global", "per_class"), (0.5, 0.8), table)
     assert [(r["mode"], r["keep"], r["score"]) for r in rows] == list(expected)
     t = scipy.stats.t.ppf(0.975, 5)
     for row in rows:
         groups = labels if row["mode"] == "per_class" else None
-        own = kept(doubts[row["score"]], row["keep"], groups)
+        own = kept(table[row["score"]], row["keep"], groups)
         rivals = random_kept(80, row["keep"], 9, groups, subsets=6)
         assert row["kept"] == len(own)
         for name, figure, sign, z in [
@@ -302,13 +304,13 @@ def test_gains_by_hand():
 
 
 def test_t16_gains_do_not_depend_on_the_listing():
-    features, doubt = normal(60, seed=1, shift=0.4), uniform(60, levels=6)
+    features, score = normal(60, seed=1, shift=0.4), uniform(60, levels=6)
     labels, numbers = torch.arange(60) % 3, 7 * torch.arange(60) + 2
     reference = reference_of(normal(50))
     tables = []
     for order in (torch.arange(60), torch.arange(60).flip(0), permutation(60)):
         images = pool(features[order], reference, groups=labels[order], numbers=numbers[order])
-        tables.append(gains({"a": doubt[order]}, images, [0.7], seed=0, draws=5))
+        tables.append(gains({"a": score[order]}, images, [0.7], seed=0, resamples=5))
         curve = sample_size_curve(images, reference, [10, 30], encoder="x", seed=0)
         tables[-1] = tables[-1] + curve
     for table in tables[1:]:
@@ -322,8 +324,8 @@ def test_a_score_that_removes_a_class_is_caught_per_class():
     features = centres[labels] + normal(300, seed=1)
     reference = reference_of(centres[torch.arange(600) % 3] + normal(600))
     images = pool(features, reference, groups=labels)
-    doubt = labels + 0.1 * uniform(300)
-    whole, within = gains({"class": doubt}, images, [0.7], seed=0, subsets=20)
+    score = labels + 0.1 * uniform(300)
+    whole, within = gains({"class": score}, images, [0.7], seed=0, subsets=20)
     assert whole["z"] < -10 and abs(within["z"]) < 4
     assert within["kept"] == whole["kept"] == 210
 
@@ -335,8 +337,8 @@ def test_t16_a_random_score_lies_where_random_choices_lie():
     inside = {"chance": 0, "bootstrap": 0}
     for seed in range(100):
         images = pool(normal(150, seed=seed, scale=1.3, shift=0.6), reference)
-        doubt = uniform(150, seed=1000 + seed)
-        (row,) = gains({"dice": doubt}, images, [0.8], seed=2000 + seed, draws=40)
+        score = uniform(150, seed=1000 + seed)
+        (row,) = gains({"dice": score}, images, [0.8], seed=2000 + seed, resamples=40)
         assert row["z"] == row["fid_gain"] / row["fid_random_sd"]
         inside["chance"] += abs(row["fid_gain"]) < row["fid_chance"]
         inside["bootstrap"] += row["fid_gain_low"] < 0 < row["fid_gain_high"]
@@ -348,7 +350,7 @@ def test_bootstrap_has_the_spread_of_a_random_choice_and_the_gain_as_centre():
     features = normal(300, dims=2, scale=1.3, shift=1.0)
     images = pool(features, reference_of(normal(1000, dims=2)))
     many = gains({"dice": uniform(300)}, images, [0.8], seed=0, subsets=300)[0]
-    row = gains({"dice": uniform(300)}, images, [0.8], seed=0, draws=400, level=0.68)[0]
+    row = gains({"dice": uniform(300)}, images, [0.8], seed=0, resamples=400, level=0.68)[0]
     for name in ("fid", "precision"):
         low, high = row[f"{name}_gain_low"], row[f"{name}_gain_high"]
         expected = 1.1**0.5 * many[f"{name}_random_sd"]
@@ -363,10 +365,10 @@ def test_bootstrap_resamples_within_classes_and_pairs_the_scores():
     assert torch.equal(labels[index], labels) and 50 < len(index.unique()) < 80
     features = normal(100, seed=1)
     images = pool(features, reference_of(normal(200)), groups=labels)
-    doubt = features.norm(dim=1)
-    alone = gains({"a": doubt}, images, [0.8], seed=0, draws=10)
-    doubts = {"a": doubt, "same": 3 * doubt - 1, "b": -doubt}
-    together = gains(doubts, images, [0.8], seed=0, draws=10)
+    score = features.norm(dim=1)
+    alone = gains({"a": score}, images, [0.8], seed=0, resamples=10)
+    table = {"a": score, "same": 3 * score - 1, "b": -score}
+    together = gains(table, images, [0.8], seed=0, resamples=10)
     assert len(alone) == 2 and len(together) == 6
     for row in together:
         if row["score"] != "b":
@@ -376,16 +378,16 @@ def test_bootstrap_resamples_within_classes_and_pairs_the_scores():
 
 def test_unusable_gains_are_refused_in_one_line():
     images = pool(normal(10), reference_of(normal(20)))
-    for doubts, fraction, options, message in [
-        ({"a": uniform(9)}, 0.5, {}, "doubt 'a' has 9 numbers for 10 images"),
-        ({"a": torch.arange(10)}, 0.5, {}, "doubt 'a' must be floating numbers"),
-        ({"a": uniform(10) / 0 * 0}, 0.5, {}, "doubt 'a' of image 0 is NaN"),
+    for table, fraction, options, message in [
+        ({"a": uniform(9)}, 0.5, {}, "score 'a' has 9 numbers for 10 images"),
+        ({"a": torch.arange(10)}, 0.5, {}, "score 'a' must be floating numbers"),
+        ({"a": uniform(10) / 0 * 0}, 0.5, {}, "score 'a' of image 0 is NaN"),
         ({"a": uniform(10)}, 0.99, {}, "keep fraction 0.99 discards none of 10 images"),
         ({"a": uniform(10)}, 0.1, {}, "kept images for the FID must be .* >= 2, got 1"),
         ({"a": uniform(10)}, 0.5, {"subsets": 1}, "subsets must be a whole number >= 2"),
     ]:
         with pytest.raises(UserError, match=message) as refusal:
-            gains(doubts, images, [fraction], seed=0, **options)
+            gains(table, images, [fraction], seed=0, **options)
         assert "\n" not in str(refusal.value)
 
 
@@ -397,8 +399,8 @@ def test_seeds_are_combined_with_the_interval_of_student():
     tables = []
     for seed in range(4):
         features = normal(60, seed=seed + 1, shift=0.4)
-        doubts = {"far": features.norm(dim=1), "dice": uniform(60, seed=seed)}
-        tables.append(gains(doubts, pool(features, reference), [0.5, 0.8], seed=seed))
+        table = {"far": features.norm(dim=1), "dice": uniform(60, seed=seed)}
+        tables.append(gains(table, pool(features, reference), [0.5, 0.8], seed=seed))
     rows = over_seeds([tables[0], tables[1][::-1], *tables[2:]], NAMES, VALUES)
     assert [(r["score"], r["keep"]) for r in rows] == [(r["score"], r["keep"]) for r in tables[0]]
     for place, row in enumerate(rows):

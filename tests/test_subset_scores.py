@@ -136,10 +136,10 @@ def test_every_score_has_its_gain_with_an_interval(shuffled):
     reference = reference_of(REAL)
     order = torch.randperm(120) if shuffled else torch.arange(120)
     images = pool(GENERATED[order], reference, numbers=order, more=True, logits=LOGITS[order])
-    doubt = GENERATED.norm(dim=1)
-    (row,) = gains({"far": doubt[order]}, images, [0.6], seed=0, subsets=6, draws=8)
+    score = GENERATED.norm(dim=1)
+    (row,) = gains({"far": score[order]}, images, [0.6], seed=0, subsets=6, resamples=8)
     chance = random_kept(120, 0.6, seed=0, subsets=6)
-    kept = doubt.argsort()[:72].sort().values[None]
+    kept = score.argsort()[:72].sort().values[None]
     scores = SubsetScores.of(GENERATED, REAL, LOGITS)
     own, rivals = scores(kept), scores(chance)
     for name in ("is", "kid", "recall", "density", "coverage", "cmmd"):
@@ -152,7 +152,9 @@ def test_every_score_has_its_gain_with_an_interval(shuffled):
     assert row["density_gain"] > 0 > row["recall_gain"]  # the outer ones are gone
     (mean,) = over_seeds([[row], [row]], NAMES, VALUES)
     assert mean["kid_gain"] == row["kid_gain"] and mean["kid_gain_low"] == row["kid_gain"]
-    plain = gains({"far": doubt}, pool(GENERATED, reference), [0.6], seed=0, subsets=6, draws=8)
+    plain = gains(
+        {"far": score}, pool(GENERATED, reference), [0.6], seed=0, subsets=6, resamples=8
+    )
     for name, value in plain[0].items():
         assert row[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-8))
 

@@ -180,9 +180,9 @@ def undertrained(
         )
     # Classes take turns together, so that every epoch has its share of each.
     rare = rare[_permutation(len(rare), seed)]
-    told = f"{data.fingerprint} visits {visits!r} of {rare.tolist()}"
+    text = f"{data.fingerprint} visits {visits!r} of {rare.tolist()}"
     fields = {name: getattr(data, name) for name in _FIELDS}
-    fields["fingerprint"] = hashlib.sha256(told.encode()).hexdigest()[:16]
+    fields["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return RarelyVisited(**fields, rare=rare, visits=float(visits))
 
 

@@ -79,7 +79,7 @@ def _shifts_single(features: Tensor, k: int) -> Tensor:
 
 
 def _shifts_double(features: Tensor, k: int) -> Tensor:
-    """The same with float64 products, one per shift."""
+    """Blocks of all shifts, by float64 products, one per shift."""
     channels, height, width = features.shape[1:]
     sums = features.new_zeros(k, 2 * k - 1, channels, channels, dtype=torch.float64)
     reach = k - 1

@@ -59,9 +59,9 @@ class HeadGeometry:
         axis = 1 if self.kernel_size else -1
         fits = features.ndim == 4 if self.kernel_size else features.ndim >= 2
         if not fits or features.shape[axis] != self.features:
-            wanted = "(B, D, h, w)" if self.kernel_size else "(B, ..., D)"
+            expected = "(B, D, h, w)" if self.kernel_size else "(B, ..., D)"
             raise UserError(
-                f"features must be {wanted} with D = {self.features}, got"
+                f"features must be {expected} with D = {self.features}, got"
                 f" {tuple(features.shape)}; pass what the network feeds its head"
             )
 

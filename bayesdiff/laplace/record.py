@@ -152,7 +152,7 @@ class Curvature:
 
     @cached_property
     def eigen_blocks(self) -> tuple[Tensor, Tensor]:
-        """The same of G without what ties weights and bias; that of the bias comes last."""
+        """As ``eigen``, of G without what ties weights and bias; that of the bias comes last."""
         if not self.geometry.bias:
             return self.eigen
         values, vectors = _eigh(self.gram[:-1, :-1])

@@ -37,7 +37,7 @@ def shared_rows(
 
 
 def own_rows(numbers: range, size: int, batch: Batch, what: str) -> Rows:
-    """The same, all made by this process for itself."""
+    """Rows of all samples, all made by this process for itself; see ``shared_rows``."""
     batches = torch.arange(numbers.start, numbers.stop).split(size)
     parts = [batch(part.tolist()) for part in track(batches, what, "images", len)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -54,7 +54,7 @@ def spread_ratio(a: Tensor, b: Tensor) -> float:
 
 
 def agreement(
-    a: Tensor, b: Tensor, *, seed: int, draws: int = 1000, level: float = 0.95
+    a: Tensor, b: Tensor, *, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> dict[str, float]:
     """The three figures above, each with its bootstrap interval over images.
 
@@ -62,7 +62,7 @@ def agreement(
         a: variance maps under test (N, ...).
         b: reference maps of the same images, same shape.
         seed: fixes the resampled images.
-        draws: bootstrap samples.
+        resamples: their number.
         level: share of the bootstrap samples inside the interval.
 
     Returns:
@@ -74,21 +74,25 @@ def agreement(
         "pixel_rank": (mean, (pixel_ranks(a, b),)),
         "spread_ratio": (_median_ratio, (_log_ratios(a, b),)),
     }
-    return with_intervals(figures, seed=seed, draws=draws, level=level)
+    return with_intervals(figures, seed=seed, resamples=resamples, level=level)
 
 
-def with_intervals(figures: Figures, *, seed: int, draws: int, level: float) -> dict[str, float]:
+def with_intervals(
+    figures: Figures, *, seed: int, resamples: int, level: float
+) -> dict[str, float]:
     """Figures by name, each with ``_low`` and ``_high``, its bootstrap interval over images.
 
     Args:
         figures: a statistic and its values, as for ``bootstrap_interval``.
         seed: fixes the resampled images.
-        draws: bootstrap samples.
+        resamples: their number.
         level: share of the bootstrap samples inside the interval.
     """
     found: dict[str, float] = {}
     for name, (statistic, values) in figures.items():
-        low, high = bootstrap_interval(statistic, *values, seed=seed, draws=draws, level=level)
+        low, high = bootstrap_interval(
+            statistic, *values, seed=seed, resamples=resamples, level=level
+        )
         found |= {name: float(statistic(*values)), f"{name}_low": low, f"{name}_high": high}
     return found
 
@@ -97,7 +101,7 @@ def bootstrap_interval(
     statistic: Callable[..., Tensor],
     *values: Tensor,
     seed: int,
-    draws: int = 1000,
+    resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic over resampled images.
@@ -106,7 +110,7 @@ def bootstrap_interval(
         statistic: maps one tensor (..., N) per entry of ``values`` to (...).
         *values: one number per image, each (N,); an image keeps its numbers together.
         seed: fixes the resampled images.
-        draws: bootstrap samples.
+        resamples: their number.
         level: share of the bootstrap samples inside the interval.
 
     Returns:
@@ -115,8 +119,8 @@ def bootstrap_interval(
     size = len(values[0])
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for first in range(0, draws, block := max(BLOCK // size, 1)):
-        shape = (min(block, draws - first), size)
+    for first in range(0, resamples, block := max(BLOCK // size, 1)):
+        shape = (min(block, resamples - first), size)
         index = torch.randint(size, shape, generator=generator)
         found.append(statistic(*(value.cpu()[index] for value in values)))
     tail = (1 - level) / 2

@@ -1,7 +1,7 @@
 """Which images a score keeps, which a random choice keeps, and how well a score finds marked ones.
 
-A score is one number per image, its doubt: the higher, the sooner the image is discarded. What is
-kept is a matter of the images' numbers and doubts, never of the order in which they are listed.
+A score is one number per image: the higher, the sooner the image is discarded. What is kept is a
+matter of the images' numbers and scores, never of the order in which they are listed.
 """
 
 import torch
@@ -11,26 +11,26 @@ from bayesdiff.checks import UserError, at_least
 
 
 def kept(
-    doubt: Tensor, fraction: float, groups: Tensor | None = None, numbers: Tensor | None = None
+    score: Tensor, fraction: float, groups: Tensor | None = None, numbers: Tensor | None = None
 ) -> Tensor:
     """The least doubtful images.
 
     Args:
-        doubt: one number per image, floating (N,); infinity discards first.
+        score: one number per image, floating (N,); infinity discards first.
         fraction: share that is kept, above 0 and at most 1.
         groups: class of each image, integers (N,): the same share of every class is kept. None
             keeps the least doubtful of all classes together.
         numbers: distinct numbers of the images, integers (N,), where they are listed with gaps or
-            out of order; None is 0, 1, ... Of equal doubts the lower number is kept.
+            out of order; None is 0, 1, ... Of equal scores the lower number is kept.
 
     Returns:
         Places in the list, int64 (n,), on the CPU, the lowest number first. A share that is no
         whole number of images is rounded, half up, to at least one image.
     """
-    doubt = checked_doubt(doubt)
-    numbers = checked_numbers(numbers, len(doubt))
+    score = checked_score(score)
+    numbers = checked_numbers(numbers, len(score))
     return _least(
-        doubt[None], checked_fraction(fraction), checked_groups(groups, len(doubt)), numbers
+        score[None], checked_fraction(fraction), checked_groups(groups, len(score)), numbers
     )[0]
 
 
@@ -64,22 +64,22 @@ def random_kept(
     return _least(lots, checked_fraction(fraction), checked_groups(groups, count), numbers)
 
 
-def least_doubtful(doubts: Tensor, fraction: float, groups: Tensor | None = None) -> Tensor:
+def lowest_scores(scores: Tensor, fraction: float, groups: Tensor | None = None) -> Tensor:
     """``kept`` for many scores at once, without its checks: ``(S, N) -> (S, n)``.
 
     Args:
-        doubts: on the CPU; equal doubts are kept by lot, always the same.
+        scores: on the CPU; equal scores are kept by lot, always the same.
         fraction: see ``kept``.
         groups: see ``kept``.
     """
-    return _least(doubts, fraction, groups, torch.arange(doubts.shape[1]))
+    return _least(scores, fraction, groups, torch.arange(scores.shape[1]))
 
 
-def auroc(doubt: Tensor, marked: Tensor) -> Tensor:
-    """Probability that a marked image has the higher doubt of a pair, equal doubts half.
+def auroc(score: Tensor, marked: Tensor) -> Tensor:
+    """Probability that a marked image has the higher score of a pair, equal scores half.
 
     Args:
-        doubt: (..., N).
+        score: (..., N).
         marked: the images to be found, bool or 0 and 1, (..., N).
 
     Returns:
@@ -87,49 +87,49 @@ def auroc(doubt: Tensor, marked: Tensor) -> Tensor:
         or none are marked.
     """
     marked = marked.double()
-    ordered = doubt.sort(-1).values.contiguous()
-    doubt = doubt.contiguous()
-    # Mean of the first and the last place that equal doubts share.
-    below = torch.searchsorted(ordered, doubt)
-    ranks = (below + torch.searchsorted(ordered, doubt, right=True) - 1).double() / 2
+    ordered = score.sort(-1).values.contiguous()
+    score = score.contiguous()
+    # Mean of the first and the last place that equal scores share.
+    below = torch.searchsorted(ordered, score)
+    ranks = (below + torch.searchsorted(ordered, score, right=True) - 1).double() / 2
     found = marked.sum(-1)
     # Mann and Whitney's statistic, with ranks from 0.
     wins = (ranks * marked).sum(-1) - found * (found - 1) / 2
     return wins / (found * (marked.shape[-1] - found))
 
 
-def top_recall(doubt: Tensor, marked: Tensor, fraction: float) -> float:
+def top_recall(score: Tensor, marked: Tensor, fraction: float) -> float:
     """Share of the marked images among those that are discarded first.
 
     Args:
-        doubt: see ``kept``, (N,).
+        score: see ``kept``, (N,).
         marked: the images to be found, bool (N,).
         fraction: share of all images that is discarded, below 1; where more are marked, not all
             can be found.
     """
-    doubt, marked = checked_doubt(doubt), _marked(marked, len(doubt))
-    left = kept(doubt, 1 - fraction)
+    score, marked = checked_score(score), _marked(marked, len(score))
+    left = kept(score, 1 - fraction)
     return 1 - float(marked[left].sum() / marked.sum())
 
 
-def checked_doubt(doubt: Tensor, name: str = "doubt") -> Tensor:
+def checked_score(score: Tensor, name: str = "score") -> Tensor:
     """One number per image, on the CPU.
 
     Raises:
         UserError: if they are not floating numbers (N,), or one is NaN.
     """
-    if not doubt.is_floating_point() or doubt.ndim != 1 or not len(doubt):
+    if not score.is_floating_point() or score.ndim != 1 or not len(score):
         raise UserError(
-            f"{name} must be floating numbers (N,) with N >= 1, got {doubt.dtype} "
-            f"{tuple(doubt.shape)}; give one float per image"
+            f"{name} must be floating numbers (N,) with N >= 1, got {score.dtype} "
+            f"{tuple(score.shape)}; give one float per image"
         )
-    missing = doubt.isnan().nonzero()
+    missing = score.isnan().nonzero()
     if len(missing):
         raise UserError(
-            f"{name} of image {int(missing[0])} is NaN ({len(missing)} of {len(doubt)} images); "
+            f"{name} of image {int(missing[0])} is NaN ({len(missing)} of {len(score)} images); "
             "give every image a number, inf discards first"
         )
-    return doubt.detach().cpu()
+    return score.detach().cpu()
 
 
 def checked_fraction(fraction: float) -> float:
@@ -170,16 +170,16 @@ def checked_numbers(numbers: Tensor | None, count: int) -> Tensor:
     return numbers
 
 
-def _least(doubts: Tensor, fraction: float, groups: Tensor | None, numbers: Tensor) -> Tensor:
+def _least(scores: Tensor, fraction: float, groups: Tensor | None, numbers: Tensor) -> Tensor:
     """Places ``(S, n)`` of the least doubtful of S scores ``(S, N)``, by ascending number.
 
-    Equal doubts are kept in an order that the numbers alone decide, by lot: numbers often follow
+    Equal scores are kept in an order that the numbers alone decide, by lot: numbers often follow
     the classes in turn, and in their own order a constant score would keep a balanced set.
     """
     by_number = numbers.argsort()
     lots = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(len(numbers)))
-    order = lots[doubts[:, by_number[lots]].argsort(dim=-1, stable=True)]
-    sizes = torch.tensor([doubts.shape[1]])
+    order = lots[scores[:, by_number[lots]].argsort(dim=-1, stable=True)]
+    sizes = torch.tensor([scores.shape[1]])
     if groups is not None:
         _, group, sizes = groups[by_number].unique(return_inverse=True, return_counts=True)
         # Least doubtful first within each class, one class after the other.

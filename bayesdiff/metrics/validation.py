@@ -42,12 +42,12 @@ class Validation:
     coverage: Tensor
     pixels: Tensor
 
-    def metrics(self, seed: int, draws: int = 1000, level: float = 0.95) -> dict[str, float]:
+    def metrics(self, seed: int, resamples: int = 1000, level: float = 0.95) -> dict[str, float]:
         """Figures named ``validation/...`` with their bootstrap intervals over images.
 
         Args:
             seed: fixes the resampled images.
-            draws: bootstrap samples.
+            resamples: their number.
             level: share of them inside the intervals ``_low`` to ``_high``.
 
         Returns:
@@ -69,7 +69,7 @@ class Validation:
                 "coverage95": (mean, (self.coverage,)),
             },
             seed=seed,
-            draws=draws,
+            resamples=resamples,
             level=level,
         )
         good = ratio[ratio.isfinite()]

@@ -55,8 +55,8 @@ class Address:
         run, solver, estimator, posterior = setup.quartet
         name = f"{solver.name}-{estimator.name}"
         images = images_at(run, solver, setup.weights)
-        told, sources = maps_settings(run, estimator), estimator.sources(run)
-        maps = key_of(*sampled_from(run, setup.weights), settings_of(posterior), told, *sources)
+        parts, sources = maps_settings(run, estimator), estimator.sources(run)
+        maps = key_of(*sampled_from(run, setup.weights), settings_of(posterior), parts, *sources)
         asked = key_of(maps, estimator.validate_images, estimator.validate_members)
         checked = Artefact(run.folder / f"validation-{asked[:8]}.json", asked, "validation")
         validated = asked if estimator.validate else None
@@ -75,10 +75,10 @@ class Address:
 def maps_settings(run: Run, estimator: Estimator) -> dict[str, Any]:
     """Options that change the run's own maps, chosen samples by their numbers."""
     chosen = sample_numbers(estimator, run)
-    told = with_effect(run.cfg.uncertainty)
+    parts = with_effect(run.cfg.uncertainty)
     if code := code_of(plain(run.cfg.uncertainty)):
-        told = told | {"code": code}
-    return told if chosen is None else told | {"numbers": chosen}
+        parts = parts | {"code": code}
+    return parts if chosen is None else parts | {"numbers": chosen}
 
 
 def overridden(
@@ -102,22 +102,22 @@ def cell_words(run: Run, solver: Solver, estimator: Estimator, posterior: HeadPo
     """What the cell is told apart by, with what was fitted in numbers."""
     cfg = run.cfg
     found = overridden(run, solver, estimator, posterior)
-    told: dict[str, Any] = {"studies": list(run.studies)} if run.studies else {}
-    told |= _of_posterior(posterior)
+    parts: dict[str, Any] = {"studies": list(run.studies)} if run.studies else {}
+    parts |= _of_posterior(posterior)
     left = [f"laplace.{name}" for name in (*_FITTED, "structure", "rank")]
     # The chosen samples are in the key, by their numbers.
     idle = set(WITHOUT_EFFECT) - {"labels", "numbers"}
     left += [f"uncertainty.{name}" for name in idle]
     left += [f"metrics.{name}" for name in UNSCORED]
-    told |= {
+    parts |= {
         name: value
         for place in ("laplace.", "solver.", "uncertainty.", "metrics.")
         for name, value in found.items()
         if name.startswith(place) and name not in left
     }
-    told = dict(sorted(told.items(), key=lambda item: item[0].endswith("num_images")))
+    parts = dict(sorted(parts.items(), key=lambda item: item[0].endswith("num_images")))
     known = [f"{n}.{k}" for n in ("laplace", "solver", "uncertainty", "metrics") for k in cfg[n]]
-    return words(told, known)
+    return words(parts, known)
 
 
 def _of_posterior(posterior: HeadPosterior) -> dict[str, Any]:
@@ -125,12 +125,12 @@ def _of_posterior(posterior: HeadPosterior) -> dict[str, Any]:
     curvature = posterior.curvature
     numbers = dict(zip(_FITTED, posterior.settings[-3:], strict=True))
     usual = dict(zip(_FITTED, (curvature.sigma_mle, 1.0, curvature.num_images), strict=True))
-    told: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     if posterior.structure != "full":
-        told["laplace.structure"] = posterior.structure
+        parts["laplace.structure"] = posterior.structure
     if posterior.rank is not None:
-        told["laplace.rank"] = posterior.rank
-    return told | {
+        parts["laplace.rank"] = posterior.rank
+    return parts | {
         f"laplace.{name}": value
         for name, value in numbers.items()
         if f"{value:.9g}" != f"{usual[name]:.9g}"

@@ -215,13 +215,13 @@ def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
     found = {k: v for k, v in found.items() if k in learnt or not k.startswith("trainer.")}
     if takes_weights(cfg):
         found = {k: v for k, v in found.items() if not LEARNT.fullmatch(k)}
-    told = {"corruption": damage} if damage else {}
-    told |= {} if likelihood == _USUAL else {"likelihood": likelihood}
+    telling = {"corruption": damage} if damage else {}
+    telling |= {} if likelihood == _USUAL else {"likelihood": likelihood}
     space = OmegaConf.select(cfg, "data.space._target_")
-    told |= {"space": str(space).rpartition(".")[2]} if space else {}
-    told |= {} if cfg.get("init_from") is None else {"init_from": "weights"}
-    told |= {n: v for place in _TELLING for n, v in found.items() if re.fullmatch(place, n)}
-    return named(Path(cfg.output_dir), f"{data}-{family}", words(told), key)
+    telling |= {"space": str(space).rpartition(".")[2]} if space else {}
+    telling |= {} if cfg.get("init_from") is None else {"init_from": "weights"}
+    telling |= {n: v for place in _TELLING for n, v in found.items() if re.fullmatch(place, n)}
+    return named(Path(cfg.output_dir), f"{data}-{family}", words(telling), key)
 
 
 def _short(value: Any) -> str:

@@ -78,11 +78,11 @@ def recording(*first: str) -> Generator[None, None, None]:
     if _now is not None:
         yield
         return
-    root, told = logging.getLogger(), warnings.showwarning
+    root, usual = logging.getLogger(), warnings.showwarning
     record = _now = _Record()
 
     def warn(message: Any, category: Any, filename: str, lineno: int, *more: Any) -> None:
-        told(message, category, filename, lineno, *more)
+        usual(message, category, filename, lineno, *more)
         _say(record, logging.WARNING, f"{filename}:{lineno}: {category.__name__}: {message}")
 
     root.addHandler(record)
@@ -97,7 +97,7 @@ def recording(*first: str) -> Generator[None, None, None]:
     finally:
         root.removeHandler(record)
         if warnings.showwarning is warn:
-            warnings.showwarning = told
+            warnings.showwarning = usual
         _now = None
 
 

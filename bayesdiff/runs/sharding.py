@@ -108,7 +108,7 @@ class ShardedAveraging(EMAWeightAveraging):
 
     @classmethod
     def of(cls, average: EMAWeightAveraging) -> Self:
-        """The same average of split weights."""
+        """A moving average of weights that lie split over the processes."""
         twin: Any = copy.copy(average)
         twin.__class__ = cls
         return twin

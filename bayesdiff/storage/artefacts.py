@@ -37,7 +37,7 @@ def key_of(*parts: Any) -> str:
 
 
 def _same_numbers(value: Any) -> Any:
-    """The same for 1 and 1.0, which a command line may give for one another."""
+    """With 1.0 as 1: a command line may give them for one another."""
     if isinstance(value, Mapping):
         return {key: _same_numbers(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

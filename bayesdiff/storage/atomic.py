@@ -64,9 +64,9 @@ def disk_error(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
-        told = re.search(r"\(os error (\d+)\)", str(cause))  # safetensors
-        if told and number is None:
-            number = int(told[1])
+        match = re.search(r"\(os error (\d+)\)", str(cause))  # safetensors
+        if match and number is None:
+            number = int(match[1])
         if number in _FULL:
             return f"{_FULL[number]}; free some space and give the same command again"
         if number in _DENIED:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torch-fidelity costs seconds
 # Scores of members that ``members.joint`` puts together.
 JOINT = ("predictive_entropy", "log_det")
 
-Doubts = dict[str, Tensor]
+ScoreTable = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,46 +130,46 @@ class Seen:
     own: Mapping[str, OwnScore] = field(default_factory=dict)
 
 
-def check_scores(wanted: ScoreOptions, run: Run) -> None:
+def check_scores(options: ScoreOptions, run: Run) -> None:
     """Try once what the further scores need: files, masks, a velocity everywhere.
 
     Raises:
         UserError: where one of them is missing.
     """  # noqa: DOC502 - raised one level down
-    if wanted.likelihood:
-        check_likelihood(run.model, wanted.likelihood_steps)
-    check_encoders(wanted.encoders, run)
-    try_scores(wanted.own.values(), run)
-    if wanted.segmentation is not None:
+    if options.likelihood:
+        check_likelihood(run.model, options.likelihood_steps)
+    check_encoders(options.encoders, run)
+    try_scores(options.own.values(), run)
+    if options.segmentation is not None:
         # On the CPU, before any device is taken.
-        segmented(wanted.segmentation, to_model_range(run.data.data.images[:2]))
+        segmented(options.segmentation, to_model_range(run.data.data.images[:2]))
 
 
-def seen_of(made: ImagePool, wanted: ScoreOptions, images: Tensor) -> tuple[Seen, dict[str, int]]:
+def seen_of(made: ImagePool, options: ScoreOptions, images: Tensor) -> tuple[Seen, dict[str, int]]:
     """What scores look at beside maps, and network evaluations behind the costlier ones."""
-    members = made.members(wanted.members) if wanted.members else None
+    members = made.members(options.members) if options.members else None
     parts: dict[str, Rows] = {}
-    if wanted.aleatoric_draws:
-        parts["aleatoric"] = made.aleatoric(wanted.aleatoric_draws)
-    if wanted.aleatoric_zigzag:
-        zigzag = made.zigzag(wanted.aleatoric_draws, wanted.aleatoric_zigzag)
+    if options.aleatoric_draws:
+        parts["aleatoric"] = made.aleatoric(options.aleatoric_draws)
+    if options.aleatoric_zigzag:
+        zigzag = made.zigzag(options.aleatoric_draws, options.aleatoric_zigzag)
         parts["aleatoric"] |= {k: v for k, v in zigzag.items() if k != "nfe"}
         parts["zigzag"] = {"nfe": zigzag["nfe"]}
-    if wanted.likelihood:
-        parts["likelihood"] = made.likelihood(images, wanted.likelihood_steps)
+    if options.likelihood:
+        parts["likelihood"] = made.likelihood(images, options.likelihood_steps)
     spent = {name: int(rows["nfe"][0]) for name, rows in parts.items() if "nfe" in rows}
-    if wanted.members:
-        spent["members"] = wanted.members * made.start([0]).nfe
+    if options.members:
+        spent["members"] = options.members * made.start([0]).nfe
     known = {
         f"{name}.{key}": value
         for name, rows in parts.items()
         for key, value in rows.items()
         if key != "nfe"
     }
-    return Seen(members, known, wanted.segmentation, wanted.encoders, wanted.own), spent
+    return Seen(members, known, options.segmentation, options.encoders, options.own), spent
 
 
-def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> Doubts:
+def score_table(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> ScoreTable:
     """Scores ``(N,)`` of one pool; negative variances count as 0.
 
     The classifier that is read here is trained from another seed than the run's own, which judges.
@@ -182,26 +182,26 @@ def doubts_of(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) -> D
     """
     samples = next(iter(maps.values())).in_model_range()
     generator = torch.Generator().manual_seed(seed)
-    doubts: Doubts = {"random": torch.rand(len(samples.images), generator=generator)}
+    scores: ScoreTable = {"random": torch.rand(len(samples.images), generator=generator)}
     mask = _mask(run, seen.segmentation, samples.images)
     for name, made in maps.items():
         variance = made.in_model_range().variance
         found = {k: of(variance, samples.images) for k, of in MAP_SCORES.items()}
         if mask is not None:
             found["foreground_mean"] = foreground_mean(variance, samples.images, mask)
-        doubts |= {f"{name}.{k}": value for k, value in found.items()}
+        scores |= {f"{name}.{k}": value for k, value in found.items()}
     noise = next((m.sampler_noise for m in map(Samples.in_model_range, maps.values())
                   if m.sampler_noise is not None), None)  # fmt: skip
     if noise is not None:  # a stochastic solver's own, of which the posterior knows nothing
-        doubts["sampler_noise.sum"] = MAP_SCORES["sum"](noise, samples.images)
-    doubts |= seen.known
-    doubts |= {f"image.{k}": of(samples.images) for k, of in IMAGE_SCORES.items()}
-    return doubts | judged(run, samples, seen) | _of_own(run, maps, seen)
+        scores["sampler_noise.sum"] = MAP_SCORES["sum"](noise, samples.images)
+    scores |= seen.known
+    scores |= {f"image.{k}": of(samples.images) for k, of in IMAGE_SCORES.items()}
+    return scores | judged(run, samples, seen) | _of_own(run, maps, seen)
 
 
-def _of_own(run: Run, maps: Mapping[str, Samples], seen: Seen) -> Doubts:
+def _of_own(run: Run, maps: Mapping[str, Samples], seen: Seen) -> ScoreTable:
     """Scores of the user's own, those of maps for every estimator."""
-    found: Doubts = {}
+    found: ScoreTable = {}
     for place, (name, made) in enumerate(maps.items()):
         asked = [own for own in seen.own.values() if own.of_map or not place]
         given = inputs_of(asked, run, made.in_model_range(), seen.members)
@@ -214,31 +214,31 @@ def judged(
     samples: Samples,
     seen: Seen,
     kinds: Sequence[str] = ("classifier", "real", "members"),
-) -> Doubts:
+) -> ScoreTable:
     """Scores ``(N,)`` of these kinds, by a classifier of another seed than the run's own."""
     from bayesdiff.metrics.features import extract
 
     scorer, known = judge(run, run.cfg.metrics.seed + 1)
-    doubts: Doubts = {}
+    scores: ScoreTable = {}
     if {"classifier", "real"} & {*kinds}:
         read = extract(scorer, to_uint8(samples.images), run.cfg.metrics.batch_size)
         if "classifier" in kinds:
-            doubts |= _of_classes(read.logits, samples.labels)
+            scores |= _of_classes(read.logits, samples.labels)
         if "real" in kinds:
             near = neighbours(read.features, torch.from_numpy(known.subset))
             rarity = near.rarity.nan_to_num(torch.inf)
-            doubts |= {"real.realism": -near.realism, "real.rarity": rarity}
+            scores |= {"real.realism": -near.realism, "real.rarity": rarity}
     if seen.members is not None and "members" in kinds:
-        doubts |= _of_members(run, seen.members, scorer)
-        doubts["members.joint"] = joint(doubts, samples.labels)
+        scores |= _of_members(run, seen.members, scorer)
+        scores["members.joint"] = joint(scores, samples.labels)
         for name, source in seen.encoders.items():
             extractor = encoder(run, name, source)
             found = _of_members(run, seen.members, extractor, ("features",))
-            doubts |= {f"{k}_{name}": value for k, value in found.items()}
-    return doubts
+            scores |= {f"{k}_{name}": value for k, value in found.items()}
+    return scores
 
 
-def doubts_of_images(images: Tensor, logits: Tensor, labels: Tensor | None) -> Doubts:
+def scores_of_images(images: Tensor, logits: Tensor, labels: Tensor | None) -> ScoreTable:
     """Scores ``(N,)`` that read nothing but the image.
 
     Args:
@@ -246,11 +246,11 @@ def doubts_of_images(images: Tensor, logits: Tensor, labels: Tensor | None) -> D
         logits: ``(N, K)`` of a classifier for them.
         labels: ``(N,)`` that were asked for, or None.
     """
-    doubts = {f"image.{name}": of(images) for name, of in IMAGE_SCORES.items()}
-    return doubts | _of_classes(logits, labels)
+    scores = {f"image.{name}": of(images) for name, of in IMAGE_SCORES.items()}
+    return scores | _of_classes(logits, labels)
 
 
-def _of_classes(logits: Tensor, labels: Tensor | None) -> Doubts:
+def _of_classes(logits: Tensor, labels: Tensor | None) -> ScoreTable:
     """Scores of the classes that a classifier sees; ``off_label`` where one was asked for."""
     return {
         f"classifier.{name}": confidence(logits, labels)
@@ -259,14 +259,14 @@ def _of_classes(logits: Tensor, labels: Tensor | None) -> Doubts:
     }
 
 
-def joint(doubts: Doubts, labels: Tensor | None) -> Tensor:
+def joint(scores: ScoreTable, labels: Tensor | None) -> Tensor:
     """What is doubtful by its class and by its pixels: the sum of an image's two ranks ``(N,)``.
 
     The entropy of the members' classes misses odd strokes of a clear class, that of their pixels
     misses images between two classes. Their units cannot be compared; ranks among the images of
     the same label can.
     """
-    both = torch.stack([doubts[f"members.{name}"].double() for name in JOINT])
+    both = torch.stack([scores[f"members.{name}"].double() for name in JOINT])
     groups = torch.zeros(both.shape[1], dtype=torch.long) if labels is None else labels
     return ranks_within(both, groups).sum(0)
 
@@ -276,7 +276,7 @@ def _of_members(
     members: Tensor,
     extractor: "FeatureExtractorBase",
     reads: Sequence[str] = ("images", "features", "logits"),
-) -> Doubts:
+) -> ScoreTable:
     """Scores of the members that read any of these."""
     from bayesdiff.metrics.features import extract
 

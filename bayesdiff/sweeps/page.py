@@ -108,11 +108,11 @@ def page(
 
 def _conditions(rows: Sequence[Row], failed: Sequence[Row], known: Mapping[str, str]) -> str:
     seconds = sum(float(row.get("seconds") or 0) for row in rows)
-    told = dict(known)
-    told["cells"] = f"{len(rows)}" + (f", {len(failed)} failed" if failed else "")
-    told["time"] = f"{duration(seconds)} for all cells, one after the other"
-    told["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in told.items())
+    facts = dict(known)
+    facts["cells"] = f"{len(rows)}" + (f", {len(failed)} failed" if failed else "")
+    facts["time"] = f"{duration(seconds)} for all cells, one after the other"
+    facts["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     return f"<dl>{lines}</dl>"
 
 

@@ -66,9 +66,9 @@ def write(folder: Path, rows: list[Row], command: str = "", *, pdf: bool = True)
     conditions = conditions_of(rows)
     text = page.page(folder, flat, keys, metrics, conditions, pictures, command, others)
     write_text(folder / "report.html", text)
-    told = "\n\n".join(f"{name}: {value}" for name, value in conditions.items())
+    listed = "\n\n".join(f"{name}: {value}" for name, value in conditions.items())
     shown = table.markdown(flat[:_MOST_ROWS], columns)
-    said = f"`{command}`\n\n{told}\n\n{shown}"
+    said = f"`{command}`\n\n{listed}\n\n{shown}"
     board.write_sweep(folder / "report", flat, metrics, said, pictures)
     log.info("report: %s", folder / "report.html")
 

@@ -108,13 +108,13 @@ def cores() -> int:
 
 def _wait(paths: Sequence[Path]) -> tuple[FileLock, Path]:
     """The lock of the first slot that is free, as soon as there is one, and which it is."""
-    told = False
+    warned = False
     locks = {path: lock_of(path) for path in paths}
     while True:
         for path, lock in locks.items():
             if taken(lock, 0):
                 return lock, path
-        if not told:
+        if not warned:
             log.info("waiting for one of %d slots on %s", len(locks), platform.node())
-            told = True
+            warned = True
         time.sleep(_POLL)

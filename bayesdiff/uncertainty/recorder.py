@@ -38,7 +38,7 @@ class Recorder:
         self.frame_variance: list[Tensor] = []
         self.frame_times: list[float] = []
 
-    def wanted(self, ends: Sequence[float]) -> dict[float, slice]:
+    def recorded(self, ends: Sequence[float]) -> dict[float, slice]:
         """Which images' states will be kept, for those of the steps' ends where any are."""
         kept = {ends[number]: slice(self.images) for number in self.chosen}
         for time in self.pending:
@@ -51,7 +51,7 @@ class Recorder:
 
         Args:
             time: at the end of the step.
-            state: ``(B, C, H, W)``, or as much of it as is ``wanted``, None for nothing.
+            state: ``(B, C, H, W)``, or as much of it as is ``recorded``, None for nothing.
             variance: ``(B, C, H, W)``.
         """
         self.times.append(time)

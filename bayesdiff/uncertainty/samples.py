@@ -95,11 +95,11 @@ class Samples:
         return cls(**values)
 
     def in_unit_range(self) -> Self:
-        """The same with images in [0, 1], and variances in the square of these units."""
+        """These samples with images in [0, 1], and variances in the square of these units."""
         return self._in("unit", lambda x: (x + 1) / 2, 1 / 4)
 
     def in_model_range(self) -> Self:
-        """The same with images in [-1, 1]."""
+        """These samples with images in [-1, 1], and variances in the square of these units."""
         return self._in("model", lambda x: 2 * x - 1, 4)
 
     def _in(self, units: str, convert: Callable[[Tensor], Tensor], scale: float) -> Self:

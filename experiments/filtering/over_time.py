@@ -57,15 +57,15 @@ def of_model(model: str, *more: str) -> list[dict[str, Any]]:
         samples = made.maps(own).in_model_range()
         labels = samples.labels
         assert labels is not None  # filtering asks for classes
-        doubts = {
+        scores = {
             f"{t:.3f}": v for t, v in zip(samples.times.tolist(), samples.summed, strict=True)
         }
         read = extract(extractor, to_uint8(samples.images), cfg.metrics.batch_size)
         judged = pool(read.features, reference, groups=labels)
         chance = {"seed": wanted.seed, "subsets": wanted.subsets}
-        gained = gains(doubts, judged, [wanted.main_keep], **chance)
+        gained = gains(scores, judged, [wanted.main_keep], **chance)
         follows = profile(
-            doubts, read.logits, labels, IMAGE_SCORES["total_variation"](samples.images)
+            scores, read.logits, labels, IMAGE_SCORES["total_variation"](samples.images)
         )
         z = {row["score"]: row["z"] for row in gained if row["mode"] == "per_class"}
         tables.append([row | {"z": z[row["score"]]} for row in follows])

@@ -30,7 +30,7 @@ from bayesdiff.runs.setup import Setup
 from bayesdiff.runs.training import fit
 from bayesdiff.storage.artefacts import finite, read_json, write_json, write_text
 from bayesdiff.studies.image_pool import ImagePool
-from bayesdiff.studies.scoring import ScoreOptions, doubts_of, seen_of
+from bayesdiff.studies.scoring import ScoreOptions, score_table, seen_of
 from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published, Refined, Samples
 from bayesdiff.uncertainty.scores.of_maps_and_images import MAP_SCORES
 
@@ -116,7 +116,7 @@ class Case:
 
     Attributes:
         samples: images of the first estimator, in the model's range.
-        doubts: of every score, (N,).
+        scores: of every score, (N,).
         wrong: whether the judge sees another class than was asked for, bool (N,).
         accuracy: of the judge.
         data: that the network was trained on.
@@ -135,8 +135,8 @@ class Case:
         assert labels is not None
         self.labels: Tensor = labels
         self.data = run.data.data
-        self.doubts = doubts_of(run, maps, seen, seed)
-        self.doubts["label.scarcity"] = scarcity(self.data, labels)
+        self.scores = score_table(run, maps, seen, seed)
+        self.scores["label.scarcity"] = scarcity(self.data, labels)
         cache = Path(run.cfg.output_dir) / "cache"
         found, self.accuracy = judged(clean, cache, seed, self.samples.images)
         self.wrong = found != labels
@@ -177,9 +177,9 @@ def marked(labels: Tensor, classes: tuple[str, ...], names: list[str]) -> Tensor
     return torch.isin(labels, torch.tensor([classes.index(name) for name in names]))
 
 
-def areas(doubts: dict[str, Tensor], found: Tensor) -> dict[str, float]:
+def areas(scores: dict[str, Tensor], found: Tensor) -> dict[str, float]:
     """AUROC of every score for the marked images; NaN where none or all are."""
-    return {name: float(auroc(doubt.cpu(), found)) for name, doubt in doubts.items()}
+    return {name: float(auroc(score.cpu(), found)) for name, score in scores.items()}
 
 
 def of_seed(seed: int, images: int, folder: Path, *more: str) -> Values:
@@ -202,9 +202,9 @@ def of_seed(seed: int, images: int, folder: Path, *more: str) -> Values:
             "wrong_of_affected": float(case.wrong[under].double().mean()),
             "wrong_of_others": float(case.wrong[~under].double().mean()),
             "judge_test_accuracy": case.accuracy,
-            "auroc": areas(case.doubts, under),
-            "wrong_auroc": areas(case.doubts, case.wrong),
-            "clean_auroc": areas(control.doubts, marked(control.labels, data.classes, names)),
+            "auroc": areas(case.scores, under),
+            "wrong_auroc": areas(case.scores, case.wrong),
+            "clean_auroc": areas(control.scores, marked(control.labels, data.classes, names)),
             "relative_variance": _of(case.relative, data, names),
             "clean_relative_variance": _of(control.relative, data, names),
         }

@@ -30,7 +30,7 @@ from bayesdiff.studies.filtering.gains import NAMES, SCORES, VALUES, Row, gains
 from bayesdiff.studies.filtering.profile import PROFILE, profile
 from bayesdiff.studies.filtering.rules import RULE_NAMES, factor_of, rule_gains
 from bayesdiff.studies.image_pool import ImagePool
-from bayesdiff.studies.scoring import ScoreOptions, check_scores, doubts_of, seen_of
+from bayesdiff.studies.scoring import ScoreOptions, check_scores, score_table, seen_of
 from bayesdiff.studies.study import Place, Report, Study, check_judge, conditions
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.memory import images_at_once
@@ -170,27 +170,27 @@ class Filtering(ScoreOptions, Study):
             seen, spent = seen_of(made, self, own.images)
             nfe = {name: each.nfe for name, each in maps.items()} | spent
             if rank() == 0:
-                scores = doubts_of(at.run, maps, seen, self.seed)
+                scores = score_table(at.run, maps, seen, self.seed)
                 tables.append(_judged(at.run, self, maps, scores))
                 shown = shown or (own, scores)
         return (_results(self, tables, nfe) if tables else {}), shown
 
 
-def _check_keep(wanted: Filtering, run: Run) -> None:
+def _check_keep(options: Filtering, run: Run) -> None:
     """Refuse shares that discard no image, or keep too few of a class to judge."""
     groups = run.model.num_classes or 1
-    each = wanted.num_images // groups
+    each = options.num_images // groups
     what = f"{each} images" + (" of each class" if groups > 1 else "")
-    for value in wanted.keep:
+    for value in options.keep:
         if kept_count(value, each) >= each or kept_count(value, each) * groups < 2:
             raise UserError(
                 f"filtering.keep={value} of {what} discards or keeps none; raise "
-                f"filtering.num_images={wanted.num_images}, or leave that share out"
+                f"filtering.num_images={options.num_images}, or leave that share out"
             )
 
 
 def _judged(
-    run: Run, wanted: Filtering, maps: Mapping[str, Samples], doubts: Mapping[str, Tensor]
+    run: Run, options: Filtering, maps: Mapping[str, Samples], scores: Mapping[str, Tensor]
 ) -> Judged:
     """What every score of one pool gains, and what it follows."""
     from bayesdiff.metrics.features import extract
@@ -199,43 +199,43 @@ def _judged(
     extractor, reference = judge(run)
     read = extract(extractor, to_uint8(samples.images), run.cfg.metrics.batch_size)
     judged = pool(read.features, reference, groups=samples.labels, more=True, logits=read.logits)
-    log.info("filtering: %d scores of %d images", len(doubts), len(judged))
-    rest = [each for each in wanted.keep if each != wanted.main_keep]
-    chance = {"seed": wanted.seed, "subsets": wanted.subsets}
-    rows = gains(doubts, judged, [wanted.main_keep], draws=wanted.draws, **chance)
+    log.info("filtering: %d scores of %d images", len(scores), len(judged))
+    rest = [each for each in options.keep if each != options.main_keep]
+    chance = {"seed": options.seed, "subsets": options.subsets}
+    rows = gains(scores, judged, [options.main_keep], resamples=options.draws, **chance)
     few = replace(judged, more=None)  # FID and precision alone over the shares
-    rows += gains(doubts, few, rest, **chance) if rest else []
-    labels, busy = samples.labels, doubts["image.total_variation"]
-    follows = [] if labels is None else profile(doubts, read.logits, labels, busy)
-    return Judged(rows, follows, rule_gains(doubts, few, wanted.rules, **chance))
+    rows += gains(scores, few, rest, **chance) if rest else []
+    labels, busy = samples.labels, scores["image.total_variation"]
+    follows = [] if labels is None else profile(scores, read.logits, labels, busy)
+    return Judged(rows, follows, rule_gains(scores, few, options.rules, **chance))
 
 
-def _rivals(wanted: Filtering) -> set[str]:
+def _rivals(options: Filtering) -> set[str]:
     """Names of maps, and of scores of the user's own, that do not read the run's posterior."""
-    return {*wanted.maps, *(name for name, own in wanted.own.items() if not own.of_posterior)}
+    return {*options.maps, *(name for name, own in options.own.items() if not own.of_posterior)}
 
 
 def _results(
-    wanted: Filtering, judged: Sequence[Judged], nfe: Mapping[str, int] | None = None
+    options: Filtering, judged: Sequence[Judged], nfe: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """Rows of every seed and over all of them, and the choice that the last seed did not see."""
     tables = [each.gains for each in judged]
     results: dict[str, Any] = {
         "conditions": {
-            "num_images": wanted.num_images,
-            "seeds": list(wanted.seeds),
-            "subsets": wanted.subsets,
-            "members": wanted.members,
-            "main_keep": wanted.main_keep,
+            "num_images": options.num_images,
+            "seeds": list(options.seeds),
+            "subsets": options.subsets,
+            "members": options.members,
+            "main_keep": options.main_keep,
             "nfe": dict(nfe or {}),
         },
-        "seeds": dict(zip(map(str, wanted.seeds), tables, strict=True)),
+        "seeds": dict(zip(map(str, options.seeds), tables, strict=True)),
         "over_seeds": over_seeds(tables, NAMES, VALUES),
         "profile": over_seeds([each.profile for each in judged], ["score"], PROFILE),
     }
     if len(tables) > 1:
-        results |= choice(tables, wanted.main_keep, _rivals(wanted))
-    if wanted.rules:
+        results |= choice(tables, options.main_keep, _rivals(options))
+    if options.rules:
         results["rules"] = over_seeds([e.rules for e in judged], RULE_NAMES, [*_KEPT, *VALUES])
     return results
 

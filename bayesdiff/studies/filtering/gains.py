@@ -1,4 +1,4 @@
-"""What a selection by doubt gains over random selections of the same size, with intervals."""
+"""What a selection by a score gains over random selections of the same size, with intervals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.metrics.seeds import t_quantile
 from bayesdiff.metrics.selection import (
-    checked_doubt,
     checked_fraction,
-    least_doubtful,
+    checked_score,
+    lowest_scores,
     random_kept,
 )
 from bayesdiff.metrics.subsets import Pool
@@ -33,25 +33,25 @@ VALUES = tuple(
 
 
 def gains(
-    doubts: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
     images: Pool,
     fractions: Sequence[float],
     *,
     seed: int,
     subsets: int = 10,
-    draws: int = 0,
+    resamples: int = 0,
     level: float = 0.95,
 ) -> list[Row]:
     """Figures of the images that each score keeps, against random choices of the same size.
 
     Args:
-        doubts: scores by name, each (N,) in the order of the list behind the pool, see
+        scores: scores by name, each (N,) in the order of the list behind the pool, see
             ``selection.kept``.
         images: the pool.
         fractions: shares that are kept.
         seed: fixes the random choices and the resampled images.
         subsets: random choices, at least 2; the same for all scores.
-        draws: bootstrap samples for the intervals over images; 0 leaves these out.
+        resamples: bootstrap samples for the intervals over images; 0 leaves these out.
         level: of all intervals.
 
     Returns:
@@ -62,23 +62,23 @@ def gains(
         one more random choice lies within plus and minus this (Student's t). The same for
         precision, ``precision_gain`` = ``precision - precision_random``: a positive gain is
         always the better. Of a pool with more scores, each has its value, ``_gain`` (positive is
-        better) and ``_z``. With draws also ``fid_gain_low`` to ``fid_gain_high``, the interval of
-        the gain over images (its bootstrap spread, Student's t), and that of the other gains.
+        better) and ``_z``. With resamples also ``fid_gain_low`` to ``fid_gain_high``, the interval
+        of the gain over images (its bootstrap spread, Student's t), and that of the other gains.
 
     Raises:
         UserError: if a fraction discards no image, or a score lacks one.
     """
     at_least("subsets", subsets, 2)
-    if draws:
-        at_least("draws", draws, 2)
-    stacked = torch.stack([doubt_of(name, doubt, images) for name, doubt in doubts.items()])
+    if resamples:
+        at_least("draws", resamples, 2)
+    stacked = torch.stack([pool_score(name, each, images) for name, each in scores.items()])
     modes = {"global": None, "per_class": images.groups}
     rows: list[Row] = []
     for mode, groups in modes.items():
         if mode == "per_class" and groups is None:
             continue
         for fraction in fractions:
-            chosen = least_doubtful(stacked, checked_fraction(fraction), groups)
+            chosen = lowest_scores(stacked, checked_fraction(fraction), groups)
             if chosen.shape[1] == len(images):
                 raise UserError(
                     f"keep fraction {fraction} discards none of {len(images)} images; lower it"
@@ -86,11 +86,13 @@ def gains(
             chance = random_kept(len(images), fraction, seed, groups, subsets=subsets)
             own, rivals = images.figures(chosen), images.figures(chance)
             found = against(own, rivals, level)
-            if draws:
-                samples = _bootstrap(stacked, images, groups, fraction, seed + 1, subsets, draws)
+            if resamples:
+                samples = _bootstrap(
+                    stacked, images, groups, fraction, seed + 1, subsets, resamples
+                )
                 found |= _intervals(found, samples, level)
             name = {"mode": mode, "keep": fraction, "kept": chosen.shape[1]}
-            for place, score in enumerate(doubts):
+            for place, score in enumerate(scores):
                 values = {key: float(value[place]) for key, value in found.items()}
                 rows.append({"score": score, **name, **values})
     return rows
@@ -134,15 +136,15 @@ def _gain(own: Figures, rivals: Figures) -> Figures:
 
 
 def _bootstrap(
-    doubts: Tensor,
+    scores: Tensor,
     images: Pool,
     groups: Tensor | None,
     fraction: float,
     seed: int,
     subsets: int,
-    draws: int,
+    resamples: int,
 ) -> Figures:
-    """Gains on resampled images, each (draws, K), for doubts (K, N).
+    """Gains on resampled images, each (R, K), for scores (K, N).
 
     Images are drawn with replacement, within their classes where the selection is. All scores and
     the random choices select from the same ones, so what these have in common cancels. There are
@@ -150,11 +152,11 @@ def _bootstrap(
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {}
-    for _ in range(draws):
+    for _ in range(resamples):
         index = _resampled(len(images), groups, generator)
         lots = torch.rand(subsets, len(images), generator=generator, dtype=torch.float64)
-        rivals = images.figures(index[least_doubtful(lots, fraction, groups)])
-        own = images.figures(index[least_doubtful(doubts[:, index], fraction, groups)])
+        rivals = images.figures(index[lowest_scores(lots, fraction, groups)])
+        own = images.figures(index[lowest_scores(scores[:, index], fraction, groups)])
         for name, gain in _gain(own, rivals).items():
             found.setdefault(name, []).append(gain)
     return {name: torch.stack(parts) for name, parts in found.items()}
@@ -172,7 +174,7 @@ def _resampled(count: int, groups: Tensor | None, generator: torch.Generator) ->
 
 
 def _intervals(found: Figures, samples: Figures, level: float) -> Figures:
-    """Ends of the interval of each gain, (K,), from bootstrap samples (draws, K).
+    """Ends of the interval of each gain, (K,), from resamples (R, K).
 
     Only the spread of the samples is used, their centre is wrong: images drawn twice raise the
     FID, and those that a score keeps are few already, so they pay twice and random choices once.
@@ -185,16 +187,16 @@ def _intervals(found: Figures, samples: Figures, level: float) -> Figures:
     return columns
 
 
-def doubt_of(name: str, doubt: Tensor, images: Pool) -> Tensor:
+def pool_score(name: str, score: Tensor, images: Pool) -> Tensor:
     """One score ``(N,)`` of a pool, float64, in the pool's own order.
 
     Raises:
         UserError: if it lacks an image.
     """
-    doubt = checked_doubt(doubt, f"doubt {name!r}")
-    if len(doubt) != len(images):
+    score = checked_score(score, f"score {name!r}")
+    if len(score) != len(images):
         raise UserError(
-            f"doubt {name!r} has {len(doubt)} numbers for {len(images)} images; "
+            f"score {name!r} has {len(score)} numbers for {len(images)} images; "
             "score every image of the pool"
         )
-    return doubt.double()[images.order]
+    return score.double()[images.order]

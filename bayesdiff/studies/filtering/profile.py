@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.metrics.agreement import ranks, ranks_within, spearman
-from bayesdiff.metrics.selection import auroc, checked_doubt
+from bayesdiff.metrics.selection import auroc, checked_score
 
 Row = dict[str, Any]
 
@@ -16,7 +16,7 @@ PROFILE = ("auroc_within", "auroc", "rank_off_label", "rank_total_variation", "c
 
 
 def profile(
-    doubts: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
     logits: Tensor,
     labels: Tensor,
     total_variation: Tensor,
@@ -24,7 +24,7 @@ def profile(
     """What each score follows.
 
     Args:
-        doubts: scores by name, each ``(N,)``.
+        scores: scores by name, each ``(N,)``.
         logits: of the images by the classifier that judges, ``(N, K)``.
         labels: classes that the images were asked to show, ``(N,)``.
         total_variation: of the images, ``(N,)``.
@@ -36,7 +36,7 @@ def profile(
         Spearman correlations with the judge's 1 - p(class) and with the steps between neighbouring
         pixels; ``class_share``, the part of the ranks' variance that lies between the classes.
     """
-    stacked = torch.stack([checked_doubt(each, name).double() for name, each in doubts.items()])
+    stacked = torch.stack([checked_score(each, name).double() for name, each in scores.items()])
     wrong = (logits.argmax(1) != labels).expand_as(stacked)
     # 1 - p loses what is close to 0; its logarithm's order is that of the odds.
     log_p = logits.double().log_softmax(1)
@@ -52,7 +52,7 @@ def profile(
     columns = {name: values.tolist() for name, values in found.items()}
     return [
         {"score": name} | {key: values[place] for key, values in columns.items()}
-        for place, name in enumerate(doubts)
+        for place, name in enumerate(scores)
     ]
 
 

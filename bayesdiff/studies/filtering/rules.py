@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.metrics.subsets import Pool
-from bayesdiff.studies.filtering.gains import Row, against, doubt_of
+from bayesdiff.studies.filtering.gains import Row, against, pool_score
 
 # By what a row is found again in the table of another seed.
 RULE_NAMES = ("score", "mode", "rule")
@@ -32,24 +32,24 @@ def factor_of(rule: Any) -> float:
     return float(found[1] or 1)
 
 
-def kept_by_rule(doubt: Tensor, factor: float, groups: Tensor | None = None) -> Tensor:
+def kept_by_rule(score: Tensor, factor: float, groups: Tensor | None = None) -> Tensor:
     """Whether a score is at most mean + k sd, bool ``(N,)``.
 
     Args:
-        doubt: ``(N,)``; an infinite one is discarded and not counted in mean and sd.
+        score: ``(N,)``; an infinite one is discarded and not counted in mean and sd.
         factor: k.
         groups: classes ``(N,)``, each with its own mean and sd; None for one of all.
     """
     if groups is not None:
-        keep = torch.zeros(len(doubt), dtype=torch.bool)
+        keep = torch.zeros(len(score), dtype=torch.bool)
         for group in groups.unique():
             own = groups == group
-            keep[own] = kept_by_rule(doubt[own], factor)
+            keep[own] = kept_by_rule(score[own], factor)
         return keep
-    values = doubt.double()
+    values = score.double()
     finite = values[values.isfinite()]
     if not len(finite):
-        return torch.ones(len(doubt), dtype=torch.bool)  # nothing tells them apart
+        return torch.ones(len(score), dtype=torch.bool)  # nothing tells them apart
     # From the least one on, so that equal scores have exactly no spread.
     finite = finite - finite.min()
     spread = finite.std() if len(finite) > 1 else finite.new_zeros(())
@@ -57,7 +57,7 @@ def kept_by_rule(doubt: Tensor, factor: float, groups: Tensor | None = None) -> 
 
 
 def rule_gains(
-    doubts: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
     images: Pool,
     rules: Sequence[str],
     *,
@@ -68,7 +68,7 @@ def rule_gains(
     """Figures of the images that each rule keeps by each score, against as many random ones.
 
     Args:
-        doubts: scores by name, each ``(N,)`` in the order of the list behind the pool.
+        scores: scores by name, each ``(N,)`` in the order of the list behind the pool.
         images: the pool.
         rules: such as ``mean+1sd``.
         seed: fixes the random choices.
@@ -88,8 +88,8 @@ def rule_gains(
         if mode == "per_class" and groups is None:
             continue
         for rule in rules:
-            for score, doubt in doubts.items():
-                values = doubt_of(score, doubt, images)
+            for score, each in scores.items():
+                values = pool_score(score, each, images)
                 keep = kept_by_rule(values, factor_of(rule), groups)
                 count = int(keep.sum())
                 name = {"score": score, "mode": mode, "rule": rule}

@@ -197,12 +197,12 @@ def arc(a: Tensor, b: Tensor, place: float) -> Tensor:
 
 
 def results_of(
-    wanted: Interpolation, pairs: Sequence[tuple[int, int]], variance: Tensor
+    options: Interpolation, pairs: Sequence[tuple[int, int]], variance: Tensor
 ) -> dict[str, Any]:
     """How the maps' sums change along the arcs, with intervals over pairs.
 
     Args:
-        wanted: for the places and the intervals.
+        options: for the places and the intervals.
         pairs: sample numbers.
         variance: maps ``(N, S, C, H, W)``.
 
@@ -221,13 +221,13 @@ def results_of(
         "rise_relative": (_relative, (inside, ends)),
         "highest_inside": (mean, (above,)),
     }
-    chance: dict[str, Any] = {"seed": wanted.seed, "draws": wanted.bootstrap, "level": 0.95}
+    chance: dict[str, Any] = {"seed": options.seed, "resamples": options.bootstrap, "level": 0.95}
     curve = []
-    for place, own in zip(wanted.places, sums.unbind(1), strict=True):
+    for place, own in zip(options.places, sums.unbind(1), strict=True):
         row = with_intervals({"sum": (mean, (own,))}, **chance)
         curve.append({"place": place, **row})
     return {
-        "conditions": {"pairs": [list(pair) for pair in pairs], "points": wanted.points},
+        "conditions": {"pairs": [list(pair) for pair in pairs], "points": options.points},
         **with_intervals(figures, **chance),
         "curve": curve,
         "sums": sums.tolist(),

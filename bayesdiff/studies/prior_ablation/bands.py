@@ -153,8 +153,8 @@ def allocate(effective: Tensor, parts: list[Tensor], draws: int) -> list[int]:
     counts = [1] * len(parts)
     for _ in range(min(draws, sum(limits)) - len(parts)):
         need = [
-            wanted / count if count < limit else -1.0
-            for wanted, count, limit in zip(wish, counts, limits, strict=True)
+            share / count if count < limit else -1.0
+            for share, count, limit in zip(wish, counts, limits, strict=True)
         ]
         counts[need.index(max(need))] += 1
     return counts

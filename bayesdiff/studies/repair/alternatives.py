@@ -114,10 +114,10 @@ def renoise_matched(middle: Middle, z: Tensor) -> Tensor:
     """
     own = (middle.state - middle.alpha * middle.image) / middle.sigma
     mean, weight = middle.level
-    wanted = middle.power / mean
+    aim = middle.power / mean
     size = middle.inside(weight * torch.ones_like(middle.state))
-    root = (size**2 + (middle.inside(weight * own.square()) - size) * wanted).clamp(min=0).sqrt()
-    u = (wanted / (size + root)).clamp(max=1)
+    root = (size**2 + (middle.inside(weight * own.square()) - size) * aim).clamp(min=0).sqrt()
+    u = (aim / (size + root)).clamp(max=1)
     return middle.alpha * middle.image + middle.sigma * ((1 - u) * own + (u * (2 - u)).sqrt() * z)
 
 
@@ -224,10 +224,10 @@ class Origin:
             places: numbers of the steps.
         """
         found: dict[float, Tensor] = {}
-        wanted = {self.steps[place].end for place in places}
+        aim = {self.steps[place].end for place in places}
 
         def keep(step: Step, x: Tensor) -> None:
-            if step.end in wanted:
+            if step.end in aim:
                 found[step.end] = x.clone()
 
         field = MemberField(self.start.field(), weights.to(self.start.device))

@@ -23,7 +23,7 @@ class Redraws:
         features: ``(N, 1 + n, F)``.
         pixels: in [-1, 1], ``(N, 1 + n, D)``.
         judged: all of them, image after image.
-        doubts: scores ``(N, 1 + n)`` by name, the higher the more doubtful.
+        scores: scores ``(N, 1 + n)`` by name, the higher the more doubtful.
     """
 
     quality: Tensor
@@ -31,7 +31,7 @@ class Redraws:
     features: Tensor
     pixels: Tensor
     judged: Pool
-    doubts: Mapping[str, Tensor]
+    scores: Mapping[str, Tensor]
 
     @property
     def inside(self) -> Tensor:
@@ -42,10 +42,10 @@ class Redraws:
         """Column ``(N,)`` of the least doubtful of the columns from ``first`` on, ties the first.
 
         Args:
-            score: name of a doubt.
+            score: its name.
             first: 0 lets the image itself be chosen, 1 does not.
         """
-        return self.doubts[score][:, first:].argmin(1) + first
+        return self.scores[score][:, first:].argmin(1) + first
 
     def best(self, score: str, first: int) -> Tensor:
         """Quality ``(N,)`` of the columns that are ``picked``."""
@@ -103,14 +103,14 @@ def images_row(redraws: Redraws) -> Row:
     }
 
 
-def draws_row(redraws: Redraws, power: Tensor, *, seed: int, draws: int) -> Row:
+def alternatives_row(redraws: Redraws, power: Tensor, *, seed: int, resamples: int) -> Row:
     """Quality and diversity of the alternatives themselves, which is best-of-n by chance.
 
     Args:
         redraws: images and alternatives.
         power: of every image, summed V_c, ``(N,)``.
         seed: fixes the resampled images of the intervals.
-        draws: bootstrap samples.
+        resamples: their number.
 
     Returns:
         Each with ``_low`` and ``_high``: ``quality``, ``gain`` (over the images), ``better`` (the
@@ -139,11 +139,11 @@ def draws_row(redraws: Redraws, power: Tensor, *, seed: int, draws: int) -> Row:
         "power_gain": (spearman, (power, figures["gain"][1][0])),
         "power_distance": (spearman, (power, apart)),
     }
-    found: Row = with_intervals(figures, seed=seed, draws=draws, level=0.95)
+    found: Row = with_intervals(figures, seed=seed, resamples=resamples, level=0.95)
     return found | {"fid": redraws.fid(torch.ones(len(inside), dtype=torch.long))}
 
 
-def pick_row(redraws: Redraws, score: str, first: int, *, seed: int, draws: int) -> Row:
+def pick_row(redraws: Redraws, score: str, first: int, *, seed: int, resamples: int) -> Row:
     """Quality of the least doubtful alternative of every image.
 
     Args:
@@ -151,10 +151,10 @@ def pick_row(redraws: Redraws, score: str, first: int, *, seed: int, draws: int)
         score: by which is chosen.
         first: 0 lets the image itself be chosen, 1 does not.
         seed: fixes the resampled images of the intervals.
-        draws: bootstrap samples.
+        resamples: their number.
 
     Returns:
-        As ``draws_row`` has them: ``quality``, ``gain``, ``better``, ``success``, ``harm``,
+        As ``alternatives_row`` has them: ``quality``, ``gain``, ``better``, ``success``, ``harm``,
         ``precision``, ``precision_gain``; further ``over_chance``, the gain over a choice by
         chance from the same candidates, each with its interval; then ``changed``, the share of
         images that are replaced, and ``fid``.
@@ -170,7 +170,7 @@ def pick_row(redraws: Redraws, score: str, first: int, *, seed: int, draws: int)
         "precision": (mean, (own,)),
         "precision_gain": (mean, (own - inside[:, 0],)),
     }
-    found: Row = with_intervals(figures, seed=seed, draws=draws, level=0.95)
+    found: Row = with_intervals(figures, seed=seed, resamples=resamples, level=0.95)
     return found | {"changed": float((chosen > 0).double().mean()), "fid": redraws.fid(chosen)}
 
 
@@ -193,14 +193,14 @@ def _changes(redraws: Redraws, quality: Tensor, right: Tensor) -> Figures:
     }
 
 
-def over(one: Tensor, other: Tensor, *, seed: int, draws: int) -> Row:
+def over(one: Tensor, other: Tensor, *, seed: int, resamples: int) -> Row:
     """How much better one choice is than another, image by image, with its interval.
 
     Args:
         one: quality of every image, ``(N,)``.
         other: of the same images.
         seed: fixes the resampled images.
-        draws: bootstrap samples.
+        resamples: their number.
     """
     figures: Figures = {"over_isotropic": (mean, (one - other,))}
-    return with_intervals(figures, seed=seed, draws=draws, level=0.95)
+    return with_intervals(figures, seed=seed, resamples=resamples, level=0.95)

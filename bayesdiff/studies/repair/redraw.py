@@ -175,7 +175,7 @@ def _known(name: str, values: Sequence[Any], there: Sequence[str]) -> None:
 def redraw(
     origin: Origin,
     weights: Tensor,
-    wanted: RedrawOptions,
+    options: RedrawOptions,
     samples: Samples,
     places: list[int],
     mapper: Mapper,
@@ -185,7 +185,7 @@ def redraw(
     Args:
         origin: of the batch.
         weights: of the posterior trajectories.
-        wanted: what is drawn.
+        options: what is drawn.
         samples: of all images, with their variances at the times.
         places: of the batch's images in ``samples``.
         mapper: the run's estimator with its posterior.
@@ -195,13 +195,13 @@ def redraw(
     """
     image = origin.image
     found = {"images": to_uint8(image.cpu())}
-    if wanted.rewinding:
-        found |= rewound(origin, weights, wanted, samples, places, mapper)
-    if FRESH in wanted.ways:
-        found |= fresh(origin.start, wanted, mapper)
-        if wanted.reads_maps:
+    if options.rewinding:
+        found |= rewound(origin, weights, options, samples, places, mapper)
+    if FRESH in options.ways:
+        found |= fresh(origin.start, options, mapper)
+        if options.reads_maps:
             labels = None if samples.labels is None else samples.labels[places]
-            own = wanted.map_scores(samples.variance[places], image.cpu(), labels)
+            own = options.map_scores(samples.variance[places], image.cpu(), labels)
             found["fresh_scores"] = torch.cat([own[:, None], found["fresh_scores"]], 1)
     return found
 
@@ -209,7 +209,7 @@ def redraw(
 def rewound(
     origin: Origin,
     weights: Tensor,
-    wanted: RedrawOptions,
+    options: RedrawOptions,
     samples: Samples,
     places: list[int],
     mapper: Mapper,
@@ -223,23 +223,23 @@ def rewound(
         ``scores (B, T, W, 1 + n, K)`` by the scores of maps, of the image's own state first.
     """
     assert samples.requested_times is not None and samples.state_variance is not None
-    image, numbers = origin.image, [(wanted.numbers or range(wanted.count))[p] for p in places]
+    image, numbers = origin.image, [(options.numbers or range(options.count))[p] for p in places]
     variance = samples.variance[places].to(image.device)
-    region = mask_of(wanted.region, wanted.share, variance, numbers)
+    region = mask_of(options.region, options.share, variance, numbers)
     steps = [origin.place(time) for time in samples.requested_times.tolist()]
-    z = fresh_noise(origin.start, wanted.draws, wanted.seed)
+    z = fresh_noise(origin.start, options.draws, options.seed)
     drawn, power, scores, counts = [], [], [], []
     members = origin.trajectories(weights, steps)
     for number, (step, trajectories) in enumerate(zip(steps, members, strict=True)):
         variance = samples.state_variance[number, places].to(image.device)
         middle = origin.middle(step, variance, region, trajectories)
-        states = [resample(way, middle, z) for way in wanted.rewinding]
+        states = [resample(way, middle, z) for way in options.rewinding]
         made = [to_uint8(origin.finish(step, x, region).cpu()) for x in states]
         drawn.append(torch.stack(made).permute(2, 0, 1, 3, 4, 5))
         power.append(middle.power.flatten().cpu())
         before, after = origin.evaluations(step)
-        if wanted.reads_maps:
-            read, of_map = _of_states(origin, step, states, wanted, mapper)
+        if options.reads_maps:
+            read, of_map = _of_states(origin, step, states, options, mapper)
             scores.append(read)
             after += of_map
         counts.append([before, after])
@@ -253,7 +253,7 @@ def rewound(
 
 
 def _of_states(
-    origin: Origin, step: int, states: Sequence[Tensor], wanted: RedrawOptions, mapper: Mapper
+    origin: Origin, step: int, states: Sequence[Tensor], options: RedrawOptions, mapper: Mapper
 ) -> tuple[Tensor, int]:
     """Scores of the maps from states of W ways on, and what a map takes.
 
@@ -261,7 +261,7 @@ def _of_states(
         origin: of the batch.
         step: that the states are left after.
         states: of every way, ``(n, B, C, H, W)``.
-        wanted: gives the scores.
+        options: gives the scores.
         mapper: the run's estimator with its posterior.
 
     Returns:
@@ -273,12 +273,12 @@ def _of_states(
 
     own = read(origin.states[step])
     ways = [[own, *map(read, each)] for each in states]
-    score = wanted.map_scores
+    score = options.map_scores
     scores = [[score(made.variance, made.images, made.labels) for made in way] for way in ways]
     return torch.stack([torch.stack(way, 1) for way in scores], 1), own.nfe
 
 
-def fresh(start: Start, wanted: RedrawOptions, mapper: Mapper) -> dict[str, Tensor]:
+def fresh(start: Start, options: RedrawOptions, mapper: Mapper) -> dict[str, Tensor]:
     """Other samples of the same classes.
 
     Returns:
@@ -286,11 +286,11 @@ def fresh(start: Start, wanted: RedrawOptions, mapper: Mapper) -> dict[str, Tens
         its map included; where maps are read ``fresh_scores (B, n, K)``.
     """
     images, scores, count = [], [], start.nfe
-    for number in range(wanted.draws):
-        begun = fresh_start(start, number, wanted.seed)
-        if wanted.reads_maps:
+    for number in range(options.draws):
+        begun = fresh_start(start, number, options.seed)
+        if options.reads_maps:
             samples = mapper(begun)
-            scores.append(wanted.map_scores(samples.variance, samples.images, samples.labels))
+            scores.append(options.map_scores(samples.variance, samples.images, samples.labels))
             images.append(to_uint8(samples.images))
             count = samples.nfe
         else:

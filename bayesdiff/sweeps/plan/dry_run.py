@@ -68,8 +68,8 @@ def end(config: DictConfig) -> None:
         for line in refused:
             place, _, reason = line.removeprefix("cell ").partition(": ")
             cells.setdefault(reason, []).append(place)
-        told = "; ".join(f"cell {', '.join(places)}: {why}" for why, places in cells.items())
-        sys.exit(f"error: {len(refused)} of {len(given)} cells would be refused: {told}")
+        reasons = "; ".join(f"cell {', '.join(places)}: {why}" for why, places in cells.items())
+        sys.exit(f"error: {len(refused)} of {len(given)} cells would be refused: {reasons}")
 
 
 def _configuration(path: Path) -> DictConfig:

@@ -101,7 +101,7 @@ class _Totals:
         trainings = {w.key: w.made for works in self.works for w in works if w.stage == "training"}
         missing = len(trainings) - sum(trainings.values())
         sums = _sums(self.costs)
-        told = {
+        rows = {
             "cells": f"{len(self.works)}: {made} made before, {self.refused} refused",
             "trainings": f"{len(trainings)}: {missing} to be made",
             "time, 1 worker": sums["time"],
@@ -109,14 +109,14 @@ class _Totals:
         }
         if self.scaled:
             by = ", ".join(f"{stage} by {unit}" for stage, unit in self.scaled.items())
-            told["scaled"] = f"{by}, from runs of another size"
+            rows["scaled"] = f"{by}, from runs of another size"
         if self.unknown:
-            told["not known"] = f"{', '.join(self.unknown)}: no finished run of this kind yet"
+            rows["not known"] = f"{', '.join(self.unknown)}: no finished run of this kind yet"
         if self.studies:
-            told["not recorded"] = (
+            rows["not recorded"] = (
                 f"{', '.join(self.studies)}: it depends on what others have left"
             )
-        return [{"what": name, "value": value} for name, value in told.items()]
+        return [{"what": name, "value": value} for name, value in rows.items()]
 
 
 def _sums(costs: Sequence[Cost | None]) -> dict[str, str]:

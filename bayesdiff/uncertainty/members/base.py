@@ -88,12 +88,12 @@ class Members(Estimator):
         """Images of one batch with their variance over the members."""
         steps = start.steps(self.skip_interval)
         recorder = Recorder(len(steps), self.times)
-        wanted = recorder.wanted([step.end for step in steps])
+        recorded = recorder.recorded([step.end for step in steps])
         states: dict[float, Tensor] = {}
 
         def keep(step: Step, x: Tensor) -> None:
-            if step.end in wanted:
-                states[step.end] = x[wanted[step.end]].clone()
+            if step.end in recorded:
+                states[step.end] = x[recorded[step.end]].clone()
 
         def observe(step: Step, x: Tensor) -> None:
             recorder(step.end, states.get(step.end), x.var(0))

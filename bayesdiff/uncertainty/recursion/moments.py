@@ -101,9 +101,9 @@ class Moments(Estimator):
         least = (1 + (self.var_x or self.covariance == "centred")) * (1 + paired)
         least = least if self.var_x or not paired else 2
         if size < least or paired and size % 2:
-            wanted = f"{'an even number' if paired else 'a whole number'} >= {least}"
+            allowed = f"{'an even number' if paired else 'a whole number'} >= {least}"
             raise UserError(
-                f"uncertainty.mc_samples must be {wanted} for covariance={self.covariance} and "
+                f"uncertainty.mc_samples must be {allowed} for covariance={self.covariance} and "
                 f"var_x={str(self.var_x).lower()}, got {size}"
             )
 
@@ -226,10 +226,10 @@ class Moments(Estimator):
     def describe(self) -> str:
         """Name and settings; of the switches those that differ from the class's defaults."""
         text = f"{self.name.replace('_', ' ')}, S = {self.mc_samples}, skip {self.skip_interval}"
-        told = {"mc_samples", "skip_interval", *(field.name for field in fields(Estimator))}
+        named = {"mc_samples", "skip_interval", *(field.name for field in fields(Estimator))}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in told and value != field.default:
+            if field.name not in named and value != field.default:
                 text += f", {field.name} {str(value).lower()}"
         return text
 

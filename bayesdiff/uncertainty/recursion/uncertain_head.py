@@ -110,7 +110,7 @@ class UncertainHead:
         return noise
 
     def fresh_noise(self, count: int, fresh: Callable[[], Tensor]) -> Noise:
-        """The same for weights drawn anew at every evaluation and, as published, every pixel."""
+        """What weights drawn anew at every evaluation and, as published, every pixel add."""
 
         def noise(features: Features) -> Tensor:
             z = torch.cat([fresh() for _ in range(count)]).to(features[0])

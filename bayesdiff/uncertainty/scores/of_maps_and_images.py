@@ -99,7 +99,7 @@ def percentile(variance: Tensor, percent: float) -> Tensor:
 
 
 def map_variance(variance: Tensor) -> Tensor:
-    """Variance of the map's own values, divisor n: doubt in few places, none in the others."""
+    """Variance of the map's own values, divisor n: large where few places are uncertain."""
     return _values(variance).var(1, correction=0)
 
 
@@ -154,16 +154,16 @@ def segmented(
     """
     if isinstance(network, nn.Module):
         network.eval()
-    wanted = (1, *images.shape[2:])
+    expected = (1, *images.shape[2:])
     masks = []
     for batch in images.clamp(-1, 1).split(batch_size):
         with torch.no_grad():
             mask = network(batch)
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        if not isinstance(mask, Tensor) or mask.shape != (len(batch), *wanted):
+        if not isinstance(mask, Tensor) or mask.shape != (len(batch), *expected):
             raise UserError(
                 "a segmentation network must give masks (N, 1, H, W), here "
-                f"{(len(batch), *wanted)}, got {got}; wrap it in a callable that does"
+                f"{(len(batch), *expected)}, got {got}; wrap it in a callable that does"
             )
         mask = mask.double()
         if not mask.isfinite().all() or mask.min() < 0:
@@ -248,7 +248,7 @@ def saturation(images: Tensor) -> Tensor:
 
 
 def opposite(score: ImageScore) -> ImageScore:
-    """The same ranking from the other end."""
+    """A score that ranks the images from the other end."""
     return lambda images: -score(images)
 
 

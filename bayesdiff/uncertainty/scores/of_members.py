@@ -111,7 +111,7 @@ def mutual_information(logits: Tensor) -> Tensor:
 
 
 def predictive_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the members' mean class probabilities, in nats: their doubt and their dissent.
+    """Entropy of the members' mean class probabilities, in nats: own doubt and dissent.
 
     Args:
         logits: ``(N, M, K)``, M >= 2.
@@ -174,7 +174,7 @@ CONFIDENCE_SCORES: dict[str, ConfidenceScore] = {
 
 
 def _members(values: Tensor) -> Tensor:
-    """The same in float64: features that differ little would vanish in fewer digits."""
+    """The members' values in float64: features that differ little would vanish in fewer digits."""
     if values.shape[1] < 2:
         raise UserError(f"a score of members needs 2 or more of them, got {values.shape[1]}")
     return values.double()

@@ -49,14 +49,14 @@ def representative(posterior: HeadPosterior) -> tuple[HeadPosterior, float]:
     if largest <= 0:  # nothing of the data: all priors are alike
         near = replace(plain, prior_precision=1.0)
     else:
-        wanted = posterior.prior_precision * largest / float(own.max())
-        near = replace(plain, prior_precision=_middle(values, wanted))
+        precision = posterior.prior_precision * largest / float(own.max())
+        near = replace(plain, prior_precision=_middle(values, precision))
     ratio = (values + near.prior_precision).log() - (own + posterior.prior_precision).log()
     return near, float(ratio.mean())
 
 
-def _middle(values: Tensor, wanted: float) -> float:
-    """The prior in the middle of the piece that the wanted one is in."""
+def _middle(values: Tensor, precision: float) -> float:
+    """The prior in the middle of the piece that this one is in."""
     top = _TOP * float(values.max())
     count = math.ceil(math.log(_TOP / _BOTTOM) / _STEP)
     priors = top * torch.exp(-_STEP * torch.arange(count, dtype=torch.float64))
@@ -65,7 +65,7 @@ def _middle(values: Tensor, wanted: float) -> float:
     way = (steps - steps.mean(0)).abs().amax(0).cumsum(0)
     way = torch.cat([way.new_zeros(1), way])
     piece = 2 * (TOLERANCE - _STEP)
-    place = min(max(round(math.log(top / wanted) / _STEP), 0), count - 1)
+    place = min(max(round(math.log(top / precision) / _STEP), 0), count - 1)
     number = int(way[place] / piece)
     return float(priors[(way - (number + 0.5) * piece).abs().argmin()])
 
