@@ -79,7 +79,7 @@ def draws_of(
         for draw in range(draws):
             generator = _generator(seed, number * draws + draw)
             x_0, t = _noise_and_times(x_1, generator)
-            time = t * model.path.last_time
+            time = model.path.training_times(t)
             x_t, target = model.corrupt(x_1, x_0, time)
             yield Draw(t, time, x_t, y, target, generator)
 

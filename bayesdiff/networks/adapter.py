@@ -95,6 +95,11 @@ class Adapter(nn.Module):
         """Prediction of the images' shape."""
         return self.fold(self.head(self.features(x, t, y)))
 
+    @property
+    def time_dtype(self) -> torch.dtype:
+        """What times are given in; a module that tells close ones apart asks for float64."""
+        return getattr(self.module, "time_dtype", torch.float32)
+
     def features(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Input of the head: ``(B, D, h, w)``, or ``(B, ..., D)`` for a linear one.
 
@@ -104,7 +109,7 @@ class Adapter(nn.Module):
         try:
             self.module(x, t, *self._condition(t, y))
         except _Reached as reached:
-            return reached.features
+            return self._wide(reached.features)
         raise UserError(
             f"{type(self.module).__name__}.forward does not call the layer that net.head names; "
             "name its last one"
@@ -117,6 +122,11 @@ class Adapter(nn.Module):
         own = getattr(self.module, self._fold) if isinstance(self._fold, str) else self._fold
         image: Tensor = own(output)
         return image
+
+    def _wide(self, features: Tensor) -> Tensor:
+        """Features of a module in half precision as its head in float32 reads them."""
+        narrow = next(self.module.parameters()).dtype.itemsize < 4
+        return features.float() if narrow else features
 
     def _condition(self, t: Tensor, y: Tensor | None) -> tuple[Tensor | None, ...]:
         if not self.takes_condition:

@@ -10,13 +10,15 @@ from torch import Tensor
 from bayesdiff.checks import UserError
 from bayesdiff.paths.probability_path import PathCoefficients
 
-PREDICTIONS = ("velocity", "noise", "data", "v")
+PREDICTIONS = ("velocity", "noise", "data", "v", "flow", "score")
 
 
 def mix(kind: str, path: PathCoefficients) -> tuple[Tensor, Tensor]:
     """Weights (r, s) of data and noise in a prediction of this kind, shaped as the coefficients.
 
-    ``velocity`` is dx_t/dt; ``v`` is alpha x_0 - sigma x_1 (Salimans and Ho 2022, appendix D).
+    ``velocity`` is dx_t/dt; ``v`` is alpha x_0 - sigma x_1 (Salimans and Ho 2022, appendix D);
+    ``flow`` is minus the velocity, as networks of diffusers give it; ``score`` is -x_0 / sigma
+    (Song et al. 2021, eq. 7), the gradient of ln p(x_t | x_1).
 
     Raises:
         UserError: for an unknown kind.
@@ -30,7 +32,11 @@ def mix(kind: str, path: PathCoefficients) -> tuple[Tensor, Tensor]:
         return zero + 1, zero
     if kind == "v":
         return -path.sigma, path.alpha
-    raise UserError(f"unknown model.prediction {kind!r}; choose from velocity, noise, data, v")
+    if kind == "flow":
+        return -path.d_alpha, -path.d_sigma
+    if kind == "score":
+        return zero, -1 / path.sigma
+    raise UserError(f"unknown model.prediction {kind!r}; choose from {', '.join(PREDICTIONS)}")
 
 
 def convert(source: str, target: str, path: PathCoefficients) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,10 @@ class ProbabilityPath(ABC):
     def coefficients(self, t: Tensor) -> PathCoefficients:
         """Coefficients at times ``t`` of any shape, in float64."""
 
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """Times that a network has met, all alike often, for uniform numbers in [0, 1)."""
+        return uniform * self.last_time
+
     def initial_state(self, noise: Tensor) -> Tensor:
         """State at t = 0 that standard noise ``(..., C, H, W)`` stands for."""
         if is_one(self.noise_scale):

@@ -61,7 +61,8 @@ class Field:
     def guided_features(self, x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
         """Features with the condition and without it, the latter None where nothing is guided."""
         copies = len(x) // self.batch
-        times = torch.full((len(x),), t, device=x.device)
+        dtype = getattr(self.model.net, "time_dtype", torch.float32)
+        times = torch.full((len(x),), t, device=x.device, dtype=dtype)
         given = None if self.condition is None else repeated(self.condition, copies)
         x = x.to(memory_format=self.layout) if x.dim() == 4 else x
         guided = self._evaluate(x, times, given)

@@ -1,0 +1,121 @@
+"""How a network is called: which argument is the state, which the time, and what else it gets."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesdiff.pretrained.listening import Key, unflat
+
+Row = dict[Key, Tensor]  # arguments of one sample, each ``(1, ...)``
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a network.
+
+    Attributes:
+        sample: that takes the state.
+        time: that takes the time.
+        scale: of the network's own time, = scale * the schedule's + shift.
+        shift: see there.
+        constants: arguments that are always the same.
+        channels: of the output that are the prediction, the first ones; None for all. What
+            comes behind them predicts a variance, and samplers leave it out.
+    """
+
+    sample: Key
+    time: Key
+    scale: float = 1.0
+    shift: float = 0.0
+    constants: Mapping[Key, Any] = field(default_factory=dict)
+    channels: int | None = None
+
+
+@dataclass
+class Table:
+    """What the network gets with a sample beside state and time, by number.
+
+    Attributes:
+        given: with the condition.
+        nothing: without, for guidance; as many, or none where nothing is guided.
+    """
+
+    given: list[Row] = field(default_factory=list)
+    nothing: list[Row] = field(default_factory=list)
+
+    def rows(self, numbers: Sequence[int]) -> Row:
+        """Arguments of a batch; number -1 - k is "nothing" in the place of k."""
+        rows = [self.given[k] if k >= 0 else self.nothing[-1 - k] for k in numbers]
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+
+class Called(nn.Module):
+    """A network as ``forward(x, t, y)``: state, time in [0, 1], number of a condition.
+
+    Args:
+        module: called as ``call`` says.
+        call: its arguments.
+        clock: from our times, noise at 0 and data at 1, to the schedule's, in float64.
+        table: what samples get beside; shared, it may grow.
+    """
+
+    time_dtype = torch.float64  # times of schedules are spread finer than float32 tells apart
+
+    def __init__(
+        self, module: nn.Module, call: Call, clock: Callable[[Tensor], Tensor], table: Table
+    ) -> None:
+        super().__init__()
+        self.module, self.call, self.clock, self.table = module, call, clock, table
+        self.dtype = next(module.parameters()).dtype
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The prediction ``(B, C, ...)``, in the precision of ``x``."""
+        call = self.call
+        time = (call.scale * self.clock(t) + call.shift).float()
+        given = {**call.constants, call.sample: x.to(self.dtype), call.time: time}
+        if self.table.given:
+            numbers = [0] * len(x) if y is None else y.tolist()
+            for key, value in self.table.rows(numbers).items():
+                value = value.to(x.device)
+                given[key] = value.to(self.dtype) if value.is_floating_point() else value
+        args, kwargs = unflat(given)
+        output: Any = self.module(*args, **kwargs)
+        output = output if isinstance(output, Tensor) else output[0]
+        return output if call.channels is None else output[:, : call.channels]
+
+
+class Prompts:
+    """Numbers of a ``Table``: the condition of a network that was listened to.
+
+    Args:
+        table: of the network; shared.
+    """
+
+    field = "labels"
+    num_classes = None
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.chosen: list[int] = [0]
+
+    def options(self) -> dict[str, Any]:
+        """None: the network has the table."""
+        return {}
+
+    def hide(self, values: Tensor, hidden: Tensor) -> Tensor:
+        """Numbers ``(B,)`` with "nothing" in the hidden places."""
+        return torch.where(hidden, -1 - values, values)
+
+    def empty(self, values: Tensor) -> Tensor:
+        """The numbers of "nothing", ``(B,)``."""
+        return -1 - values
+
+    def of_samples(self, numbers: Sequence[int]) -> Tensor:
+        """The chosen conditions in turn, int64 ``(B,)``."""
+        return torch.tensor([self.chosen[n % len(self.chosen)] for n in numbers])
+
+    def labels(self, values: Tensor, numbers: Sequence[int]) -> None:
+        """None: a prompt is no class."""

@@ -1,0 +1,170 @@
+"""What a pipeline's run tells of its network: arguments, units of time, guidance, what is kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UserError
+from bayesdiff.pretrained.call import Call, Row
+from bayesdiff.pretrained.listening import Heard, Key, NetworkCall, SchedulerStep
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One run of a pipeline for one sample, understood.
+
+    Attributes:
+        call: how the network is called.
+        given: arguments that belong to the sample.
+        nothing: the same for the half without a condition; None without guidance.
+        guidance: w, where outputs are combined as u + w (c - u); 1 for none.
+        shape: of a state.
+    """
+
+    call: Call
+    given: Row
+    nothing: Row | None
+    guidance: float
+    shape: tuple[int, ...]
+
+
+def convention_of(heard: Heard, who: str) -> Convention:
+    """What a run of a pipeline for one sample tells, over at least two steps.
+
+    Args:
+        heard: the run; its network's outputs must be generic, noise for example.
+        who: name of the pipeline, for errors.
+
+    Raises:
+        UserError: for a pipeline that does something else with its network.
+    """
+    step, calls = heard.steps[0], heard.calls[: heard.steps[0].calls]
+    state = step.sample[:1]
+    network_input = _network_input(heard, state)
+    sample = _sample_key(calls[0], network_input, who)
+    time, scale, shift = _clock(heard, sample, who)
+    parts = [
+        (call, row) for call in calls for row in range(len(call.given[sample]))
+    ]
+    channels, weights = _kept(step, parts, who)
+    rows = [_row(call, row, sample, time) for call, row in parts]
+    total = sum(weights)
+    if abs(total - 1) > 1e-3:
+        raise UserError(
+            f"{who} gives its scheduler {total:.3g} times the network's output; bayesdiff knows "
+            "pipelines that give it as it is, or combined with weights that add up to one"
+        )
+    guided = max(range(len(weights)), key=lambda k: weights[k])
+    others = [k for k in range(len(weights)) if k != guided and abs(weights[k]) > 1e-6]
+    if len(others) > 1:
+        raise UserError(f"{who} combines {len(others) + 1} outputs; guidance here has two")
+    constants = {
+        key: value
+        for key, value in calls[0].given.items()
+        if key not in (sample, time) and key not in rows[0]
+    }
+    call = Call(sample, time, scale, shift, constants, channels)
+    nothing = rows[others[0]] if others else None
+    return Convention(call, rows[guided], nothing, weights[guided], tuple(state.shape[1:]))
+
+
+def _network_input(heard: Heard, state: Tensor) -> Tensor:
+    """What the network should get for the first state."""
+    for before, after in heard.scaled[:1]:
+        if torch.equal(before[:1], state):
+            return after[:1]
+    return state
+
+
+def _sample_key(call: NetworkCall, network_input: Tensor, who: str) -> Key:
+    for key, value in call.given.items():
+        if (
+            isinstance(value, Tensor)
+            and value.shape[1:] == network_input.shape[1:]
+            and torch.equal(value[:1].float(), network_input.to(value).float())
+        ):
+            return key
+    raise UserError(
+        f"{who} does something to its state before the network gets it; bayesdiff follows "
+        "pipelines that hand it over, scaled by the scheduler at most"
+    )
+
+
+def _clock(heard: Heard, sample: Key, who: str) -> tuple[Key, float, float]:
+    """The argument that is the time, and what it is of the schedule's."""
+    ends = [0, *(step.calls for step in heard.steps)]
+    firsts = [heard.calls[k] for k in ends[:-1]]
+    times = torch.tensor([step.time for step in heard.steps], dtype=torch.float64)
+    for key, value in firsts[0].given.items():
+        if key == sample or not isinstance(value, Tensor | float | int) or value is True:
+            continue
+        own = [_number(call.given.get(key)) for call in firsts]
+        if any(each is None for each in own):
+            continue
+        told = torch.tensor(own, dtype=torch.float64)
+        if len(told.unique()) < 2:
+            continue
+        scale = float((told[-1] - told[0]) / (times[-1] - times[0]))
+        shift = float(told[0] - scale * times[0])
+        if torch.allclose(scale * times + shift, told, rtol=4e-3, atol=1e-3):
+            return key, _plain(scale), _plain(shift)
+    raise UserError(f"{who} gives its network no time that follows the scheduler's")
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor):
+        flat = value.flatten()
+        same = flat.numel() and not value.is_complex() and bool((flat == flat[0]).all())
+        return float(flat[0]) if same else None
+    return float(value) if isinstance(value, float | int) else None
+
+
+def _plain(value: float) -> float:
+    """The round number that a value is in half precision: 0.001, 1, 1000."""
+    for digits in (0, 1, 2, 3, 4):
+        near = round(value, digits)
+        if abs(value - near) <= 4e-3 * max(abs(near), 1e-3):
+            return near
+    return value
+
+
+def _kept(
+    step: SchedulerStep, parts: Sequence[tuple[NetworkCall, int]], who: str
+) -> tuple[int | None, list[float]]:
+    """Channels of the output that reach the scheduler, and the weight of every output there."""
+    given = step.output[:1].double()
+    outputs = torch.cat([call.output[row : row + 1] for call, row in parts]).double()
+    channels = None if outputs.shape[1] == given.shape[1] else given.shape[1]
+    if channels is not None:
+        outputs = outputs[:, :channels]
+    if outputs.shape[1:] != given.shape[1:]:
+        raise UserError(
+            f"{who} makes {tuple(given.shape[1:])} of the network's {tuple(outputs.shape[1:])}; "
+            "bayesdiff follows pipelines that take the output as it is"
+        )
+    columns = outputs.flatten(1).T
+    weights = torch.linalg.lstsq(columns, given.flatten()[:, None]).solution
+    rest = (columns @ weights).flatten() - given.flatten()
+    tolerance = 1e-4 if step.output.dtype in (torch.float32, torch.float64) else 3e-2
+    if float(rest.abs().max()) > tolerance * float(given.abs().max()):
+        raise UserError(
+            f"{who} combines the network's outputs in a way that is not linear, such as a "
+            "rescaled guidance; give guidance_rescale=0, or follow it with members alone"
+        )
+    return channels, [float(weight) for weight in weights]
+
+
+def _row(call: NetworkCall, row: int, sample: Key, time: Key) -> Row:
+    """Arguments that belong to one row of the network's batch."""
+    batch = len(call.given[sample])
+    return {
+        key: value[row : row + 1].cpu()
+        for key, value in call.given.items()
+        if key not in (sample, time)
+        and isinstance(value, Tensor)
+        and value.dim() > 0
+        and len(value) == batch
+    }

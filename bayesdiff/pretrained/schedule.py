@@ -1,0 +1,84 @@
+"""The path that a network was trained on, and what it predicts, as its scheduler says."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UserError
+from bayesdiff.paths import CondOT, ProbabilityPath
+from bayesdiff.paths.probability_path import VariancePreserving
+
+# Names of diffusers, and ours.
+_PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
+
+
+class DiscreteVP(VariancePreserving):
+    """The variance-preserving path of a table of squared signal levels, least noise first.
+
+    Args:
+        abar: ``(T,)``, the scheduler's ``alphas_cumprod``.
+    """
+
+    def __init__(self, abar: Tensor) -> None:
+        log_abar = abar.double().cpu().clamp(min=1e-20).log()
+        self.num_steps_max = len(abar)
+        self.last_time = 1 - 1 / len(abar)
+        self.log_abar = torch.cat([log_abar.new_zeros(1), log_abar])
+
+    def schedule_time(self, t: Tensor) -> Tensor:
+        """Index of the table at our time, float64; those of float32 are rounded to 2^-10."""
+        index = len(self.log_abar[1:]) * (1 - t.double()) - 1
+        return index if t.dtype == torch.float64 else (index * 2**10).round() / 2**10
+
+    def our_time(self, index: float) -> float:
+        """Our time at an index."""
+        return 1 - (index + 1) / len(self.log_abar[1:])
+
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """Times of the table's own indices, all alike often, for uniform numbers in [0, 1)."""
+        steps = len(self.log_abar) - 1
+        return (uniform.double() * steps).floor().clamp(max=steps - 1) / steps
+
+
+class ScheduledFlow(CondOT):
+    """Straight lines, timed by how much noise there is: the schedule's time is T (1 - t).
+
+    Args:
+        timesteps: T of the scheduler.
+    """
+
+    def __init__(self, timesteps: int = 1000) -> None:
+        self.timesteps = timesteps
+
+    def schedule_time(self, t: Tensor) -> Tensor:
+        """T times the share of noise, float64."""
+        return self.timesteps * (1 - t.double())
+
+    def our_time(self, time: float) -> float:
+        """Our time at one of the schedule."""
+        return 1 - time / self.timesteps
+
+
+def path_and_prediction(scheduler: Any) -> tuple[ProbabilityPath, str]:
+    """What the scheduler of a pipeline says of the training.
+
+    Raises:
+        UserError: for one that says neither.
+    """
+    config, who = scheduler.config, type(scheduler).__name__
+    kind = config.get("prediction_type", "epsilon")
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    if kind == "flow_prediction" or (abar is None and hasattr(scheduler, "shift")):
+        return ScheduledFlow(config.get("num_train_timesteps", 1000)), "flow"
+    if abar is None:
+        raise UserError(
+            f"{who} has no alphas_cumprod and is no flow-matching scheduler; give the pipeline "
+            "one that has, such as DDIMScheduler with the betas of the training"
+        )
+    if kind not in _PREDICTIONS:
+        raise UserError(
+            f"{who} has prediction_type={kind!r}; bayesdiff knows {', '.join(_PREDICTIONS)} and "
+            "flow_prediction, set the one that the network was trained with"
+        )
+    return DiscreteVP(torch.as_tensor(abar)), _PREDICTIONS[kind]
