@@ -68,7 +68,8 @@ def convention_of(heard: Heard, who: str) -> Convention:
     }
     call = Call(sample, time, scale, shift, constants, channels)
     nothing = rows[others[0]] if others else None
-    return Convention(call, rows[guided], nothing, weights[guided], tuple(state.shape[1:]))
+    guidance = round(weights[guided], 6) if others else 1.0
+    return Convention(call, rows[guided], nothing, guidance, tuple(state.shape[1:]))
 
 
 def _network_input(heard: Heard, state: Tensor) -> Tensor:

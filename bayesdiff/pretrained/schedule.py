@@ -1,5 +1,6 @@
 """The path that a network was trained on, and what it predicts, as its scheduler says."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,17 @@ from bayesdiff.paths.probability_path import VariancePreserving
 _PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 
 
+Arrange = Callable[[Tensor], Tensor]
+
+
 class DiscreteVP(VariancePreserving):
     """The variance-preserving path of a table of squared signal levels, least noise first.
 
     Args:
         abar: ``(T,)``, the scheduler's ``alphas_cumprod``.
+
+    Attributes:
+        arrange: puts noise in the order of a pipeline's states, None where it is that already.
     """
 
     def __init__(self, abar: Tensor) -> None:
@@ -25,6 +32,11 @@ class DiscreteVP(VariancePreserving):
         self.num_steps_max = len(abar)
         self.last_time = 1 - 1 / len(abar)
         self.log_abar = torch.cat([log_abar.new_zeros(1), log_abar])
+        self.arrange: Arrange | None = None
+
+    def initial_state(self, noise: Tensor) -> Tensor:
+        """Noise in the order that the pipeline's states have their values in."""
+        return noise if self.arrange is None else self.arrange(noise)
 
     def schedule_time(self, t: Tensor) -> Tensor:
         """Index of the table at our time, float64; those of float32 are rounded to 2^-10."""
@@ -46,10 +58,18 @@ class ScheduledFlow(CondOT):
 
     Args:
         timesteps: T of the scheduler.
+
+    Attributes:
+        arrange: see ``DiscreteVP``.
     """
 
     def __init__(self, timesteps: int = 1000) -> None:
         self.timesteps = timesteps
+        self.arrange: Arrange | None = None
+
+    def initial_state(self, noise: Tensor) -> Tensor:
+        """Noise in the order that the pipeline's states have their values in."""
+        return noise if self.arrange is None else self.arrange(noise)
 
     def schedule_time(self, t: Tensor) -> Tensor:
         """T times the share of noise, float64."""

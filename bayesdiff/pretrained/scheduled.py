@@ -1,0 +1,56 @@
+"""A scheduler of diffusers as one of our solvers: its steps are found by probing it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bayesdiff.checks import UserError
+from bayesdiff.paths import ProbabilityPath
+from bayesdiff.solvers import Solver, Step
+
+
+@dataclass(frozen=True)
+class Scheduled(Solver):
+    """The steps of a scheduler, with times of its own.
+
+    Args:
+        own: its steps, from noise to data.
+        called: the scheduler's name.
+    """
+
+    own: tuple[Step, ...] = ()
+    called: str = ""
+
+    name: ClassVar[str] = "scheduler"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its steps draw noise."""
+        return any(step.stochastic for step in self.own)
+
+    def times(self, path: ProbabilityPath, skip_interval: int = 1) -> list[float]:
+        """Times of its evaluations, and 1.
+
+        Raises:
+            UserError: for a skip interval: a scheduler has the steps that it has.
+        """
+        if skip_interval != 1:
+            raise UserError(
+                f"uncertainty.skip_interval={skip_interval} leaves out steps, and {self.called} "
+                "is a scheduler of diffusers, whose steps belong together; use 1, or one of our "
+                "solvers"
+            )
+        return [*(step.times[0] for step in self.own), 1.0]
+
+    def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
+        """Its steps.
+
+        Raises:
+            UserError: for other times than its own.
+        """
+        if list(times) != self.times(path):
+            raise UserError(
+                f"{self.called} goes from noise to data at times of its own; use one of our "
+                "solvers, such as solver=pf_ode, for other times or the other way"
+            )
+        return list(self.own)
