@@ -18,7 +18,7 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.machine.progress import track
 from bayesdiff.models import GenerativeModel
-from bayesdiff.pretrained.call import Called, Prompts, Table
+from bayesdiff.pretrained.call import Call, Called, Prompts, Table
 from bayesdiff.pretrained.coder import PipelineCoder, coder_of
 from bayesdiff.pretrained.convention import Convention, convention_of
 from bayesdiff.pretrained.doctor import Finding, affinity_findings as examine
@@ -75,14 +75,17 @@ class BayesianPipeline:
 
     Args:
         pipe: of diffusers, with one network that is called at every step.
+        arguments: of every call of the pipeline, such as max_sequence_length.
         settings: of ``HeadPosterior.fit``: structure, sigma_noise, prior_precision, n_eff, rank.
 
     Raises:
         UserError: for a pipeline that cannot be followed; the line names what cannot.
     """
 
-    def __init__(self, pipe: Any, **settings: Any) -> None:
-        self.pipe, self.settings = pipe, settings
+    def __init__(
+        self, pipe: Any, arguments: Mapping[str, Any] | None = None, **settings: Any
+    ) -> None:
+        self.pipe, self.arguments, self.settings = pipe, dict(arguments or {}), settings
         self.who = type(pipe).__name__
         _check_pipeline(pipe)
         self.takes = set(inspect.signature(pipe.__call__).parameters)
@@ -93,9 +96,11 @@ class BayesianPipeline:
         self._given: dict[str, Convention] = {}
 
     @classmethod
-    def of(cls, pipe: Any, **settings: Any) -> "BayesianPipeline":
+    def of(
+        cls, pipe: Any, arguments: Mapping[str, Any] | None = None, **settings: Any
+    ) -> "BayesianPipeline":
         """The pipeline, to be fitted."""
-        return cls(pipe, **settings)
+        return cls(pipe, arguments, **settings)
 
     # What the pipeline does
 
@@ -117,7 +122,7 @@ class BayesianPipeline:
             return torch.randn(like.shape, generator=generator).to(like)
 
         steps = {"num_inference_steps": num_inference_steps}
-        return listen(self.pipe, answer=answer, **steps, **kwargs)
+        return listen(self.pipe, answer=answer, **(self.arguments | steps | kwargs))
 
     def _model_at(
         self, convention: Convention, scheduler: Any, arguments: Mapping[str, Any]
@@ -126,9 +131,8 @@ class BayesianPipeline:
         key = convention.shape, _plain_key(convention.call)
         if key not in self._models:
             path, prediction = path_and_prediction(scheduler)
-            coder = coder_of(
-                self.pipe, convention.shape, num_inference_steps=2, **arguments
-            )
+            given = {**self.arguments, **arguments, "num_inference_steps": 2}
+            coder = coder_of(self.pipe, convention.shape, **given)
             path.arrange = _arranged(coder)
             table = Table([convention.given] if convention.given else [])
             called = Called(sharing_copy(self.network), convention.call, path.schedule_time, table)
@@ -392,8 +396,9 @@ def _arranged(coder: PipelineCoder) -> Any:
     return lambda noise: coder.from_ordered(noise.flatten(1).unflatten(1, coder.latents))
 
 
-def _plain_key(call: Any) -> str:
-    return str((call.sample, call.time, call.scale, call.shift, call.channels))
+def _plain_key(call: Call) -> str:
+    constants = {str(name): str(_digest(value)) for name, value in call.constants.items()}
+    return key_of(str((call.sample, call.time, call.scale, call.shift, call.channels)), constants)
 
 
 def _digest(value: Any) -> Any:

@@ -49,7 +49,7 @@ def convention_of(heard: Heard, who: str) -> Convention:
     parts = [
         (call, row) for call in calls for row in range(len(call.given[sample]))
     ]
-    channels, weights = _kept(step, parts, who)
+    channels, weights = _kept(step, parts, state.shape[1], who)
     rows = [_row(call, row, sample, time) for call, row in parts]
     total = sum(weights)
     if abs(total - 1) > 1e-3:
@@ -133,14 +133,14 @@ def _plain(value: float) -> float:
 
 
 def _kept(
-    step: SchedulerStep, parts: Sequence[tuple[NetworkCall, int]], who: str
+    step: SchedulerStep, parts: Sequence[tuple[NetworkCall, int]], states: int, who: str
 ) -> tuple[int | None, list[float]]:
     """Channels of the output that reach the scheduler, and the weight of every output there."""
     given = step.output[:1].double()
     outputs = torch.cat([call.output[row : row + 1] for call, row in parts]).double()
-    channels = None if outputs.shape[1] == given.shape[1] else given.shape[1]
-    if channels is not None:
-        outputs = outputs[:, :channels]
+    channels = None if outputs.shape[1] == states else states
+    # Schedulers with a learned variance are given it as well, behind the prediction.
+    outputs, given = outputs[:, :states], given[:, :states]
     if outputs.shape[1:] != given.shape[1:]:
         raise UserError(
             f"{who} makes {tuple(given.shape[1:])} of the network's {tuple(outputs.shape[1:])}; "

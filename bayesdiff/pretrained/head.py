@@ -114,7 +114,7 @@ class _Probe:
             return lambda *_: ran.append(name)
 
         hooks = [
-            self.module.get_submodule(n).register_forward_hook(note(n)) for n in names if n
+            self.module.get_submodule(n).register_forward_pre_hook(note(n)) for n in names if n
         ]
         try:
             self.once(self.module)

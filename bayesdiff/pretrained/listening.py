@@ -196,13 +196,16 @@ def _heard_scheduler(
     name = "step_pred" if hasattr(own, "step_pred") else "step"
     step, scale = getattr(own, name), getattr(own, "scale_model_input", None)
 
-    @functools.wraps(step)
-    def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *a: Any, **k: Any) -> Any:
+    def remember() -> None:
         if heard.scheduler is None:
             bare = copy.copy(own)
             for hook in (name, "scale_model_input"):
                 bare.__dict__.pop(hook, None)
             heard.scheduler = copy.deepcopy(bare)
+
+    @functools.wraps(step)
+    def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *a: Any, **k: Any) -> Any:
+        remember()
         calls = len(heard.calls)
         heard.steps.append(SchedulerStep(model_output, float(timestep), sample, calls))
         result = step(model_output, timestep, sample, *a, **k)
@@ -215,6 +218,7 @@ def _heard_scheduler(
 
         @functools.wraps(scale)
         def scaled(sample: Tensor, *a: Any, **k: Any) -> Tensor:
+            remember()
             result: Tensor = scale(sample, *a, **k)
             heard.scaled.append((sample, result))
             return result
