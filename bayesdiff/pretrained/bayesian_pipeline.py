@@ -1,32 +1,32 @@
 """A pipeline of diffusers whose last layer is Bayesian: images with maps, post hoc."""
 
+import copy
 import inspect
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.checks import UserError, at_least
+from bayesdiff.checks import UserError, at_least, one_line
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.machine.progress import track
 from bayesdiff.models import GenerativeModel
+from bayesdiff.options.spelling import near
 from bayesdiff.pretrained.call import Call, Called, Prompts, Table
 from bayesdiff.pretrained.coder import PipelineCoder, coder_of
 from bayesdiff.pretrained.convention import Convention, convention_of
-from bayesdiff.pretrained.doctor import Finding, affinity_findings as examine
+from bayesdiff.pretrained.doctor import Finding
+from bayesdiff.pretrained.doctor import affinity_findings as examine
 from bayesdiff.pretrained.head import tapped
 from bayesdiff.pretrained.listening import Heard, listen, network_name, sharing_copy
-from bayesdiff.pretrained.probing import probed_steps
 from bayesdiff.pretrained.schedule import path_and_prediction
-from bayesdiff.pretrained.scheduled import Scheduled
+from bayesdiff.pretrained.scheduled import Scheduled, scheduled
 from bayesdiff.solvers import Solver
 from bayesdiff.solvers.step import check_finite, check_solver
 from bayesdiff.storage.artefacts import key_of, read_json, weights_key, write_json
@@ -91,6 +91,9 @@ class BayesianPipeline:
         self.takes = set(inspect.signature(pipe.__call__).parameters)
         self.network = sharing_copy(getattr(pipe, network_name(pipe)))
         self.posterior: HeadPosterior | None = None
+        classes = getattr(self.network, "config", {}).get("num_class_embeds")
+        # A network of classes in a pipeline that does not know of any; the last is "no class".
+        self.hidden_classes = None if self.takes & {"prompt", "class_labels"} else classes
         self._outputs: list[Tensor] = []
         self._models: dict[tuple[Any, ...], tuple[GenerativeModel, PipelineCoder]] = {}
         self._given: dict[str, Convention] = {}
@@ -108,7 +111,12 @@ class BayesianPipeline:
         """Arguments of one image, whatever it shows."""
         if "prompt" in self.takes:
             return {"prompt": ""}
-        return {"class_labels": [0]} if "class_labels" in self.takes else {}
+        return {"class_labels": [0]} if self.takes_classes else {}
+
+    @property
+    def takes_classes(self) -> bool:
+        """Whether samples have classes."""
+        return "class_labels" in self.takes or self.hidden_classes is not None
 
     def _heard(self, num_inference_steps: int, **kwargs: Any) -> Heard:
         """One run of the pipeline for one image, the network's outputs noise."""
@@ -121,8 +129,26 @@ class BayesianPipeline:
             like = self._outputs[0]
             return torch.randn(like.shape, generator=generator).to(like)
 
-        steps = {"num_inference_steps": num_inference_steps}
-        return listen(self.pipe, answer=answer, **(self.arguments | steps | kwargs))
+        given = {**self.arguments, **kwargs, "num_inference_steps": num_inference_steps}
+        return listen(self.pipe, answer=answer, **self._for_pipeline(given))
+
+    def _for_pipeline(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments as the pipeline takes them; classes that it does not know of beside them."""
+        if self.hidden_classes is None:
+            return dict(arguments)
+        given = {k: v for k, v in arguments.items() if k not in ("class_labels", "guidance_scale")}
+        return given | {"beside": {"class_labels": torch.tensor(arguments["class_labels"])}}
+
+    def convention(self, heard: Heard, arguments: Mapping[str, Any]) -> Convention:
+        """What a run tells, with guidance where the pipeline does not know of any."""
+        found = convention_of(heard, self.who)
+        if self.hidden_classes is None:
+            return found
+        key = next(name for name in found.given if name[-1] == "class_labels")
+        nothing = {**found.given, key: torch.full((1,), self.hidden_classes - 1)}
+        return replace(
+            found, nothing=nothing, guidance=float(arguments.get("guidance_scale", 1.0))
+        )
 
     def _model_at(
         self, convention: Convention, scheduler: Any, arguments: Mapping[str, Any]
@@ -132,7 +158,7 @@ class BayesianPipeline:
         if key not in self._models:
             path, prediction = path_and_prediction(scheduler)
             given = {**self.arguments, **arguments, "num_inference_steps": 2}
-            coder = coder_of(self.pipe, convention.shape, **given)
+            coder = coder_of(self.pipe, convention.shape, **self._for_pipeline(given))
             path.arrange = _arranged(coder)
             table = Table([convention.given] if convention.given else [])
             called = Called(sharing_copy(self.network), convention.call, path.schedule_time, table)
@@ -171,7 +197,7 @@ class BayesianPipeline:
         size = self._size(images)
         first = conditions[0] if conditions else self._example()
         heard = self._heard(3, **first, **size)
-        convention = convention_of(heard, self.who)
+        convention = self.convention(heard, first | size)
         model, coder = self._model_at(convention, heard.scheduler, first | size)
         values = self._filled(model, conditions, size)
         parts = images.split(batch_size)
@@ -179,7 +205,7 @@ class BayesianPipeline:
             [coder.encode(2 * part - 1) for part in track(parts, "latents", "images", len)]
         )
         curvature = fit_curvature(
-            model, states, values, source=self._source(model, states, conditions, options),
+            model, states, values, source=self._source(states, conditions, options),
             batch_size=batch_size, encode=_as_it_is, **options,
         )  # fmt: skip
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
@@ -189,7 +215,8 @@ class BayesianPipeline:
         self, prompts: Sequence[str] | None, labels: Sequence[int] | None, count: int
     ) -> list[dict[str, Any]]:
         """Arguments of the pipeline for every image; none where it takes neither."""
-        name = next((n for n in ("prompt", "class_labels") if n in self.takes), None)
+        name = "prompt" if "prompt" in self.takes else None
+        name = "class_labels" if self.takes_classes else name
         given = {"prompt": prompts, "class_labels": labels}
         for other, values in given.items():
             plural = "prompts" if other == "prompt" else "labels"
@@ -220,21 +247,43 @@ class BayesianPipeline:
         lacking = [each for name, each in distinct.items() if name + str(size) not in self._given]
         for each in track(lacking, "conditions", "prompts"):
             heard = self._heard(2, **each, **size)
-            self._given[str(each) + str(size)] = convention_of(heard, self.who)
+            self._given[str(each) + str(size)] = self.convention(heard, each)
         table: Table = model.condition.table  # type: ignore[attr-defined]
         table.given = [self._given[name + str(size)].given for name in distinct]
         table.nothing = []
         number = {name: k for k, name in enumerate(distinct)}
         return torch.tensor([number[str(each)] for each in conditions])
 
-    def _source(self, model: GenerativeModel, *parts: Any) -> str:
-        kept = [weights_key(nn.ParameterList([p])) if isinstance(p, Tensor) and False else p for p in parts]
-        return f"{self.key}-{key_of(*[_digest(each) for each in kept])}"
+    def _source(self, *parts: Any) -> str:
+        return f"{self.key}-{key_of(*[_digest(each) for each in parts])}"
 
     @property
     def key(self) -> str:
         """Of the network's weights."""
         return weights_key(self.network)
+
+    def for_classes(
+        self, conditions: Sequence[dict[str, Any]], size: Mapping[str, int]
+    ) -> tuple[GenerativeModel, PipelineCoder]:
+        """The network as a model of this package, with one condition for each class of data.
+
+        Args:
+            conditions: arguments of the pipeline for one image of each class; none for a pipeline
+                without conditions.
+            size: height and width, where the pipeline takes them.
+        """
+        asked = list(conditions) or [self._example()]
+        guided = {"guidance_scale": 2.0} if "guidance_scale" in self.takes else {}
+        heard = [self._heard(3, **guided, **each, **size) for each in asked]
+        known = [self.convention(each, own) for each, own in zip(heard, asked, strict=True)]
+        model, coder = self._model_at(known[0], heard[0].scheduler, {**asked[0], **size})
+        if conditions and model.condition is not None:
+            table: Table = model.condition.table  # type: ignore[attr-defined]
+            table.given = [own.given for own in known]
+            table.nothing = [own.nothing for own in known if own.nothing]
+            model.condition = Prompts(table, len(asked))
+            model.num_classes = len(asked)
+        return model, coder
 
     # Images
 
@@ -274,17 +323,19 @@ class BayesianPipeline:
         count = count if num_images is None else at_least("num_images", num_images)
         estimator = uncertainty or Ensemble(members=16)
         heard = [self._heard(num_inference_steps, **each, **kwargs) for each in asked]
-        known = [convention_of(each, self.who) for each in heard]
+        known = [
+            self.convention(each, own | kwargs) for each, own in zip(heard, asked, strict=True)
+        ]
         model, coder = self._model_at(known[0], heard[0].scheduler, asked[0] | kwargs)
         if model.condition is not None:
-            table = Table([own.given for own in known], [own.nothing for own in known if own.nothing])
+            table = Table(
+                [own.given for own in known], [own.nothing for own in known if own.nothing]
+            )
             condition = model.condition
             condition.table.given, condition.table.nothing = table.given, table.nothing  # type: ignore
             condition.chosen = list(range(len(known)))  # type: ignore[attr-defined]
         if solver is None:
-            steps = probed_steps(heard[0].scheduler, model.path.our_time)  # type: ignore
-            called = type(heard[0].scheduler).__name__
-            solver = Scheduled(len(steps), known[0].guidance, own=tuple(steps), called=called)
+            solver = scheduled(heard[0].scheduler, model.path, known[0].guidance)
         samples = self._samples(model, coder, solver, estimator, seed, count)
         return self._output(samples, solver, estimator, seed, asked, kwargs)
 
@@ -309,7 +360,9 @@ class BayesianPipeline:
         ready = estimator.fit(start_of, posterior)
         size = images_at_once(ready, solver, model, coder.shape)
         batches = torch.arange(count).split(size)
-        made = [ready(start_of(b.tolist()), posterior) for b in track(batches, "maps", "images", len)]
+        made = [
+            ready(start_of(b.tolist()), posterior) for b in track(batches, "maps", "images", len)
+        ]
         return replace(Samples.join(made), numbers=torch.arange(count))
 
     def _output(
@@ -343,6 +396,31 @@ class BayesianPipeline:
         }
         images = unit.images.clamp(0, 1)
         return Output(images, unit.variance, samples.latent_variance, scores, record, samples)
+
+    def scheduled(
+        self, name: str | None, options: Mapping[str, Any], num_steps: int, guidance: float
+    ) -> Scheduled:
+        """A solver that is the pipeline's scheduler, or another of diffusers in its place.
+
+        Args:
+            name: of its class; None for the pipeline's own.
+            options: of its configuration.
+            num_steps: given to ``set_timesteps``.
+            guidance: of the solver.
+
+        Raises:
+            UserError: for a name that is no scheduler, or steps that are not affine.
+        """
+        before = self.pipe
+        path, _ = path_and_prediction(before.scheduler)
+        if name is not None or options:
+            self.pipe = copy.copy(before)
+            self.pipe.scheduler = _scheduler(before.scheduler, name, options)
+        try:
+            heard = self._heard(num_steps, **self._example())
+        finally:
+            self.pipe = before
+        return scheduled(heard.scheduler, path, guidance)
 
     # Files
 
@@ -383,6 +461,26 @@ class BayesianPipeline:
         """What will spoil results on this pipeline, each with its cure."""
         heard = self._heard(num_inference_steps, **self._example(), **kwargs)
         return examine(heard.scheduler)
+
+
+def _scheduler(own: Any, name: str | None, options: Mapping[str, Any]) -> Any:
+    """Another scheduler with the same training behind it.
+
+    Raises:
+        UserError: for a name or an option that diffusers does not know.
+    """
+    import diffusers
+
+    kind = type(own) if name is None else getattr(diffusers, name, None)
+    if kind is None or not hasattr(kind, "set_timesteps"):
+        known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+        raise UserError(f"diffusers has no scheduler {name!r}{near(str(name), known)}")
+    try:
+        return kind.from_config(own.config, **options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"{kind.__name__} does not take these options: {one_line(error)}"
+        ) from error
 
 
 def _as_it_is(states: Tensor) -> Tensor:

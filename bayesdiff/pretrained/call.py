@@ -92,14 +92,14 @@ class Prompts:
 
     Args:
         table: of the network; shared.
+        num_classes: where the conditions are those of the data's classes, one each.
     """
 
     field = "labels"
-    num_classes = None
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
-        self.chosen: list[int] = [0]
+    def __init__(self, table: Table, num_classes: int | None = None) -> None:
+        self.table, self.num_classes = table, num_classes
+        self.chosen = list(range(num_classes or 1))
 
     def options(self) -> dict[str, Any]:
         """None: the network has the table."""
@@ -117,5 +117,6 @@ class Prompts:
         """The chosen conditions in turn, int64 ``(B,)``."""
         return torch.tensor([self.chosen[n % len(self.chosen)] for n in numbers])
 
-    def labels(self, values: Tensor, numbers: Sequence[int]) -> None:
-        """None: a prompt is no class."""
+    def labels(self, values: Tensor, numbers: Sequence[int]) -> Tensor | None:
+        """The values, where they are classes; a prompt is none."""
+        return values if self.num_classes else None

@@ -1,12 +1,13 @@
 """From a pipeline's states to images and back, through its own decoder."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.pretrained.listening import listen, sharing_copy
+from bayesdiff.pretrained.listening import Answer, listen, sharing_copy
 
 _BASE = 256  # digits of a place, exact in half precision
 
@@ -82,14 +83,13 @@ class PipelineCoder(nn.Module):
         return flat.unflatten(1, self.shape)
 
 
-def coder_of(pipe: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> PipelineCoder:
+def coder_of(pipe: Any, shape: tuple[int, ...], **kwargs: Any) -> PipelineCoder:
     """The coder of a pipeline, by what it does with its last state.
 
     Args:
         pipe: of diffusers.
         shape: of a state.
-        args: arguments of one image.
-        kwargs: see there.
+        kwargs: arguments of one image.
 
     Raises:
         UserError: if it does something else than ordering, scaling and shifting.
@@ -110,7 +110,7 @@ def coder_of(pipe: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Pi
         def last(state: Tensor) -> Tensor:
             return plane.reshape(1, *shape).to(state).expand_as(state)
 
-        heard = listen(pipe, *args, answer=silence(pipe), last=last, **kwargs)
+        heard = listen(pipe, answer=silence(), last=last, **kwargs)
         if len(heard.decoded) != 1:
             raise UserError(
                 f"{type(pipe).__name__} calls its decoder {len(heard.decoded)} times; "
@@ -142,11 +142,11 @@ def _small(values: Tensor) -> Tensor:
     return channel if bool((values - channel).abs().max() < 1e-6) else values
 
 
-def silence(pipe: Any) -> Any:
+def silence() -> Answer:
     """An answer of zeros that never runs the network, once its shape is known."""
     shapes: list[Tensor] = []
 
-    def answer(number: int, really: Any) -> Tensor:
+    def answer(number: int, really: Callable[[], Tensor]) -> Tensor:
         if not shapes:
             shapes.append(really())
         return torch.zeros_like(shapes[0])

@@ -46,9 +46,7 @@ def convention_of(heard: Heard, who: str) -> Convention:
     network_input = _network_input(heard, state)
     sample = _sample_key(calls[0], network_input, who)
     time, scale, shift = _clock(heard, sample, who)
-    parts = [
-        (call, row) for call in calls for row in range(len(call.given[sample]))
-    ]
+    parts = [(call, row) for call in calls for row in range(len(call.given[sample]))]
     channels, weights = _kept(step, parts, state.shape[1], who)
     rows = [_row(call, row, sample, time) for call, row in parts]
     total = sum(weights)

@@ -8,7 +8,7 @@ network answers with whatever is asked for.
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +136,7 @@ def listen(
     *args: Any,
     answer: Answer,
     last: Callable[[Tensor], Tensor] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Heard:
     """Run a pipeline whose network answers what it is told, and return what it was given.
@@ -145,6 +146,7 @@ def listen(
         args: of the pipeline.
         answer: to every call of the network; calling its second argument runs the network.
         last: makes another state of the last one, before it is decoded; None leaves it.
+        beside: further arguments of the network, which the pipeline does not know of.
         kwargs: of the pipeline.
 
     Raises:
@@ -152,7 +154,7 @@ def listen(
     """
     heard, own = Heard(), copy.copy(pipe)
     name = network_name(pipe)
-    setattr(own, name, _heard_network(getattr(pipe, name), heard, answer))
+    setattr(own, name, _heard_network(getattr(pipe, name), heard, answer, beside or {}))
     own.scheduler = _heard_scheduler(pipe.scheduler, heard, last)
     for part in ("vae", "vqvae"):
         if isinstance(coder := pipe.components.get(part), nn.Module):
@@ -171,12 +173,16 @@ def listen(
     return heard
 
 
-def _heard_network(module: nn.Module, heard: Heard, answer: Answer) -> nn.Module:
+def _heard_network(
+    module: nn.Module, heard: Heard, answer: Answer, beside: Mapping[str, Tensor]
+) -> nn.Module:
     own = sharing_copy(module)
     forward = own.forward
 
     @functools.wraps(forward)
     def tapped(*args: Any, **kwargs: Any) -> Said:
+        kwargs = {**beside, **kwargs}
+
         def really() -> Tensor:
             output: Any = forward(*args, **kwargs)
             return output if isinstance(output, Tensor) else output[0]
@@ -189,9 +195,7 @@ def _heard_network(module: nn.Module, heard: Heard, answer: Answer) -> nn.Module
     return own
 
 
-def _heard_scheduler(
-    scheduler: Any, heard: Heard, last: Callable[[Tensor], Tensor] | None
-) -> Any:
+def _heard_scheduler(scheduler: Any, heard: Heard, last: Callable[[Tensor], Tensor] | None) -> Any:
     own = copy.deepcopy(scheduler)
     name = "step_pred" if hasattr(own, "step_pred") else "step"
     step, scale = getattr(own, name), getattr(own, "scale_model_input", None)

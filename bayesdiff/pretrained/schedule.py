@@ -27,6 +27,8 @@ class DiscreteVP(VariancePreserving):
         arrange: puts noise in the order of a pipeline's states, None where it is that already.
     """
 
+    family = "pretrained"
+
     def __init__(self, abar: Tensor) -> None:
         log_abar = abar.double().cpu().clamp(min=1e-20).log()
         self.num_steps_max = len(abar)
@@ -62,6 +64,8 @@ class ScheduledFlow(CondOT):
     Attributes:
         arrange: see ``DiscreteVP``.
     """
+
+    family = "pretrained"
 
     def __init__(self, timesteps: int = 1000) -> None:
         self.timesteps = timesteps

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from bayesdiff.checks import UserError
 from bayesdiff.paths import ProbabilityPath
+from bayesdiff.pretrained.probing import probed_steps
 from bayesdiff.solvers import Solver, Step
 
 
@@ -54,3 +55,15 @@ class Scheduled(Solver):
                 "solvers, such as solver=pf_ode, for other times or the other way"
             )
         return list(self.own)
+
+
+def scheduled(scheduler: Any, path: Any, guidance: float = 1.0) -> Scheduled:
+    """The solver that a scheduler is.
+
+    Args:
+        scheduler: with its time steps set.
+        path: of the network, which knows our time at those of the schedule.
+        guidance: of the solver.
+    """
+    steps = tuple(probed_steps(scheduler, path.our_time))
+    return Scheduled(len(steps), guidance, own=steps, called=type(scheduler).__name__)

@@ -26,9 +26,10 @@ from bayesdiff.options.values import plain as plain
 from bayesdiff.paths.fitting import fitted_path
 from bayesdiff.report.loggers import check_loggers
 from bayesdiff.runs.defaults import run_folder
-from bayesdiff.runs.fit_key import fit_key, takes_weights
+from bayesdiff.runs.fit_key import fit_key, has_weights, takes_weights
 from bayesdiff.runs.likelihood import build_likelihood
 from bayesdiff.runs.network import build_network as build_network
+from bayesdiff.storage.artefacts import weights_key
 from bayesdiff.storage.atomic import check_writable
 from bayesdiff.storage.checkpoints import checkpoint_at, load_weights, note_of, read_checkpoint
 from bayesdiff.storage.same_kind import differences, kind_of
@@ -90,7 +91,8 @@ def build(cfg: DictConfig) -> Run:
     settle_threads(device, data.data.images[0].numel())
     model = build_model(cfg, data)
     parent = start_from(cfg, model)
-    key = fit_key(cfg, data.data.fingerprint, parent["weights"] if parent else None)
+    weights = weights_key(model) if has_weights(cfg) else parent["weights"] if parent else None
+    key = fit_key(cfg, data.data.fingerprint, weights)
     folder = Path(cfg.run_dir or run_folder(cfg, data.data.name, model.path.family, key))
     if is_main_process() and not cfg.get("dry_run"):
         check_writable(Path(cfg.run_dir or cfg.output_dir))
@@ -215,7 +217,7 @@ def check_values(cfg: DictConfig) -> None:
         )
     if not cfg.fit and not cfg.ckpt_path:
         raise UserError("fit=false needs a checkpoint; give ckpt_path=/path/to/last.ckpt")
-    if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():
+    if cfg.ckpt_path not in (None, "last", "built") and not Path(cfg.ckpt_path).is_file():
         raise UserError(f"no checkpoint at {cfg.ckpt_path}; correct ckpt_path, or leave it out")
 
 

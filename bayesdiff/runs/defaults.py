@@ -22,6 +22,7 @@ from bayesdiff.storage.atomic import file_name
 _ASIDE = re.compile(
     r"(output_dir|run_dir|ckpt_path|init_from|fit|dry_run|process_timeout|logger|report|scores|objective|direction)(\.|$)"
     r"|.*\b_(target|partial|convert)_$|uncertainty\.few_maps"
+    r"|(path|net|data\.space|solver|model|model\.condition)\.folder$"  # they repeat model.path
 )
 _MOST = 72  # signs of all settings in a name
 _VALUE = 16  # of one value
@@ -49,6 +50,9 @@ def shipped(choices: tuple[tuple[str, str], ...]) -> Mapping[str, Any]:
     cfg = loader.load_configuration("train", [*known, "~local"], RunMode.RUN, from_shell=False)
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra")
+    for name, value in leaves(OmegaConf.to_container(cfg)).items():
+        if value == "???":  # only a user can give it
+            OmegaConf.update(cfg, name, None)
     return leaves(cfg)
 
 

@@ -31,7 +31,8 @@ def fit_key(cfg: DictConfig, fingerprint: str, parent: str | None = None) -> str
     Args:
         cfg: whole configuration.
         fingerprint: of the data.
-        parent: key of the weights that the training starts from, see ``init_from``.
+        parent: key of the weights that the training starts from, see ``init_from``, or of those
+            that the network is built with.
     """
     parts: dict[str, Any] = {
         "arithmetic": ARITHMETIC,
@@ -42,7 +43,8 @@ def fit_key(cfg: DictConfig, fingerprint: str, parent: str | None = None) -> str
     if takes_weights(cfg):
         model = {k: v for k, v in model_options(cfg).items() if k not in _LEARNING}
         parts |= {"data": [fingerprint], "model": model, "code": _code(model, cfg.net, cfg.path)}
-        parts["checkpoint"] = hashlib.sha256(Path(cfg.ckpt_path).read_bytes()).hexdigest()
+        own = None if has_weights(cfg) else Path(cfg.ckpt_path).read_bytes()
+        parts["checkpoint"] = parent if own is None else hashlib.sha256(own).hexdigest()
         return key_of(parts)
     callbacks = learning_callbacks(cfg)
     best = cfg.sample_from == "best"
@@ -63,6 +65,11 @@ def fit_key(cfg: DictConfig, fingerprint: str, parent: str | None = None) -> str
 def takes_weights(cfg: DictConfig) -> bool:
     """Whether a run takes the weights of a file and trains nothing of its own."""
     return not cfg.fit and cfg.ckpt_path != "last"
+
+
+def has_weights(cfg: DictConfig) -> bool:
+    """Whether the network comes with its weights, and nothing is trained or loaded here."""
+    return not cfg.fit and cfg.ckpt_path == "built"
 
 
 def model_options(cfg: DictConfig) -> dict[str, Any]:

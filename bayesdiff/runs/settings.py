@@ -12,7 +12,7 @@ from bayesdiff.options.targets import word_of
 from bayesdiff.runs.address import overridden
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.defaults import LEARNT, damage_of, is_aside, likelihood_choice, preset
-from bayesdiff.runs.fit_key import likelihood_options, takes_weights
+from bayesdiff.runs.fit_key import has_weights, likelihood_options, takes_weights
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.checkpoints import note_at
 from bayesdiff.uncertainty import Estimator
@@ -61,7 +61,9 @@ def _likelihood(cfg: DictConfig) -> dict[str, Any]:
 def _learnt(cfg: DictConfig) -> dict[str, Any]:
     """How the weights were trained; None where a file of weights does not say."""
     config: Any = plain(cfg)
-    if takes_weights(cfg):
+    if has_weights(cfg):
+        config = {}
+    elif takes_weights(cfg):
         config = note_at(Path(cfg.ckpt_path)).get("config") or {}
     names = {
         "lr": "model.optimizer.lr",

@@ -13,9 +13,10 @@ from bayesdiff.machine.costs import keep
 from bayesdiff.machine.ranks import barrier
 from bayesdiff.options.trainer import reached
 from bayesdiff.runs.build import Run, is_main_process, plain
+from bayesdiff.runs.fit_key import has_weights
 from bayesdiff.runs.stopping import cut_by, rule_of
 from bayesdiff.runs.trainer import how_far, train
-from bayesdiff.storage.artefacts import read_json, write_atomic, write_json
+from bayesdiff.storage.artefacts import read_json, weights_key, write_atomic, write_json
 from bayesdiff.storage.checkpoints import BEST, LAST, load_weights, note_of, read_checkpoint
 from bayesdiff.storage.locks import together
 from bayesdiff.storage.same_kind import kind_of, require_guidance, require_options
@@ -33,6 +34,8 @@ def fit(run: Run, laplace: LastLayerLaplace) -> str:
         UserError: if the checkpoint is missing, unreadable, of another run, or training diverges.
     """  # noqa: DOC502 - raised one level down
     last = run.folder / "checkpoints" / LAST
+    if has_weights(run.cfg):
+        return weights_key(run.model)
     if not run.cfg.fit:
         own = run.cfg.ckpt_path == "last"
         path = last.with_name(chosen(run)) if own else Path(run.cfg.ckpt_path)
@@ -115,6 +118,8 @@ def chosen(run: Run) -> str:
 
 def weights_in_words(run: Run) -> str:
     """Which weights the stages after the training read."""
+    if has_weights(run.cfg):
+        return "those that the network came with"
     if not run.cfg.fit:
         return f"those in {run.cfg.ckpt_path}"
     record = read_json(run.folder / "fit.json") or {}

@@ -50,7 +50,10 @@ def weights_key(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        value = value.detach().cpu().contiguous()
+        if value.dtype == torch.bfloat16:  # NumPy has none
+            value = value.view(torch.int16)
+        digest.update(value.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,0 +1,193 @@
+"""What ``model=pretrained`` is made of: a pipeline's folder in the place of a training."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bayesdiff.checks import UserError, at_least, one_line
+from bayesdiff.data.images import ImageData
+from bayesdiff.data.spaces import Latents, Pixels, Space
+from bayesdiff.models import GenerativeModel
+from bayesdiff.paths import ProbabilityPath
+from bayesdiff.pretrained.bayesian_pipeline import BayesianPipeline
+from bayesdiff.pretrained.call import Prompts
+from bayesdiff.pretrained.coder import PipelineCoder
+from bayesdiff.pretrained.scheduled import Scheduled
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def opened(folder: str) -> BayesianPipeline:
+    """The pipeline in a folder, read without running code of it.
+
+    Raises:
+        UserError: for a folder that is none, or whose pipeline cannot be followed.
+    """
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise UserError(
+            "model=pretrained needs diffusers; install it with pip install bayesdiff[pretrained]"
+        ) from error
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"no folder at model.path={folder}; a name on a hub is downloaded first, as by "
+            f"huggingface-cli download {folder} --local-dir {Path(folder).name}"
+        )
+    if not (Path(folder) / "model_index.json").is_file():
+        raise UserError(
+            f"model.path={folder} has no model_index.json; give a folder that "
+            "pipe.save_pretrained has written"
+        )
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, **options)
+    except Exception as error:  # it raises whatever its parts do
+        raise UserError(f"model.path={folder} cannot be loaded: {one_line(error)}") from error
+    made = BayesianPipeline(pipe)
+    for finding in made.doctor(**_of_class(made)):
+        log.warning("%s: %s; %s", finding.what, finding.why, finding.cure)
+    return made
+
+
+def _of_class(pipeline: BayesianPipeline) -> dict[str, Any]:
+    return {}
+
+
+@cache
+def _built(
+    folder: str, conditions: tuple[str | int, ...], size: tuple[int, int]
+) -> tuple[GenerativeModel, PipelineCoder]:
+    """Model and coder for classes and a size of images; made once of a command."""
+    pipeline = opened(folder)
+    sides = {"height": size[0], "width": size[1]}
+    given: list[dict[str, Any]] = [
+        {"prompt": each} if isinstance(each, str) else {"class_labels": [each]}
+        for each in conditions
+    ]
+    return pipeline.for_classes(given, {k: v for k, v in sides.items() if k in pipeline.takes})
+
+
+_LAST: dict[str, tuple[GenerativeModel, PipelineCoder]] = {}
+
+
+def space(data: ImageData, folder: str) -> Space:
+    """Pixels, or the latents that the pipeline decodes: the ``_target_`` of ``data.space``.
+
+    Raises:
+        UserError: for images of another size or number of channels.
+    """
+    pipeline = opened(folder)
+    _, coder = _built(folder, (), tuple(data.images.shape[2:]))
+    if coder.coder is not None:
+        return Latents(data, coder)
+    if tuple(data.images.shape[1:]) != coder.shape:
+        raise UserError(
+            f"{pipeline.who} makes images of {coder.shape}, {data.name} has "
+            f"{tuple(data.images.shape[1:])}; give data.resize={coder.shape[1]} "
+            "data.crop=square, or other images"
+        )
+    return Pixels(data)
+
+
+def condition(
+    data: ImageData,
+    num_classes: Any,
+    folder: str,
+    prompts: Sequence[str] | str | None = None,
+    labels: Sequence[int] | None = None,
+) -> Prompts | None:
+    """The data's classes as the pipeline knows them: the ``_target_`` of ``model.condition``.
+
+    Args:
+        data: with classes, where the pipeline takes prompts or classes.
+        num_classes: ``auto``; None for the pipeline's "nothing" alone.
+        folder: of the pipeline.
+        prompts: one for each class, or one in which ``{}`` is the class's name.
+        labels: the pipeline's own numbers of the classes; None for 0, 1, ...
+
+    Raises:
+        UserError: for another number of prompts than classes.
+    """
+    pipeline = opened(folder)
+    classes = data.classes if num_classes == "auto" else ()
+    size = tuple(data.images.shape[2:])
+    given: tuple[str | int, ...] = ()
+    if "prompt" in pipeline.takes:
+        names = classes or ("",)
+        if isinstance(prompts, str):
+            prompts = [prompts.replace("{}", str(name)) for name in names]
+        given = tuple(str(name) for name in (names if prompts is None else prompts))
+    elif pipeline.takes_classes:
+        given = tuple(range(len(classes) or 1) if labels is None else labels)
+    if given and classes and len(given) != len(classes):
+        raise UserError(
+            f"model.condition has {len(given)} prompts or labels and {data.name} has "
+            f"{len(classes)} classes; give one for each"
+        )
+    _LAST[folder] = model, _ = _built(folder, given, size)
+    found = model.condition
+    return found if isinstance(found, Prompts) and found.num_classes else None
+
+
+def path(folder: str) -> ProbabilityPath:
+    """The path that the pipeline's scheduler tells of: the ``_target_`` of ``path``."""
+    return _model(folder).path
+
+
+def network(folder: str) -> nn.Module:
+    """The pipeline's network with its last layer apart: the ``_target_`` of ``net``."""
+    net: Any = _model(folder).net
+    return net
+
+
+def model(net: nn.Module, path: ProbabilityPath, folder: str, **options: Any) -> GenerativeModel:
+    """The pipeline's network as a model: the ``_target_`` of ``model``.
+
+    Args:
+        net: from ``network``.
+        path: from ``path``.
+        folder: of the pipeline.
+        options: of ``GenerativeModel``.
+    """
+    made = _model(folder)
+    own = {k: v for k, v in options.items() if k in ("likelihood", "seed")}
+    return GenerativeModel(
+        net, path, made.prediction, options["optimizer"], condition=made.condition,
+        class_dropout=0.1 if made.condition else 0.0, **own,
+    )  # fmt: skip
+
+
+def _model(folder: str) -> GenerativeModel:
+    """The model that the condition was made for, or one without classes."""
+    if folder not in _LAST:
+        pipeline = opened(folder)
+        _LAST[folder] = pipeline.for_classes([], {})
+    return _LAST[folder][0]
+
+
+def solver(
+    folder: str, num_steps: int = 25, guidance: float = 1.0, scheduler: str | None = None,
+    options: Mapping[str, Any] | None = None, grid: str = "own",
+) -> Scheduled:  # fmt: skip
+    """The pipeline's scheduler, or another of diffusers: the ``_target_`` of ``solver``.
+
+    Args:
+        folder: of the pipeline.
+        num_steps: given to ``set_timesteps``; evaluations may be more.
+        guidance: classifier-free guidance scale; 1 for none.
+        scheduler: name of a class of diffusers that takes the place of the pipeline's.
+        options: of its configuration, in place of those that the pipeline's has.
+        grid: ``own``: a scheduler has times of its own.
+
+    Raises:
+        UserError: for a name that is no scheduler, or one whose steps are not affine.
+    """
+    at_least("solver.num_steps", num_steps)
+    pipeline = opened(folder)
+    return pipeline.scheduled(scheduler, dict(options or {}), num_steps, guidance)
