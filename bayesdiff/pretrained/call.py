@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesdiff.pretrained.listening import Key, unflat
+
+if TYPE_CHECKING:
+    from bayesdiff.pretrained.convention import Convention
 
 Row = dict[Key, Tensor]  # arguments of one sample, each ``(1, ...)``
 
@@ -100,6 +103,17 @@ class Prompts:
     def __init__(self, table: Table, num_classes: int | None = None) -> None:
         self.table, self.num_classes = table, num_classes
         self.chosen = list(range(num_classes or 1))
+
+    def show(self, known: "Sequence[Convention]", num_classes: int | None = None) -> None:
+        """Put what runs of a pipeline told into the table, and sample these in turn.
+
+        Args:
+            known: one run for each condition.
+            num_classes: see the class.
+        """
+        self.table.given = [own.given for own in known]
+        self.table.nothing = [own.nothing for own in known if own.nothing is not None]
+        self.chosen, self.num_classes = list(range(len(known))), num_classes
 
     def options(self) -> dict[str, Any]:
         """None: the network has the table."""

@@ -27,6 +27,10 @@ class PipelineCoder(nn.Module):
         shift: see there.
     """
 
+    places: Tensor | None
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         coder: nn.Module | None,
@@ -75,6 +79,10 @@ class PipelineCoder(nn.Module):
         flat = states.flatten(1)
         return (flat if self.places is None else flat[:, self.places]).unflatten(1, self.latents)
 
+    def arranged(self, noise: Tensor) -> Tensor:
+        """Noise as the pipeline makes it, in the decoder's order, as states."""
+        return self.from_ordered(noise.flatten(1).unflatten(1, self.latents))
+
     def from_ordered(self, values: Tensor) -> Tensor:
         """Values in the decoder's order as states."""
         flat = values.flatten(1)
@@ -121,7 +129,7 @@ def coder_of(pipe: Any, shape: tuple[int, ...], **kwargs: Any) -> PipelineCoder:
     zero, one, *digits = [told(plane) for plane in planes]
     scale = one - zero
     read = [((digit - zero) / scale) for digit in digits]
-    places = sum(digit.round().long() * _BASE**k for k, digit in enumerate(read)).flatten()  # type: ignore[union-attr]
+    places = sum(digit.round().long() * _BASE**k for k, digit in enumerate(read)).flatten()
     if not torch.equal(places.sort().values, numbers):
         raise UserError(
             f"{type(pipe).__name__} does more to its last state than ordering and scaling it "

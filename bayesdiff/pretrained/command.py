@@ -13,16 +13,16 @@ from bayesdiff.data.images import ImageData
 from bayesdiff.data.spaces import Latents, Pixels, Space
 from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import ProbabilityPath
-from bayesdiff.pretrained.bayesian_pipeline import BayesianPipeline
 from bayesdiff.pretrained.call import Prompts
 from bayesdiff.pretrained.coder import PipelineCoder
+from bayesdiff.pretrained.followed import FollowedPipeline
 from bayesdiff.pretrained.scheduled import Scheduled
 
 log = logging.getLogger(__name__)
 
 
 @cache
-def opened(folder: str) -> BayesianPipeline:
+def opened(folder: str) -> FollowedPipeline:
     """The pipeline in a folder, read without running code of it.
 
     Raises:
@@ -36,8 +36,8 @@ def opened(folder: str) -> BayesianPipeline:
         ) from error
     if not Path(folder).is_dir():
         raise UserError(
-            f"no folder at model.path={folder}; a name on a hub is downloaded first, as by "
-            f"huggingface-cli download {folder} --local-dir {Path(folder).name}"
+            f"no folder at model.path={folder}; a pipeline on a hub is downloaded first, as by "
+            "hf download NAME --local-dir FOLDER"
         )
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(
@@ -49,30 +49,22 @@ def opened(folder: str) -> BayesianPipeline:
         pipe = DiffusionPipeline.from_pretrained(folder, **options)
     except Exception as error:  # it raises whatever its parts do
         raise UserError(f"model.path={folder} cannot be loaded: {one_line(error)}") from error
-    made = BayesianPipeline(pipe)
-    for finding in made.doctor(**_of_class(made)):
+    made = FollowedPipeline(pipe)
+    for finding in made.doctor():
         log.warning("%s: %s; %s", finding.what, finding.why, finding.cure)
     return made
 
 
-def _of_class(pipeline: BayesianPipeline) -> dict[str, Any]:
-    return {}
-
-
 @cache
 def _built(
-    folder: str, conditions: tuple[str | int, ...], size: tuple[int, int]
+    folder: str, shown: tuple[str | int, ...], size: tuple[int, int]
 ) -> tuple[GenerativeModel, PipelineCoder]:
     """Model and coder for classes and a size of images; made once of a command."""
     pipeline = opened(folder)
-    sides = {"height": size[0], "width": size[1]}
-    given: list[dict[str, Any]] = [
-        {"prompt": each} if isinstance(each, str) else {"class_labels": [each]}
-        for each in conditions
-    ]
-    return pipeline.for_classes(given, {k: v for k, v in sides.items() if k in pipeline.takes})
+    return pipeline.for_classes(shown, pipeline.sized(*size))
 
 
+# What the condition of a run asked for: network, path and model of the same run take it up.
 _LAST: dict[str, tuple[GenerativeModel, PipelineCoder]] = {}
 
 
@@ -118,12 +110,12 @@ def condition(
     classes = data.classes if num_classes == "auto" else ()
     size = tuple(data.images.shape[2:])
     given: tuple[str | int, ...] = ()
-    if "prompt" in pipeline.takes:
+    if pipeline.condition == "prompt":
         names = classes or ("",)
         if isinstance(prompts, str):
             prompts = [prompts.replace("{}", str(name)) for name in names]
         given = tuple(str(name) for name in (names if prompts is None else prompts))
-    elif pipeline.takes_classes:
+    elif pipeline.condition is not None:
         given = tuple(range(len(classes) or 1) if labels is None else labels)
     if given and classes and len(given) != len(classes):
         raise UserError(
@@ -166,8 +158,7 @@ def model(net: nn.Module, path: ProbabilityPath, folder: str, **options: Any) ->
 def _model(folder: str) -> GenerativeModel:
     """The model that the condition was made for, or one without classes."""
     if folder not in _LAST:
-        pipeline = opened(folder)
-        _LAST[folder] = pipeline.for_classes([], {})
+        _LAST[folder] = opened(folder).for_classes([], {})
     return _LAST[folder][0]
 
 
@@ -185,9 +176,6 @@ def solver(
         options: of its configuration, in place of those that the pipeline's has.
         grid: ``own``: a scheduler has times of its own.
 
-    Raises:
-        UserError: for a name that is no scheduler, or one whose steps are not affine.
     """
     at_least("solver.num_steps", num_steps)
-    pipeline = opened(folder)
-    return pipeline.scheduled(scheduler, dict(options or {}), num_steps, guidance)
+    return opened(folder).scheduled(scheduler, dict(options or {}), num_steps, guidance)

@@ -138,7 +138,7 @@ class _Probe:
         hook.remove()
         shape = seen[0].shape[1:]
         numbers = torch.arange(shape.numel())
-        digits = []
+        digits: list[Tensor] = []
         while not digits or _BASE ** len(digits) < shape.numel():
             digits.append((numbers // _BASE ** len(digits)) % _BASE)
         planes = torch.stack([torch.zeros_like(numbers), torch.ones_like(numbers), *digits])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.paths import CondOT, ProbabilityPath
+from bayesdiff.paths import CondOT
 from bayesdiff.paths.probability_path import VariancePreserving
 
 # Names of diffusers, and ours.
@@ -84,7 +84,10 @@ class ScheduledFlow(CondOT):
         return 1 - time / self.timesteps
 
 
-def path_and_prediction(scheduler: Any) -> tuple[ProbabilityPath, str]:
+SchedulePath = DiscreteVP | ScheduledFlow
+
+
+def path_and_prediction(scheduler: Any) -> tuple[SchedulePath, str]:
     """What the scheduler of a pipeline says of the training.
 
     Raises:

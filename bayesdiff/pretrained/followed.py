@@ -1,0 +1,224 @@
+"""A pipeline that is followed: its network is a model of this package, its scheduler a solver."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesdiff.checks import UserError, one_line
+from bayesdiff.models import GenerativeModel
+from bayesdiff.options.spelling import near
+from bayesdiff.pretrained.call import Called, Prompts, Table
+from bayesdiff.pretrained.coder import PipelineCoder, coder_of
+from bayesdiff.pretrained.convention import Convention, convention_of
+from bayesdiff.pretrained.doctor import Finding, diagnose
+from bayesdiff.pretrained.head import tapped
+from bayesdiff.pretrained.listening import Heard, listen, network_name, sharing_copy
+from bayesdiff.pretrained.schedule import path_and_prediction
+from bayesdiff.pretrained.scheduled import Scheduled, scheduled
+from bayesdiff.storage.artefacts import key_of, weights_key
+
+Arguments = Mapping[str, Any]  # of a pipeline, for one image
+
+
+class FollowedPipeline:
+    """What a pipeline does, learnt by running it; it is never changed.
+
+    Args:
+        pipe: of diffusers, with one network that is called at every step.
+        arguments: of every call of the pipeline, such as ``max_sequence_length``.
+
+    Attributes:
+        who: the pipeline's class.
+        takes: names of its arguments.
+        network: that shares its weights with the pipeline's.
+        hidden_classes: rows of a network's embedding of classes that the pipeline does not know
+            of, the last for "no class"; None where there are none.
+    """
+
+    def __init__(self, pipe: Any, arguments: Arguments | None = None) -> None:
+        _check_pipeline(pipe)
+        self.pipe, self.arguments = pipe, dict(arguments or {})
+        self.who = type(pipe).__name__
+        self.takes = set(inspect.signature(pipe.__call__).parameters)
+        self.network = sharing_copy(getattr(pipe, network_name(pipe)))
+        rows = getattr(self.network, "config", {}).get("num_class_embeds")
+        self.hidden_classes = None if self.takes & {"prompt", "class_labels"} else rows
+        self._output: Tensor | None = None
+        self._models: dict[str, tuple[GenerativeModel, PipelineCoder]] = {}
+
+    @property
+    def key(self) -> str:
+        """Of the network's weights."""
+        return weights_key(self.network)
+
+    @property
+    def condition(self) -> str | None:
+        """Name of the argument that says what an image shows; None for a pipeline without."""
+        if "prompt" in self.takes:
+            return "prompt"
+        classes = "class_labels" in self.takes or self.hidden_classes is not None
+        return "class_labels" if classes else None
+
+    def asking_for(self, value: Any = None) -> dict[str, Any]:
+        """Arguments of one image that shows this prompt or class; of any, for None."""
+        if self.condition is None:
+            return {}
+        if self.condition == "prompt":
+            return {"prompt": "" if value is None else str(value)}
+        return {"class_labels": [int(value or 0)]}
+
+    def sized(self, height: int, width: int) -> dict[str, int]:
+        """Arguments for images of this size, where the pipeline takes one."""
+        sides = {"height": height, "width": width}
+        return {name: side for name, side in sides.items() if name in self.takes}
+
+    def heard(self, num_inference_steps: int, arguments: Arguments) -> Heard:
+        """One run of the pipeline for one image, its network's outputs noise."""
+        generator = torch.Generator().manual_seed(0)
+
+        def answer(number: int, really: Callable[[], Tensor]) -> Tensor:
+            # Images of another size have outputs of another shape: runs begin with a real one.
+            if number == 0 or self._output is None:
+                self._output = really()
+            return torch.randn(self._output.shape, generator=generator).to(self._output)
+
+        given = {**arguments, "num_inference_steps": num_inference_steps}
+        return listen(self.pipe, answer=answer, **self._given(given))
+
+    def convention(self, heard: Heard, arguments: Arguments) -> Convention:
+        """What a run tells, with guidance where the pipeline does not know of any."""
+        found = convention_of(heard, self.who)
+        if self.hidden_classes is None:
+            return found
+        key = next(name for name in found.given if name[-1] == "class_labels")
+        nothing = {**found.given, key: torch.full((1,), self.hidden_classes - 1)}
+        scale = float(arguments.get("guidance_scale", 1.0))
+        return replace(found, nothing=nothing, guidance=scale)
+
+    def model_at(
+        self, convention: Convention, scheduler: Any, arguments: Arguments
+    ) -> tuple[GenerativeModel, PipelineCoder]:
+        """The network for states of one shape, as a model of this package, and their coder."""
+        call = convention.call
+        constants = {str(name): _digest(value) for name, value in call.constants.items()}
+        told = str((convention.shape, call.sample, call.time, call.scale, call.channels))
+        key = key_of(told, constants)
+        if key not in self._models:
+            path, prediction = path_and_prediction(scheduler)
+            given = self._given({**arguments, "num_inference_steps": 2})
+            coder = coder_of(self.pipe, convention.shape, **given)
+            if coder.places is not None:
+                path.arrange = coder.arranged
+            table = Table([convention.given] if convention.given else [])
+            called = Called(sharing_copy(self.network), call, path.schedule_time, table)
+            first = torch.zeros(1, dtype=torch.long) if convention.given else None
+            net = tapped(called, convention.shape, first)
+            condition = Prompts(table) if convention.given else None
+            never = torch.optim.SGD  # it is trained already
+            model = GenerativeModel(net, path, prediction, never, condition=condition)
+            self._models[key] = model.eval().requires_grad_(False), coder
+        return self._models[key]
+
+    def for_classes(
+        self, shown: Sequence[Any], size: Arguments
+    ) -> tuple[GenerativeModel, PipelineCoder]:
+        """The network with one condition for each class of data, and the coder of its states.
+
+        Args:
+            shown: prompt or number of each class; none for samples without a condition.
+            size: from ``sized``.
+        """
+        guided = {"guidance_scale": 2.0} if "guidance_scale" in self.takes else {}
+        asked = [{**self.asking_for(each), **size} for each in (shown or [None])]
+        heard = [self.heard(3, guided | each) for each in asked]
+        known = [self.convention(run, each) for run, each in zip(heard, asked, strict=True)]
+        model, coder = self.model_at(known[0], heard[0].scheduler, asked[0])
+        if isinstance(model.condition, Prompts):
+            model.condition.show(known, len(shown) or None)
+            model.num_classes = model.condition.num_classes
+        return model, coder
+
+    def scheduled(
+        self, name: str | None, options: Arguments, num_steps: int, guidance: float
+    ) -> Scheduled:
+        """A solver that is the pipeline's scheduler, or another of diffusers in its place.
+
+        Args:
+            name: of its class; None for the pipeline's own.
+            options: of its configuration.
+            num_steps: given to ``set_timesteps``.
+            guidance: of the solver.
+        """
+        path, _ = path_and_prediction(self.pipe.scheduler)
+        other = copy.copy(self)
+        if name is not None or options:
+            other.pipe = copy.copy(self.pipe)
+            other.pipe.scheduler = _scheduler(self.pipe.scheduler, name, options)
+        heard = other.heard(num_steps, other.asking_for())
+        return scheduled(heard.scheduler, path, guidance)
+
+    def doctor(self, num_inference_steps: int = 20) -> tuple[Finding, ...]:
+        """What will spoil results on this pipeline, each with its cure."""
+        return diagnose(self.heard(num_inference_steps, self.asking_for()).scheduler)
+
+    def _given(self, arguments: Arguments) -> dict[str, Any]:
+        """Arguments as the pipeline takes them; classes that it does not know of beside them."""
+        given = {**self.arguments, **arguments}
+        if self.hidden_classes is None:
+            return given
+        beside = {"class_labels": torch.tensor(given.pop("class_labels"))}
+        given.pop("guidance_scale", None)
+        return given | {"beside": beside}
+
+
+def _digest(value: Any) -> str:
+    """What changes with the value of a constant argument."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    return weights_key(nn.ParameterDict({"value": nn.Parameter(value, requires_grad=False)}))
+
+
+def _scheduler(own: Any, name: str | None, options: Arguments) -> Any:
+    """Another scheduler with the same training behind it.
+
+    Raises:
+        UserError: for a name or an option that diffusers does not know.
+    """
+    import diffusers
+
+    kind = type(own) if name is None else getattr(diffusers, name, None)
+    if kind is None or not hasattr(kind, "set_timesteps"):
+        known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+        raise UserError(f"diffusers has no scheduler {name!r}{near(str(name), known)}")
+    unknown = [each for each in options if each not in inspect.signature(kind).parameters]
+    if unknown:
+        known = list(inspect.signature(kind).parameters)
+        raise UserError(f"{kind.__name__} has no option {unknown[0]!r}{near(unknown[0], known)}")
+    try:
+        return kind.from_config(own.config, **options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        who = kind.__name__
+        raise UserError(f"{who} does not take these options: {one_line(error)}") from error
+
+
+def _check_pipeline(pipe: Any) -> None:
+    """Refuse what changes images behind the decoder, and what is no pipeline.
+
+    Raises:
+        UserError: one line with the cure.
+    """
+    if not hasattr(pipe, "components") or not hasattr(pipe, "scheduler"):
+        raise UserError(
+            f"{type(pipe).__name__} is no pipeline of diffusers; load one with "
+            "DiffusionPipeline.from_pretrained(path)"
+        )
+    if pipe.components.get("safety_checker") is not None:
+        raise UserError(
+            "safety_checker puts black images in the place of some, whose maps would be of "
+            "others; load the pipeline with safety_checker=None"
+        )
