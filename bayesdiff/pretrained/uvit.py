@@ -68,11 +68,10 @@ class UViT(nn.Module):
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         _check(sides, patch_size, embed_dim, num_heads, head, conv)
         self.last = head or ("conv" if conv else "linear")
-        self.patch, self.skip = patch_size, skip
-        self.grid = (sides[0] // patch_size, sides[1] // patch_size)
-        labelled = num_classes is not None and num_classes > 0
-        self.num_classes = num_classes - 1 if labelled and num_classes else None
-        self.extras = 2 if labelled else 1
+        self.grid = tuple(side // patch_size for side in sides)
+        labels = max(num_classes or 0, 0)
+        self.num_classes = labels - 1 if labels else None
+        self.patch, self.skip, self.extras = patch_size, skip, 2 if labels else 1
 
         self.patch_embed = _Patches(in_chans, embed_dim, patch_size)
         hidden = 4 * embed_dim
@@ -81,8 +80,8 @@ class UViT(nn.Module):
             if mlp_time_embed
             else nn.Identity()
         )
-        if labelled and num_classes:
-            self.label_emb = nn.Embedding(num_classes, embed_dim)
+        if labels:
+            self.label_emb = nn.Embedding(labels, embed_dim)
         tokens = self.extras + math.prod(self.grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
 
