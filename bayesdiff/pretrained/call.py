@@ -75,7 +75,17 @@ class Called(nn.Module):
         self.dtype = next(module.parameters()).dtype
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The prediction ``(B, C, ...)``, in the precision of ``x``."""
+        """The prediction ``(B, C, ...)``, as the network gives it."""
+        args, kwargs = self.arguments(x, t, y)
+        output: Any = self.module(*args, **kwargs)
+        output = output if isinstance(output, Tensor) else output[0]
+        channels = self.call.channels
+        return output if channels is None else output[:, :channels]
+
+    def arguments(
+        self, x: Tensor, t: Tensor, y: Tensor | None
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The network's own arguments."""
         call = self.call
         time = (call.scale * self.clock(t) + call.shift).float()
         given = {**call.constants, call.sample: x.to(self.dtype), call.time: time}
@@ -84,10 +94,7 @@ class Called(nn.Module):
             for key, value in self.table.rows(numbers).items():
                 value = value.to(x.device)
                 given[key] = value.to(self.dtype) if value.is_floating_point() else value
-        args, kwargs = unflat(given)
-        output: Any = self.module(*args, **kwargs)
-        output = output if isinstance(output, Tensor) else output[0]
-        return output if call.channels is None else output[:, : call.channels]
+        return unflat(given)
 
 
 class Prompts:
