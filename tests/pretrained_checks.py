@@ -1,7 +1,6 @@
 """Slow, independent truths about a followed pipeline, for tests and the study of families."""
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,6 +95,7 @@ def curvature_error(bayes: BayesianPipeline, images: Tensor, shown: Tensor | Non
     weight, rows = head.weight.detach(), net.head.weight.shape[0]
     total = torch.zeros((weight[0].numel() + (head.bias is not None),) * 2, dtype=torch.float64)
     for seen in draws_of(model, states, shown, batch_size=6, encode=lambda x: x):
+
         def output(w: Tensor, b: Tensor | None, seen: Any = seen) -> Tensor:
             given = {f"{name}.weight": w} | ({} if b is None else {f"{name}.bias": b})
             whole = _raw(raw, called, seen.x_t.double(), seen.time, seen.y, given)
@@ -140,7 +140,9 @@ def _shape(bayes: BayesianPipeline) -> Sequence[int]:
 def _head_name(bayes: BayesianPipeline) -> str:
     """The last linear or convolution layer that was replaced by the tap."""
     net: Any = _model(bayes).net
-    taps = [name for name, part in net.module.module.named_modules() if type(part).__name__ == "_Tap"]
+    taps = [
+        name for name, part in net.module.module.named_modules() if type(part).__name__ == "_Tap"
+    ]
     return taps[0]
 
 

@@ -1,7 +1,7 @@
 """A pipeline of diffusers whose last layer is Bayesian: images with maps, post hoc."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from bayesdiff.pretrained.coder import PipelineCoder
 from bayesdiff.pretrained.convention import Convention
 from bayesdiff.pretrained.doctor import Finding
 from bayesdiff.pretrained.followed import FollowedPipeline
+from bayesdiff.pretrained.output import Output
 from bayesdiff.pretrained.scheduled import scheduled
+from bayesdiff.pretrained.training_images import TrainingImages
 from bayesdiff.solvers import Solver
 from bayesdiff.solvers.step import check_finite, check_solver
 from bayesdiff.storage.artefacts import key_of, read_json, weights_key, write_json
@@ -29,27 +31,6 @@ from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.scores.of_maps_and_images import mean, top_mean, total
 
 _CURVATURE, _RECORD = "curvature.safetensors", "posterior.json"
-
-
-@dataclass(frozen=True)
-class Output:
-    """Images of a pipeline with what the posterior says of them.
-
-    Attributes:
-        images: ``(N, C, H, W)`` in [0, 1].
-        variance: of their pixels, ``(N, C, H, W)``, in squared units of these images.
-        latent_variance: of the states they are decoded from; None where states are images.
-        scores: one number per image, ``(N,)``, by name.
-        record: what all this was made with.
-        samples: images and variances in full, with their course over time.
-    """
-
-    images: Tensor
-    variance: Tensor
-    latent_variance: Tensor | None
-    scores: dict[str, Tensor]
-    record: dict[str, Any]
-    samples: Samples
 
 
 class BayesianPipeline:
@@ -100,24 +81,24 @@ class BayesianPipeline:
         """Fit the posterior to images that the network was trained on, or ones like them.
 
         Args:
-            images: ``(N, C, H, W)``, uint8 or float in [0, 1], of the size the pipeline makes.
+            images: of the size the pipeline makes: a tensor ``(N, C, H, W)``, uint8 or float in
+                [0, 1], a folder, a zip, or a data set of such images.
             prompts: one for each image, where the pipeline takes prompts.
-            labels: classes, where it takes these.
+            labels: classes, where it takes these; None for those of the folder or zip.
             batch_size: images at once.
             options: of ``fit_curvature``: draws, seed, num_images, time_bins.
         """
-        images = _as_images(images)
-        shown = self._shown(prompts, labels, len(images))
-        pipeline = self.followed
-        size = pipeline.sized(*images.shape[2:])
+        given, pipeline = TrainingImages.of(images), self.followed
+        if labels is None and pipeline.condition == "class_labels":
+            labels = given.labels
+        shown = self._shown(prompts, labels, len(given))
+        size = pipeline.sized(*given.size)
         first = {**pipeline.asking_for(shown[0] if shown else None), **size}
         heard = pipeline.heard(3, first)
         model, coder = pipeline.model_at(pipeline.convention(heard, first), heard.scheduler, first)
         values = self._values(model, shown, size)
-        parts = images.split(batch_size)
-        states = torch.cat(
-            [coder.encode(2 * p - 1) for p in track(parts, "states", "images", len)]
-        )
+        parts = given.batches(batch_size)
+        states = torch.cat([coder.encode(2 * part - 1) for part in parts])
         sums = weights_key(nn.ParameterList([nn.Parameter(states, requires_grad=False)]))
         source = f"{pipeline.key}-{key_of(sums, shown, options)}"
         curvature = fit_curvature(
@@ -161,6 +142,7 @@ class BayesianPipeline:
         shown = self._shown(prompts, class_labels, None)
         count = len(shown or [0]) if num_images is None else at_least("num_images", num_images)
         pipeline, estimator = self.followed, uncertainty or Ensemble(members=16)
+        pipeline.require(kwargs)
         asked = [{**pipeline.asking_for(each), **kwargs} for each in (shown or [None])]
         heard = [pipeline.heard(num_inference_steps, each) for each in asked]
         known = [pipeline.convention(run, each) for run, each in zip(heard, asked, strict=True)]
@@ -299,22 +281,3 @@ class BayesianPipeline:
 
 def _as_it_is(states: Tensor) -> Tensor:
     return states
-
-
-def _as_images(images: Any) -> Tensor:
-    """Images as float32 in [0, 1], ``(N, C, H, W)``.
-
-    Raises:
-        UserError: for anything else.
-    """
-    if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
-        raise UserError("images must be a tensor (N, C, H, W), uint8 or float in [0, 1]")
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise UserError(
-            f"images must be uint8, or float in [0, 1], got values from {low:.3g} to {high:.3g}; "
-            "bring them to [0, 1]"
-        )
-    return images.float()

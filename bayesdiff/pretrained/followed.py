@@ -48,6 +48,7 @@ class FollowedPipeline:
         self.network = sharing_copy(getattr(pipe, network_name(pipe)))
         rows = getattr(self.network, "config", {}).get("num_class_embeds")
         self.hidden_classes = None if self.takes & {"prompt", "class_labels"} else rows
+        self.require(self.arguments)
         self._output: Tensor | None = None
         self._models: dict[str, tuple[GenerativeModel, PipelineCoder]] = {}
 
@@ -76,6 +77,17 @@ class FollowedPipeline:
         """Arguments for images of this size, where the pipeline takes one."""
         sides = {"height": height, "width": width}
         return {name: side for name, side in sides.items() if name in self.takes}
+
+    def require(self, arguments: Arguments) -> None:
+        """Refuse arguments that the pipeline does not have; many take any, and ignore them.
+
+        Raises:
+            UserError: with the name that was meant.
+        """
+        more = set() if self.hidden_classes is None else {"guidance_scale"}
+        for name in arguments:
+            if name not in self.takes | more:
+                raise UserError(f"{self.who} takes no {name!r}{near(name, sorted(self.takes))}")
 
     def heard(self, num_inference_steps: int, arguments: Arguments) -> Heard:
         """One run of the pipeline for one image, its network's outputs noise."""
@@ -169,6 +181,8 @@ class FollowedPipeline:
     def _given(self, arguments: Arguments) -> dict[str, Any]:
         """Arguments as the pipeline takes them; classes that it does not know of beside them."""
         given = {**self.arguments, **arguments}
+        if "output_type" in self.takes:
+            given["output_type"] = "pt"  # others are made by NumPy, which has no bfloat16
         if self.hidden_classes is None:
             return given
         beside = {"class_labels": torch.tensor(given.pop("class_labels"))}

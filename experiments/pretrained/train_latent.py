@@ -16,14 +16,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+)
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
 parser = argparse.ArgumentParser()
 parser.add_argument("images", type=Path)
 parser.add_argument("folder", type=Path)
-parser.add_argument("--minutes", type=float, default=30, help="of processor time, a third for the VAE")
+parser.add_argument(
+    "--minutes", type=float, default=30, help="of processor time, a third for the VAE"
+)
 options = parser.parse_args()
 
 torch.manual_seed(0)
@@ -69,13 +77,17 @@ def train(module, share_of_time, batch, lr, loss_of):
         average.step(module.parameters())
         step, loss_sum = step + 1, loss_sum + loss.item()
         if step % 100 == 0:
-            print(f"{type(module).__name__} step {step}, {share:.0%}, loss {loss_sum / 100:.4f}", flush=True)
+            print(
+                f"{type(module).__name__} step {step}, {share:.0%}, loss {loss_sum / 100:.4f}",
+                flush=True,
+            )
             loss_sum = 0.0
     average.copy_to(module.parameters())
     return step
 
 
 def vae_loss(chosen):
+    """Squared error of decoded samples, and a little Kullback-Leibler divergence."""
     x = images[chosen]
     with torch.autocast("cpu", torch.bfloat16):
         law = vae.encode(x).latent_dist
@@ -93,6 +105,7 @@ noising = DDPMScheduler(beta_schedule="linear", clip_sample=False)
 
 
 def dit_loss(chosen):
+    """Squared error of the noise, a tenth of the classes hidden."""
     x, y = latents[chosen], labels[chosen]
     y = torch.where(torch.rand(len(y)) < 0.1, 1000, y)  # "no class" of diffusers' DiT
     noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
