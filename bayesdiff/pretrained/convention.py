@@ -52,8 +52,9 @@ def convention_of(heard: Heard, who: str) -> Convention:
     total = sum(weights)
     if abs(total - 1) > 1e-3:
         raise UserError(
-            f"{who} gives its scheduler {total:.3g} times the network's output; bayesdiff knows "
-            "pipelines that give it as it is, or combined with weights that add up to one"
+            f"{who} gives its scheduler {total:.3g} times the network's output, and bayesdiff "
+            "follows weights that add up to one; a rescaled guidance is not linear, give "
+            "guidance_rescale=0"
         )
     guided = max(range(len(weights)), key=lambda k: weights[k])
     others = [k for k in range(len(weights)) if k != guided and abs(weights[k]) > 1e-6]
