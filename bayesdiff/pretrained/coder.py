@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, one_line
 from bayesdiff.pretrained.listening import Answer, listen, sharing_copy
 
 _BASE = 256  # digits of a place, exact in half precision
@@ -64,7 +64,13 @@ class PipelineCoder(nn.Module):
         else:
             weight = next(self.coder.parameters())
             encode: Any = self.coder.encode
-            law = encode(images.to(weight.dtype))
+            try:
+                law = encode(images.to(weight.dtype))
+            except RuntimeError as error:
+                raise UserError(
+                    f"images of {tuple(images.shape[1:])} do not go through the pipeline's "
+                    f"encoder: {one_line(error)}; give images like those that it makes"
+                ) from error
             found = law.latent_dist.mode() if hasattr(law, "latent_dist") else law[0]
             z = found.to(images.dtype)
         if tuple(z.shape[1:]) != self.latents:

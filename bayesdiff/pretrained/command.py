@@ -22,12 +22,14 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def opened(folder: str) -> FollowedPipeline:
+def opened(folder: str | None) -> FollowedPipeline:
     """The pipeline in a folder, read without running code of it.
 
     Raises:
         UserError: for a folder that is none, or whose pipeline cannot be followed.
     """
+    if not folder:
+        raise UserError("model=pretrained has no network yet; give model.path=FOLDER")
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
@@ -57,7 +59,7 @@ def opened(folder: str) -> FollowedPipeline:
 
 @cache
 def _built(
-    folder: str, shown: tuple[str | int, ...], size: tuple[int, int]
+    folder: str | None, shown: tuple[str | int, ...], size: tuple[int, int]
 ) -> tuple[GenerativeModel, PipelineCoder]:
     """Model and coder for classes and a size of images; made once of a command."""
     pipeline = opened(folder)
@@ -65,16 +67,18 @@ def _built(
 
 
 # What the condition of a run asked for: network, path and model of the same run take it up.
-_LAST: dict[str, tuple[GenerativeModel, PipelineCoder]] = {}
+_LAST: dict[str | None, tuple[GenerativeModel, PipelineCoder]] = {}
 
 
-def space(data: ImageData, folder: str) -> Space:
+def space(data: ImageData, folder: str | None = None) -> Space:
     """Pixels, or the latents that the pipeline decodes: the ``_target_`` of ``data.space``.
 
     Raises:
         UserError: for images of another size or number of channels.
     """
     pipeline = opened(folder)
+    if data.images.dim() != 4:
+        raise UserError(f"{pipeline.who} makes pictures, and {data.name} has none; give images")
     _, coder = _built(folder, (), tuple(data.images.shape[2:]))
     if coder.coder is not None:
         return Latents(data, coder)
@@ -90,7 +94,7 @@ def space(data: ImageData, folder: str) -> Space:
 def condition(
     data: ImageData,
     num_classes: Any,
-    folder: str,
+    folder: str | None = None,
     prompts: Sequence[str] | str | None = None,
     labels: Sequence[int] | None = None,
 ) -> Prompts | None:
@@ -127,18 +131,20 @@ def condition(
     return found if isinstance(found, Prompts) and found.num_classes else None
 
 
-def path(folder: str) -> ProbabilityPath:
+def path(folder: str | None = None) -> ProbabilityPath:
     """The path that the pipeline's scheduler tells of: the ``_target_`` of ``path``."""
     return _model(folder).path
 
 
-def network(folder: str) -> nn.Module:
+def network(folder: str | None = None) -> nn.Module:
     """The pipeline's network with its last layer apart: the ``_target_`` of ``net``."""
     net: Any = _model(folder).net
     return net
 
 
-def model(net: nn.Module, path: ProbabilityPath, folder: str, **options: Any) -> GenerativeModel:
+def model(
+    net: nn.Module, path: ProbabilityPath, folder: str | None = None, **options: Any
+) -> GenerativeModel:
     """The pipeline's network as a model: the ``_target_`` of ``model``.
 
     Args:
@@ -155,7 +161,7 @@ def model(net: nn.Module, path: ProbabilityPath, folder: str, **options: Any) ->
     )  # fmt: skip
 
 
-def _model(folder: str) -> GenerativeModel:
+def _model(folder: str | None) -> GenerativeModel:
     """The model that the condition was made for, or one without classes."""
     if folder not in _LAST:
         _LAST[folder] = opened(folder).for_classes([], {})
@@ -163,9 +169,12 @@ def _model(folder: str) -> GenerativeModel:
 
 
 def solver(
-    folder: str, num_steps: int = 25, guidance: float = 1.0, scheduler: str | None = None,
-    options: Mapping[str, Any] | None = None, grid: str = "own",
-) -> Scheduled:  # fmt: skip
+    folder: str | None = None,
+    num_steps: int = 25,
+    guidance: float = 1.0,
+    scheduler: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Scheduled:
     """The pipeline's scheduler, or another of diffusers: the ``_target_`` of ``solver``.
 
     Args:
@@ -174,7 +183,6 @@ def solver(
         guidance: classifier-free guidance scale; 1 for none.
         scheduler: name of a class of diffusers that takes the place of the pipeline's.
         options: of its configuration, in place of those that the pipeline's has.
-        grid: ``own``: a scheduler has times of its own.
 
     """
     at_least("solver.num_steps", num_steps)

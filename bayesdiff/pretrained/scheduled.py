@@ -23,6 +23,7 @@ class Scheduled(Solver):
     called: str = ""
 
     name: ClassVar[str] = "scheduler"
+    skips: ClassVar[bool] = False
 
     @property
     def stochastic(self) -> bool:

@@ -102,6 +102,7 @@ class Solver(ABC):
     Attributes:
         name: what a user types for it, as in ``solver=euler``.
         stages: network evaluations of a step, at most.
+        skips: whether it can take one step where it had several.
         num_steps: steps from noise to data.
         guidance: classifier-free guidance scale, 1 for none.
         grid: how the times of the steps are spread, see ``time_grid``.
@@ -113,6 +114,7 @@ class Solver(ABC):
 
     name: ClassVar[str]
     stages: ClassVar[int] = 1
+    skips: ClassVar[bool] = True
 
     @abstractmethod
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:

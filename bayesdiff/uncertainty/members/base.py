@@ -66,6 +66,11 @@ class Members(Estimator):
     def check(self, solver: Solver) -> None:
         """Refuse a skip interval beyond the solver's steps."""
         check_skip_interval(self.skip_interval, solver)
+        if self.skip_interval > 1 and not solver.skips:
+            raise UserError(
+                f"uncertainty.skip_interval={self.skip_interval} leaves out steps, and those of "
+                f"solver={solver.name} belong together; use uncertainty.skip_interval=1"
+            )
 
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once."""
