@@ -203,7 +203,7 @@ FAST = settings(
 
 
 @given(overrides=choices())
-@settings(FAST, max_examples=40)
+@settings(FAST, max_examples=20)
 def test_a_few_combinations(output_dir, overrides):
     runs_or_is_refused(output_dir, overrides)
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ VALIDATE = (
     "uncertainty.validate_members=2",
 )
 TWO = ("trainer=ddp", "trainer.devices=2")
+# What a training leaves in its folder beside what follows from it.
+OF_TRAINING = (".hydra/", ".locks/fit", "checkpoints/", "fit.json", "tensorboard/")
 # Several batches of everything, and numbers of them that two processes cannot share evenly.
 BATCHES = ("laplace.batch_size=24", "metrics.batch_size=5", "uncertainty.batch_size=3")
 # Five blocks of images; more batches in a block than processes.
@@ -67,12 +70,37 @@ def classifiers_for(trained: Trained, output_dir: Path) -> None:
         shutil.copy(quick, classifier.cache_path(cache, images.fingerprint, seed, epochs))
 
 
+@dataclass(frozen=True)
+class Runs:
+    """What two processes made in one command, and what one made of the same training.
+
+    Attributes:
+        folder: of both runs, ``one`` and ``two``.
+        one: a single process's, from the checkpoint of the two.
+        said: by the two.
+        options: of the training.
+    """
+
+    folder: Path
+    one: pipeline.Result
+    said: str
+    options: tuple[str, ...]
+
+
 @pytest.fixture(scope="module")
-def runs(trained: Trained, tmp_path_factory) -> tuple[pipeline.Result, Path, str]:
-    """The same run in one process and in two, the folder of both, and what the two said."""
+def runs(trained: Trained, tmp_path_factory) -> Runs:
+    """A training and all that follows in two processes; what follows in one as well."""
     folder = tmp_path_factory.mktemp("runs")
-    fixed = ["fit=false", f"ckpt_path={trained.checkpoint}", *FILTERED, *BATCHES, *VALIDATE]
+    options = ("trainer.max_epochs=2", "callbacks.ema.decay=0.9", "model.warmup_steps=2")
+    options += ("data.flip=true",)
+    fixed = [*options, *FILTERED, *BATCHES, *VALIDATE]
     classifiers_for(trained, folder)
+    done = train_py(folder, *smallest(folder, *fixed, *TWO, f"run_dir={folder}/two"))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    for path in (folder / "cache").glob("reference-*"):
+        path.unlink()  # its features too are shared out
+    fixed += ["fit=false", f"ckpt_path={folder}/two/checkpoints/last.ckpt"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -80,17 +108,12 @@ def runs(trained: Trained, tmp_path_factory) -> tuple[pipeline.Result, Path, str
         patch.setattr(board, "write_study", lambda *args, **kwargs: [])
         one = pipeline.run(compose_list(smallest(folder, *fixed, f"run_dir={folder}/one")))
     torch.set_num_threads(threads)
-    for path in (folder / "cache").glob("reference-*"):
-        path.unlink()  # its features too are shared out
-    done = train_py(folder, *smallest(folder, *fixed, *TWO, f"run_dir={folder}/two"))
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return one, folder, done.stdout
+    return Runs(folder, one, done.stdout, options)
 
 
 def test_the_same_curvature_images_and_maps(runs):
-    one, folder, said = runs
-    assert len(re.findall(r"\bnfe\b", said)) == 1
+    one, folder = runs.one, runs.folder
+    assert len(re.findall(r"\bnfe\b", runs.said)) == 1
     two = folder / "two"
     single, shared = (Curvature.load(next(at.glob("curvature-*"))) for at in (folder / "one", two))
     assert shared.source == single.source
@@ -115,26 +138,22 @@ def test_the_same_curvature_images_and_maps(runs):
     assert scored[1]["metrics"] == pytest.approx(scored[0]["metrics"], rel=1e-9, nan_ok=True)
     assert len(list((folder / "cache").glob("reference-*"))) == 1
     names = [name for name in files(two) if "figures/" not in name and ".report" not in name]
-    assert names == files(folder / "one")
+    assert [name for name in names if not name.startswith(OF_TRAINING)] == files(folder / "one")
 
 
 def test_the_same_gains_of_every_score(runs):
-    one, folder, _ = runs
-    (study,) = one.studies
+    (study,) = runs.one.studies
     first, second = (
-        read_json(folder / name / study.name / "results.json") for name in ("one", "two")
+        read_json(runs.folder / name / study.name / "results.json") for name in ("one", "two")
     )
     assert first == second
     assert len(first["seeds"]["0"]) > 50
 
 
-def test_the_same_weights_from_a_shared_training(tmp_path):
-    options = ["trainer.max_epochs=2", "callbacks.ema.decay=0.9", "metrics.num_images=0"]
-    options += ["model.warmup_steps=2", "data.flip=true"]
-    done = train_py(tmp_path, *smallest(tmp_path / "two", *options, *TWO))
-    assert done.returncode == 0, done.stderr
-    one = pipeline.run(compose_list(smallest(tmp_path / "one", *options))).folder.parent
-    two = tmp_path / "two" / one.name
+def test_the_same_weights_from_a_shared_training(runs, tmp_path):
+    options = [*runs.options, "metrics.num_images=0"]
+    one = pipeline.run(compose_list(smallest(tmp_path, *options))).folder.parent
+    two = runs.folder / "two"
     first, second = (
         read_checkpoint(f / "checkpoints" / "last.ckpt")["state_dict"] for f in (one, two)
     )
