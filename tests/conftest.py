@@ -126,6 +126,15 @@ def without_pdf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bayesdiff.report.style._save_pdf", lambda figure, file, *_: None)
 
 
+@pytest.fixture
+def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figure of a run or a study is made at all."""
+    from bayesdiff.report import board
+
+    for name in ("write", "write_study"):
+        monkeypatch.setattr(board, name, lambda *args, **kwargs: [])
+
+
 Compose = Callable[..., DictConfig]
 # One pass over the digits is enough for a feature space of tests.
 QUICK_CLASSIFIER = ("bayesdiff.metrics.classifier._epochs", lambda size: 1)

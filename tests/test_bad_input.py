@@ -141,7 +141,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
         ["uncertainty.skip_interval=9", "steps"],
     ),
     ("metrics.features=dino", ["unknown metrics.features 'dino'", "inception, clip, dinov2"]),
-    ("model.prediction=score", ["unknown model.prediction 'score'", "velocity, noise, data, v"]),
+    ("model.prediction=logit", ["unknown model.prediction 'logit'", "velocity, noise, data, v"]),
     ("model.time_sampling=beta", ["unknown model.time_sampling 'beta'", "logit_normal"]),
     (
         (*DIFFUSION, "path.schedule=x"),

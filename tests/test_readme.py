@@ -102,12 +102,16 @@ def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypat
     if "experiment=filtering" in overrides:
         overrides += ["filtering.num_images=40", "filtering.seeds=[0]", "filtering.keep=[0.8]"]
         overrides += ["filtering.members=2", "filtering.aleatoric_draws=0", "filtering.draws=2"]
+        overrides.append("filtering.subsets=2")
     if {"experiment=rectify", "experiment=diversity"} & set(overrides):
         overrides += ["repair.num_images=4", "repair.draws=2", "repair.bootstrap=10"]
     if "experiment=interpolation" in overrides:
         overrides += ["interpolation.pairs=2", "interpolation.points=3"]
     if "experiment=head_chain" in overrides:
-        overrides += ["head_chain.num_images=20", "head_chain.chains=4", "head_chain.draws=20"]
+        overrides += ["head_chain.num_images=20", "head_chain.chains=4", "head_chain.draws=12"]
+        overrides.append("head_chain.warmup=2")
+    if "data=mnist" in overrides and any(o.startswith("experiment=") for o in overrides):
+        overrides.append("data.resize=8")
     if "ckpt_path=last" in overrides:
         cfg = compose_list(smallest(tmp_path, "solver.num_steps=6", *overrides))
         with pytest.raises(UserError, match="ckpt_path=last but there is no"):

@@ -216,7 +216,11 @@ def test_the_command_draws_and_judges_once(copied: Trained, compose: Compose, mo
 
 
 def drawn(compose, *overrides):
-    folder, _ = results_of(pipeline.run(compose(*SMALL, *overrides)))
+    """The arrays of a study; its figures are not made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board, "write", lambda *_, **options: [])
+        patch.setattr(board, "write_study", lambda *_, **options: [])
+        folder, _ = results_of(pipeline.run(compose(*SMALL, *overrides)))
     with np.load(folder / "draws.npz", allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
@@ -225,7 +229,6 @@ def test_the_draws_do_not_depend_on_the_batch_nor_on_how_many_images_follow(
     copied: Trained, compose: Compose, monkeypatch
 ):
     monkeypatch.setattr(Pictures, "every", lambda *_: ())
-    monkeypatch.setattr(board, "write_study", lambda *_, **options: [])
     whole = drawn(compose)
     # Another batch is no other study: made anew elsewhere.
     parts = drawn(compose, "uncertainty.batch_size=1", "repair.num_images=5")

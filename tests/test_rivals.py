@@ -49,6 +49,8 @@ from bayesdiff.uncertainty.members.base import twin
 from bayesdiff.uncertainty.members.snapshots import read_snapshot, snapshots_of
 from bayesdiff.uncertainty.members.swag import swag_draws, swag_moments
 
+pytestmark = pytest.mark.usefixtures("without_reports")
+
 
 class Flat(Hand):
     """The same formula with a linear head, which reads every pixel's features alone."""

@@ -118,6 +118,7 @@ def test_prior_ablation(script, copied: Trained, tmp_path, monkeypatch):
     run = script("prior-ablation")
     monkeypatch.setattr(run, "MODELS", {"digits-flow": smallest(tmp_path)})
     given = ["ablation.sigma_noise=[0.1,1]", "ablation.prior_precision=[1,100]"]
+    given.append("ablation.draws=4")
     run.main(["digits-flow", "--to", str(tmp_path / "study"), *given])
     found = results(tmp_path)
     assert found["grid_cost_ratio"] > 0 and found["settings"]["digits-flow"]["parameters"] > 0

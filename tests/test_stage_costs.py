@@ -24,6 +24,8 @@ from bayesdiff.storage.locks import alone, lock_of
 TRAINED = ("net.dropout=0.3", "trainer.limit_train_batches=3", "trainer.max_epochs=2",
            "metrics.num_images=0")  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("without_reports")
+
 
 def lines_of(folder):
     return [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
