@@ -151,10 +151,15 @@ def smallest(output_dir: Path, *overrides: str) -> list[str]:
 
 def train_py(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Run the real command in ``folder``; callbacks of the tests are found."""
+    return python_in(folder, ROOT / "train.py", *overrides)
+
+
+def python_in(folder: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in ``folder``; what the tests define is found."""
     inherited = {k: v for k, v in os.environ.items() if not re.search("RANK|WORLD_|^PL_|HYDRA", k)}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides],
+        [sys.executable, str(script), *words],
         cwd=folder,
         env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,

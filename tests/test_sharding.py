@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import compose_list, scalars, smallest, train_py
+from conftest import ROOT, compose_list, python_in, scalars, smallest, train_py
 from torch.distributed.tensor import DTensor
 
 from bayesdiff import pipeline
@@ -36,13 +36,20 @@ PICTURES = (
 
 
 class Kept(L.Callback):
-    """Notes how many numbers a process holds, and keeps the checkpoint of the first epoch."""
+    """Notes the first step and what a process holds; keeps the checkpoint of the first epoch."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step that it begins at."""
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / "begun.json"
+            path.write_text(json.dumps(trainer.global_step))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what a training that is stopped now would leave."""
-        if trainer.current_epoch == 1 and trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            shutil.copy(folder / "checkpoints" / "last.ckpt", folder / "first.ckpt")
+        folder = Path(trainer.default_root_dir)
+        last = folder / "checkpoints" / "last.ckpt"
+        if trainer.current_epoch == 1 and trainer.is_global_zero and last.is_file():
+            shutil.copy(last, folder / "first.ckpt")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pictures are drawn now, without dropout."""
@@ -62,7 +69,7 @@ class Kept(L.Callback):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """The same training in one process and in two."""
+    """The same training in one process and in two, which then go on from its middle as well."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("sharding")
@@ -70,11 +77,17 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
         patch.setattr(board, "write", lambda *args, **kwargs: [])
         cfg = compose_list(smallest(folder / "one", *OPTIONS))
         one = pipeline.run(cfg).folder.parent
-    done = train_py(folder, *smallest(folder / "two", *OPTIONS, *TWO, PICTURES))
+    begun = folder / "two" / one.name
+    turns = [
+        smallest(folder / "two", *OPTIONS, *TWO, PICTURES),
+        smallest(folder / "split", *OPTIONS, *TWO, f"ckpt_path={begun}/first.ckpt"),
+    ]
+    (folder / "turns.json").write_text(json.dumps(turns))
+    done = python_in(folder, ROOT / "tests" / "in_turn.py", str(folder / "turns.json"))
     torch.set_num_threads(threads)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    return one, folder / "two" / one.name
+    return one, begun
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -136,12 +149,13 @@ def test_a_stopped_training_goes_on_however_it_began(
 ):
     monkeypatch.setattr(board, "write", lambda *args, **kwargs: [])
     begun = runs[["one", "two"].index(stopped)]
-    folders = [tmp_path / name / begun.name / "checkpoints" for name in ("split", "alone")]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        shutil.copy(begun / "first.ckpt", folder / "last.ckpt")
-    done = train_py(tmp_path, *smallest(tmp_path / "split", *OPTIONS, *TWO, "ckpt_path=last"))
-    assert done.returncode == 0, done.stderr
-    pipeline.run(compose_list(smallest(tmp_path / "alone", *OPTIONS, "ckpt_path=last")))
-    for folder in folders:
-        same_network(runs[0] / "checkpoints" / "last.ckpt", folder / "last.ckpt")
+    more = [*OPTIONS, f"ckpt_path={begun}/first.ckpt"]
+    alone = pipeline.run(compose_list(smallest(tmp_path, *more))).folder.parent
+    split = begun.parents[1] / "split" / begun.name
+    if stopped == "one":
+        done = train_py(tmp_path, *smallest(tmp_path / "split", *more, *TWO))
+        assert done.returncode == 0, done.stderr
+        split = tmp_path / "split" / begun.name
+    for folder in (alone, split):
+        assert json.loads((folder / "begun.json").read_text()) == 2  # not from the start
+        same_network(runs[0] / "checkpoints" / "last.ckpt", folder / "checkpoints" / "last.ckpt")
