@@ -153,8 +153,9 @@ def _raw(
     """What the untouched network says where the followed one would be called."""
     args, kwargs = called.arguments(x, t, y)
     like = next(raw.parameters()).dtype
-    args = [_cast(value, like) for value in args]
-    kwargs = {name: _cast(value, like) for name, value in kwargs.items()}
+    time = called.call.time[0]  # which networks embed in the precision that they get it in
+    args = [value if n == time else _cast(value, like) for n, value in enumerate(args)]
+    kwargs = {n: value if n == time else _cast(value, like) for n, value in kwargs.items()}
     output: Any = functional_call(raw, weights or {}, tuple(args), kwargs)
     return output if isinstance(output, Tensor) else output[0]
 
