@@ -18,12 +18,15 @@ from bayesdiff.uncertainty import Ensemble  # noqa: E402
 SCHEDULE = {"beta_end": 0.002, "clip_sample": False, "timestep_spacing": "trailing"}
 
 
-def uvit(conv: bool) -> ClassPipeline:
+def uvit(conv: bool, gain: float = 1.0) -> ClassPipeline:
+    """A small one; with a gain its layers do something, and images differ in their maps."""
     torch.manual_seed(0)
     net = UViT(
         img_size=8, patch_size=2, in_chans=3, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2,
         qkv_bias=False, mlp_time_embed=False, num_classes=6, conv=conv, skip=True,
     ).eval()  # fmt: skip
+    for weight in net.parameters():
+        weight.requires_grad_(False).mul_(gain if weight.dim() > 1 else 1.0)
     return ClassPipeline(net, DDIMScheduler(**SCHEDULE), (3, 8, 8), time_shift=1.0, nothing=5)
 
 

@@ -44,7 +44,8 @@ IMAGES, MEMBERS = 20, 256
 def made(name):
     """The pipeline, read back from a folder where diffusers can write one."""
     if name == "uvit":
-        return uvit.uvit(False), uvit.CALL, [uvit.uvit(False).scheduler]
+        pipe = uvit.uvit(True, 8.0)
+        return pipe, uvit.CALL, [pipe.scheduler]
     pipe = PIPELINES[name]()
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
