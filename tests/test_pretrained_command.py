@@ -84,6 +84,22 @@ def test_another_scheduler_takes_the_pipelines_place(folder, tmp_path):
     assert len(karras.own) == 4
 
 
+def test_cells_of_one_process_keep_their_own_conditions(folder, tmp_path):
+    first, *_ = prepare(configured(folder, tmp_path))
+    before = [row for row in first.model.condition.table.given]
+    other, *_ = prepare(
+        configured(folder, tmp_path, "model.condition.labels=[9,8,7,6,5,4,3,2,1,0]")
+    )
+    again, *_ = prepare(configured(folder, tmp_path))
+    for mine, kept, third in zip(
+        before, first.model.condition.table.given, again.model.condition.table.given, strict=True
+    ):
+        for key, value in mine.items():
+            assert torch.equal(value, kept[key]) and torch.equal(value, third[key])
+    assert other.model.condition.table is not first.model.condition.table
+    assert first.key == again.key != other.key
+
+
 def test_latents_have_maps_of_pixels(tmp_path):
     PIPELINES["dit"]().save_pretrained(tmp_path / "dit")
     side = 16

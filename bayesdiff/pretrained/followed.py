@@ -121,25 +121,32 @@ class FollowedPipeline:
         told = str((convention.shape, call.sample, call.time, call.scale, call.channels))
         key = key_of(told, constants)
         if key not in self._models:
-            path, prediction = path_and_prediction(scheduler)
-            given = self._given({**arguments, "num_inference_steps": 2})
-            coder = coder_of(self.pipe, convention.shape, **given)
-            if coder.places is not None:
-                path.arrange = coder.arranged
-            table = Table([convention.given] if convention.given else [])
-            called = Called(sharing_copy(self.network), call, path.schedule_time, table)
-            first = torch.zeros(1, dtype=torch.long) if convention.given else None
-            net = tapped(called, convention.shape, first)
-            condition = Prompts(table) if convention.given else None
-            never = torch.optim.SGD  # it is trained already
-            model = GenerativeModel(net, path, prediction, never, condition=condition)
-            self._models[key] = model.eval().requires_grad_(False), coder
+            self._models[key] = self._model(convention, scheduler, arguments)
         return self._models[key]
+
+    def _model(
+        self, convention: Convention, scheduler: Any, arguments: Arguments
+    ) -> tuple[GenerativeModel, PipelineCoder]:
+        """A model with a table of its own."""
+        call = convention.call
+        path, prediction = path_and_prediction(scheduler)
+        given = self._given({**arguments, "num_inference_steps": 2})
+        coder = coder_of(self.pipe, convention.shape, **given)
+        if coder.places is not None:
+            path.arrange = coder.arranged
+        table = Table([convention.given] if convention.given else [])
+        called = Called(sharing_copy(self.network), call, path.schedule_time, table)
+        first = torch.zeros(1, dtype=torch.long) if convention.given else None
+        net = tapped(called, convention.shape, first)
+        condition = Prompts(table) if convention.given else None
+        never = torch.optim.SGD  # it is trained already
+        model = GenerativeModel(net, path, prediction, never, condition=condition)
+        return model.eval().requires_grad_(False), coder
 
     def for_classes(
         self, shown: Sequence[Any], size: Arguments
     ) -> tuple[GenerativeModel, PipelineCoder]:
-        """The network with one condition for each class of data, and the coder of its states.
+        """A model of its own with one condition for each class of data, and its states' coder.
 
         Args:
             shown: prompt or number of each class; none for samples without a condition.
@@ -149,7 +156,7 @@ class FollowedPipeline:
         asked = [{**self.asking_for(each), **size} for each in (shown or [None])]
         heard = [self.heard(3, guided | each) for each in asked]
         known = [self.convention(run, each) for run, each in zip(heard, asked, strict=True)]
-        model, coder = self.model_at(known[0], heard[0].scheduler, asked[0])
+        model, coder = self._model(known[0], heard[0].scheduler, asked[0])
         if isinstance(model.condition, Prompts):
             model.condition.show(known, len(shown) or None)
             model.num_classes = model.condition.num_classes
