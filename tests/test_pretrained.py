@@ -75,6 +75,18 @@ def test_every_scheduler_gives_the_pipelines_images(made, number):
     assert checks.scheduler_error(again, other, call) < 1e-5
 
 
+def test_pipelines_that_scale_twice_are_refused(made):
+    pipe, bayes, call, _ = made("dit")
+    other = copy.copy(pipe)
+    other.scheduler = next(s for s in SCHEDULERS["dit"] if type(s).__name__.startswith("LMS"))
+    again = BayesianPipeline(other, bayes.followed.arguments)
+    again.posterior = bayes.posterior
+    with pytest.raises(UserError, match="scale it twice or never"):
+        checks.scheduler_error(again, other, call)
+    assert any("noise of sd 1" in finding.what for finding in again.doctor())
+    assert not any("noise of sd 1" in finding.what for finding in bayes.doctor())
+
+
 def test_first_order_maps_are_those_of_an_ensemble(made):
     _, bayes, call, _ = made("sd")
     given = {k: v for k, v in call.items() if k != "prompt"}

@@ -20,6 +20,7 @@ from bayesdiff.pretrained.convention import Convention
 from bayesdiff.pretrained.doctor import Finding
 from bayesdiff.pretrained.followed import FollowedPipeline
 from bayesdiff.pretrained.output import Output
+from bayesdiff.pretrained.schedule import path_and_prediction
 from bayesdiff.pretrained.scheduled import scheduled
 from bayesdiff.pretrained.training_images import TrainingImages
 from bayesdiff.solvers import Solver
@@ -150,7 +151,8 @@ class BayesianPipeline:
         if isinstance(model.condition, Prompts):
             model.condition.show(known)
         if solver is None:
-            solver = scheduled(heard[0].scheduler, model.path, known[0].guidance)
+            path, _ = path_and_prediction(heard[0].scheduler)
+            solver = scheduled(heard[0], path, known[0].guidance)
         samples = self._samples(model, coder, solver, estimator, seed, count)
         return self._output(samples, solver, seed, asked)
 

@@ -1,5 +1,6 @@
 """What a pipeline's run tells of its network: arguments, units of time, guidance, what is kept."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,11 +73,12 @@ def convention_of(heard: Heard, who: str) -> Convention:
 
 
 def _network_input(heard: Heard, state: Tensor) -> Tensor:
-    """What the network should get for the first state."""
-    for before, after in heard.scaled[:1]:
-        if torch.equal(before[:1], state):
-            return after[:1]
-    return state
+    """What the network should get for the first state, as the scheduler scales it."""
+    scheduler = copy.deepcopy(heard.scheduler)
+    if not hasattr(scheduler, "scale_model_input"):
+        return state
+    scaled: Tensor = scheduler.scale_model_input(state, scheduler.timesteps[0])
+    return scaled
 
 
 def _sample_key(call: NetworkCall, network_input: Tensor, who: str) -> Key:
@@ -84,12 +86,13 @@ def _sample_key(call: NetworkCall, network_input: Tensor, who: str) -> Key:
         if (
             isinstance(value, Tensor)
             and value.shape[1:] == network_input.shape[1:]
-            and torch.equal(value[:1].float(), network_input.to(value).float())
+            and torch.allclose(value[:1].float(), network_input.to(value).float(), rtol=1e-5)
         ):
             return key
     raise UserError(
-        f"{who} does something to its state before the network gets it; bayesdiff follows "
-        "pipelines that hand it over, scaled by the scheduler at most"
+        f"{who} does not give its network the scheduler's state as scale_model_input makes it; "
+        "some pipelines scale it twice or never, which spoils images with schedulers that scale: "
+        "use one that does not, such as DDIMScheduler"
     )
 
 

@@ -179,11 +179,12 @@ class FollowedPipeline:
             other.pipe = copy.copy(self.pipe)
             other.pipe.scheduler = _scheduler(self.pipe.scheduler, name, options)
         heard = other.heard(num_steps, other.asking_for())
-        return scheduled(heard.scheduler, path, guidance)
+        return scheduled(heard, path, guidance)
 
     def doctor(self, num_inference_steps: int = 20) -> tuple[Finding, ...]:
         """What will spoil results on this pipeline, each with its cure."""
-        return diagnose(self.heard(num_inference_steps, self.asking_for()).scheduler)
+        heard = self.heard(num_inference_steps, self.asking_for())
+        return (*diagnose(heard.scheduler), *_noise_finding(self.who, heard))
 
     def _given(self, arguments: Arguments) -> dict[str, Any]:
         """Arguments as the pipeline takes them; classes that it does not know of beside them."""
@@ -195,6 +196,18 @@ class FollowedPipeline:
         beside = {"class_labels": torch.tensor(given.pop("class_labels"))}
         given.pop("guidance_scale", None)
         return given | {"beside": beside}
+
+
+def _noise_finding(who: str, heard: Heard) -> tuple[Finding, ...]:
+    if (factor := heard.unscaled_by) == 1:
+        return ()
+    return (
+        Finding(
+            f"{who} starts from noise of sd 1",
+            f"its scheduler asks for {factor:.3g}, and images come out grey and smooth",
+            "give a scheduler with init_noise_sigma=1, such as DDIMScheduler",
+        ),
+    )
 
 
 def _digest(value: Any) -> str:

@@ -8,6 +8,7 @@ network answers with whatever is asked for.
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,15 +60,21 @@ class Heard:
         calls: of its network.
         steps: of its scheduler.
         scheduler: as it was before the first step.
-        scaled: inputs that the scheduler scaled, before and after.
         decoded: what the decoder was given.
     """
 
     calls: list[NetworkCall] = field(default_factory=list)
     steps: list[SchedulerStep] = field(default_factory=list)
     scheduler: Any = None
-    scaled: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     decoded: list[Tensor] = field(default_factory=list)
+
+    @property
+    def unscaled_by(self) -> float:
+        """What the scheduler's first noise is too small by; 1 where the pipeline scales it."""
+        asked = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+        found = float(self.steps[0].sample.float().square().mean().sqrt())
+        # Of a few hundred numbers; the two differ by a factor of ten or so.
+        return asked if abs(math.log(found)) < abs(math.log(found / asked)) else 1.0
 
 
 def sharing_copy(module: nn.Module) -> nn.Module:
@@ -224,7 +231,6 @@ def _heard_scheduler(scheduler: Any, heard: Heard, last: Callable[[Tensor], Tens
         def scaled(sample: Tensor, *a: Any, **k: Any) -> Tensor:
             remember()
             result: Tensor = scale(sample, *a, **k)
-            heard.scaled.append((sample, result))
             return result
 
         own.scale_model_input = scaled

@@ -1,13 +1,16 @@
 """A scheduler of diffusers as one of our solvers: its steps are found by probing it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from bayesdiff.checks import UserError
 from bayesdiff.paths import ProbabilityPath
+from bayesdiff.pretrained.listening import Heard
 from bayesdiff.pretrained.probing import probed_steps
+from bayesdiff.pretrained.schedule import SchedulePath
 from bayesdiff.solvers import Solver, Step
+from bayesdiff.solvers.step import Row
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,30 @@ class Scheduled(Solver):
         return list(self.own)
 
 
-def scheduled(scheduler: Any, path: Any, guidance: float = 1.0) -> Scheduled:
-    """The solver that a scheduler is.
+def scheduled(heard: Heard, path: SchedulePath, guidance: float = 1.0) -> Scheduled:
+    """The solver that the scheduler of a pipeline is, from the noise that the pipeline gives it.
 
     Args:
-        scheduler: with its time steps set.
+        heard: a run of the pipeline.
         path: of the network, which knows our time at those of the schedule.
         guidance: of the solver.
     """
-    steps = tuple(probed_steps(scheduler, path.our_time))
-    return Scheduled(len(steps), guidance, own=steps, called=type(scheduler).__name__)
+    first, *others = probed_steps(heard.scheduler, path.our_time)
+    steps = (_from_smaller(first, heard.unscaled_by), *others)
+    return Scheduled(len(steps), guidance, own=steps, called=type(heard.scheduler).__name__)
+
+
+def _from_smaller(step: Step, factor: float) -> Step:
+    """A first step whose state is to be this much smaller."""
+    if factor == 1:
+        return step
+
+    def smaller(row: Row) -> Row:
+        return (row[0] / factor, *row[1:])
+
+    return replace(
+        step,
+        inputs=tuple(map(smaller, step.inputs)),
+        output=smaller(step.output),
+        kept=tuple(map(smaller, step.kept)),
+    )

@@ -45,9 +45,9 @@ def main():
     results = {}
     for name, found in (("latent", own), ("latent.reference_again", halves)):
         pairs = zip(found.variance.flatten(1), members.variance.flatten(1), strict=True)
-        results[f"{name}.pixel_rank"] = sum(spearman(a, b) for a, b in pairs) / IMAGES
+        results[f"{name}.pixel_rank"] = float(sum(spearman(a, b) for a, b in pairs)) / IMAGES
         sums = found.scores["map.sum"], members.scores["map.sum"]
-        results[f"{name}.image_rank"] = spearman(*sums)
+        results[f"{name}.image_rank"] = float(spearman(*sums))
         results[f"{name}.size"] = float((sums[0] / sums[1]).median())
     results |= {"latent.nfe": own.record["nfe"], "latent.reference_nfe": members.record["nfe"]}
     path = HERE / "results.json"
