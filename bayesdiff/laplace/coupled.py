@@ -116,7 +116,7 @@ def _symmetric(upper: Tensor) -> Tensor:
 
 def patches(features: Tensor, geometry: HeadGeometry) -> Tensor:
     """Rows phi of every position of a batch, float64 ``(N, P)``."""
-    k = geometry.kernel_size
+    k, features = geometry.kernel_size, geometry.read(features)
     if k:
         rows = F.unfold(features.double(), k, padding=k // 2).mT.flatten(0, 1)
     else:

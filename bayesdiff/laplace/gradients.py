@@ -29,6 +29,7 @@ def gradients(head: nn.Module, features: Tensor, residual: Tensor) -> Tensor:
     """
     geometry = HeadGeometry.of(head)
     geometry.check(features)
+    features = geometry.read(features)
     single = features.device.type == "cpu" and features.dtype != torch.float64
     wide = torch.float32 if single else torch.float64
     images = max(1, _CHUNK // max(1, geometry.taps * residual[0].numel()))

@@ -38,6 +38,7 @@ def gram(head: nn.Module, features: Tensor) -> Tensor:
     """
     geometry = HeadGeometry.of(head)
     geometry.check(features)
+    features = geometry.read(features)
     if not geometry.kernel_size:
         rows = features.reshape(-1, geometry.features).double()
         matrix = rows.new_empty(geometry.size, geometry.size)
@@ -102,6 +103,7 @@ def gram_diagonal(head: nn.Module, features: Tensor) -> Tensor:
     """
     geometry = HeadGeometry.of(head)
     geometry.check(features)
+    features = geometry.read(features)
     if geometry.kernel_size:
         sums = _tap_sums(_sum_images(features, 2), geometry)
         count = len(features) * features.shape[2] * features.shape[3]

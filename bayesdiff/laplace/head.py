@@ -17,11 +17,13 @@ class HeadGeometry:
         features: D, channels (conv) or width (linear) of the features.
         kernel_size: k of a k x k convolution, 0 for a linear head.
         bias: whether phi ends with a 1.
+        carried: channels behind the D that no weight sees: they are added to the outputs.
     """
 
     features: int
     kernel_size: int
     bias: bool
+    carried: int = 0
 
     @classmethod
     def of(cls, head: nn.Module) -> "HeadGeometry":
@@ -31,14 +33,15 @@ class HeadGeometry:
             UserError: if the head is not a linear layer or a plain "same" convolution.
         """
         if isinstance(head, nn.Linear):
-            return cls(head.in_features, 0, head.bias is not None)
+            return cls(head.in_features, 0, head.bias is not None, getattr(head, "carried", 0))
         if not isinstance(head, nn.Conv2d):
             raise UserError(
                 f"the head is a {type(head).__name__}; last-layer Laplace needs an nn.Conv2d or"
                 " nn.Linear as the network's last layer"
             )
         _check_conv(head)
-        return cls(head.in_channels, head.kernel_size[0], head.bias is not None)
+        carried = getattr(head, "carried", 0)
+        return cls(head.in_channels, head.kernel_size[0], head.bias is not None, carried)
 
     @property
     def taps(self) -> int:
@@ -50,20 +53,63 @@ class HeadGeometry:
         """P, the length of the patch vector phi."""
         return self.taps * self.features + int(self.bias)
 
+    @property
+    def axis(self) -> int:
+        """Of the features' channels and of the outputs', from the end."""
+        return -3 if self.kernel_size else -1
+
+    def read(self, features: Tensor) -> Tensor:
+        """What the weights see of the features, which may have more leading axes."""
+        return features.narrow(self.axis, 0, self.features) if self.carried else features
+
+    def offset(self, features: Tensor) -> Tensor:
+        """What is added to the outputs."""
+        return features.narrow(self.axis, self.features, self.carried)
+
     def check(self, features: Tensor) -> None:
         """Refuse features that do not fit this head.
 
         Raises:
-            UserError: if their channels (or last axis, for a linear head) are not D.
+            UserError: if their channels (or last axis, for a linear head) are not D, with those
+                that are carried.
         """
         axis = 1 if self.kernel_size else -1
         fits = features.ndim == 4 if self.kernel_size else features.ndim >= 2
-        if not fits or features.shape[axis] != self.features:
+        if not fits or features.shape[axis] != self.features + self.carried:
             expected = "(B, D, h, w)" if self.kernel_size else "(B, ..., D)"
+            more = f" + {self.carried} carried" if self.carried else ""
             raise UserError(
-                f"features must be {expected} with D = {self.features}, got"
+                f"features must be {expected} with D = {self.features}{more}, got"
                 f" {tuple(features.shape)}; pass what the network feeds its head"
             )
+
+
+class CarryingConv2d(nn.Conv2d):
+    """A convolution whose features carry, behind what it reads, what is added to its outputs."""
+
+    @property
+    def carried(self) -> int:
+        """Channels that are carried, one for each of the outputs."""
+        return self.out_channels
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, D + C_out, h, w) -> (B, C_out, h, w)``."""
+        geometry = HeadGeometry.of(self)
+        return super().forward(geometry.read(features)) + geometry.offset(features)
+
+
+class CarryingLinear(nn.Linear):
+    """The same for a linear head."""
+
+    @property
+    def carried(self) -> int:
+        """Channels that are carried, one for each of the outputs."""
+        return self.out_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, ..., D + C_out) -> (B, ..., C_out)``."""
+        geometry = HeadGeometry.of(self)
+        return super().forward(geometry.read(features)) + geometry.offset(features)
 
 
 def _check_conv(head: nn.Conv2d) -> None:
@@ -96,7 +142,9 @@ def head_matrix(head: nn.Module) -> Tensor:
     return torch.cat(parts, 1).double()
 
 
-def apply_head(head: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
+def apply_head(
+    head: nn.Module, features: Tensor, weights: Tensor, change: bool = False
+) -> Tensor:
     """Outputs of the head under M sets of weights, without a loop and without touching the head.
 
     Args:
@@ -104,6 +152,8 @@ def apply_head(head: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
         features: ``(m, B, D, h, w)``, or ``(m, B, ..., D)`` for a linear head; m is M, or 1 when
             all draws see the same features.
         weights: ``(M, C_out, P)``; cast to the dtype of the features.
+        change: whether these are changes of weights, and the outputs are to be theirs: what
+            features carry is then left out.
 
     Returns:
         ``(M, B, C_out, h, w)``, or ``(M, B, ..., C_out)`` for a linear head.
@@ -119,7 +169,11 @@ def apply_head(head: nn.Module, features: Tensor, weights: Tensor) -> Tensor:
             f" head needs (M, C_out, {geometry.size}) and M or 1 sets of features"
         )
     geometry.check(features[0])
-    weights = weights.to(features)
+    out = _apply(geometry, geometry.read(features), weights.to(features))
+    return out if change or not geometry.carried else out + geometry.offset(features)
+
+
+def _apply(geometry: HeadGeometry, features: Tensor, weights: Tensor) -> Tensor:
     kernel = weights[..., :-1] if geometry.bias else weights
     if geometry.kernel_size:
         out = _convolve(features, kernel, geometry.kernel_size)

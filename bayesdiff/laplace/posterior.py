@@ -280,6 +280,7 @@ class HeadPosterior:
             the 1 if channels differ. Float32 for features of lower precision.
         """
         self.curvature.geometry.check(features)
+        features = self.curvature.geometry.read(features)
         if features.dtype != torch.float64:
             features = features.float()
         key = (features.dtype, features.device)

@@ -102,7 +102,7 @@ class UncertainHead:
                 draw = posterior.draw(count, generator)
                 draws.append(draw - posterior.curvature.mean.to(draw))
             parts = [
-                w * apply_head(net.head, one.unflatten(0, (count, -1)), draw.to(one.device))
+                w * apply_head(net.head, one.unflatten(0, (count, -1)), draw.to(one), change=True)
                 for w, one, draw in zip(self._scales(features), features, draws, strict=True)
             ]
             return net.fold(sum(parts[1:], parts[0]).flatten(0, 1)).detach()

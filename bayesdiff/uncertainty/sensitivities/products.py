@@ -71,7 +71,7 @@ class TangentField:
     def forced(self, features: Tensor) -> Tensor:
         """Phi(x) delta of the rows with weights, ``(W, B, C K, H, W)``."""
         net = self.field.model.net
-        output = apply_head(net.head, features[None], self.deltas)
+        output = apply_head(net.head, features[None], self.deltas, change=True)
         return net.fold(output.flatten(0, 1)).unflatten(0, (len(output), -1))
 
     def computed(self, x: Tensor, output: Tensor, d: Tensor, forced: Tensor, t: float) -> Tensor:
