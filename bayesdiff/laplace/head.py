@@ -142,9 +142,7 @@ def head_matrix(head: nn.Module) -> Tensor:
     return torch.cat(parts, 1).double()
 
 
-def apply_head(
-    head: nn.Module, features: Tensor, weights: Tensor, change: bool = False
-) -> Tensor:
+def apply_head(head: nn.Module, features: Tensor, weights: Tensor, change: bool = False) -> Tensor:
     """Outputs of the head under M sets of weights, without a loop and without touching the head.
 
     Args:

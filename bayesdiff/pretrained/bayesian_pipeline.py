@@ -246,7 +246,7 @@ class BayesianPipeline:
         if estimator.differentiates:
             check_derivative(model, f"uncertainty={estimator.name}")
         device = next(model.parameters()).device
-        decoder = None if coder.coder is None else coder.decode
+        decoder = None if coder.trivial else coder.decode
         start_of = starts_of(model, solver, seed, coder.shape, device, decoder)
         check_finite(solver, model.prediction, start_of([0]).steps())
         ready = estimator.fit(start_of, posterior)

@@ -24,6 +24,7 @@ class Call:
         time: that takes the time.
         scale: of the network's own time, = scale * the schedule's + shift.
         shift: see there.
+        follows: what of the schedule the time is told in: ``timesteps``, or ``sigmas``.
         constants: arguments that are always the same.
         channels: of the output that are the prediction, the first ones; None for all. What
             comes behind them predicts a variance, and samplers leave it out.
@@ -33,6 +34,7 @@ class Call:
     time: Key
     scale: float = 1.0
     shift: float = 0.0
+    follows: str = "timesteps"
     constants: Mapping[Key, Any] = field(default_factory=dict)
     channels: int | None = None
 
@@ -63,6 +65,9 @@ class Called(nn.Module):
         call: its arguments.
         clock: from our times, noise at 0 and data at 1, to the schedule's, in float64.
         table: what samples get beside; shared, it may grow.
+
+    Attributes:
+        gain: of our times; outputs are multiplied by it. None for outputs as they are.
     """
 
     time_dtype = torch.float64  # times of schedules are spread finer than float32 tells apart
@@ -72,15 +77,24 @@ class Called(nn.Module):
     ) -> None:
         super().__init__()
         self.module, self.call, self.clock, self.table = module, call, clock, table
+        self.gain: Callable[[Tensor], Tensor] | None = None
         self.dtype = next(module.parameters()).dtype
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The prediction ``(B, C, ...)``, as the network gives it."""
+        """The prediction ``(B, C, ...)``."""
         args, kwargs = self.arguments(x, t, y)
         output: Any = self.module(*args, **kwargs)
-        output = output if isinstance(output, Tensor) else output[0]
-        channels = self.call.channels
-        return output if channels is None else output[:, :channels]
+        return self.finished(output if isinstance(output, Tensor) else output[0], t)
+
+    def finished(self, output: Tensor, t: Tensor) -> Tensor:
+        """The prediction that the network's output stands for."""
+        if self.call.channels is not None:
+            output = output[:, : self.call.channels]
+        if self.gain is None:
+            return output
+        # Rounded as the time is that the network gets: factors of it cancel.
+        gain = self.gain(t).float().view(-1, *[1] * (output.dim() - 1))
+        return output * gain.to(torch.promote_types(gain.dtype, output.dtype))
 
     def arguments(
         self, x: Tensor, t: Tensor, y: Tensor | None

@@ -1,7 +1,10 @@
 """From a pipeline's states to images and back, through its own decoder."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from bayesdiff.checks import UserError, one_line
 from bayesdiff.pretrained.listening import Answer, listen, sharing_copy
 
 _BASE = 256  # digits of a place, exact in half precision
+_GRAYS = (0.25, 0.5)  # no pipeline clips states of these values
 
 
 class PipelineCoder(nn.Module):
@@ -19,7 +23,7 @@ class PipelineCoder(nn.Module):
     are, scaled and shifted. All three are read off the pipeline's own last lines.
 
     Args:
-        coder: the autoencoder, None for states that are the images.
+        coder: the autoencoder, None for states that are images, in whatever range.
         shape: of a state.
         latents: shape of what the decoder reads.
         places: of each of its values in a state, None for the same order.
@@ -45,6 +49,11 @@ class PipelineCoder(nn.Module):
         self.register_buffer("places", places)
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether states are images in [-1, 1] themselves."""
+        return self.coder is None and bool(self.scale == 1) and bool(self.shift == 0)
 
     def decode(self, states: Tensor) -> Tensor:
         """Images ``(N, C, H, W)`` about in [-1, 1], differentiable."""
@@ -114,8 +123,7 @@ def coder_of(pipe: Any, shape: tuple[int, ...], **kwargs: Any) -> PipelineCoder:
     size = torch.Size(shape).numel()
     numbers = torch.arange(size)
     if module is None:
-        one = torch.ones(())
-        return PipelineCoder(None, shape, shape, None, one, 0 * one)
+        return PipelineCoder(None, shape, shape, None, *_range_of_states(pipe, shape, **kwargs))
     planes = [torch.zeros(size), torch.ones(size)]
     while _BASE ** (len(planes) - 2) < size:
         planes.append(((numbers // _BASE ** (len(planes) - 2)) % _BASE).float())
@@ -146,6 +154,31 @@ def coder_of(pipe: Any, shape: tuple[int, ...], **kwargs: Any) -> PipelineCoder:
         sharing_copy(module), shape, tuple(zero.shape[1:]), None if straight else places,
         _small(scale[0]), _small(zero[0]),
     )  # fmt: skip
+
+
+def _range_of_states(pipe: Any, shape: tuple[int, ...], **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift from states that are images to [-1, 1], by what comes of two gray ones."""
+    answer = silence()
+    if "output_type" not in inspect.signature(pipe.__call__).parameters:
+        return torch.tensor(1.0), torch.tensor(0.0)
+
+    def shown(gray: float) -> float:
+        def last(state: Tensor) -> Tensor:
+            return torch.full_like(state, gray)
+
+        heard = listen(pipe, answer=answer, last=last, **{**kwargs, "output_type": "np"})
+        image = np.asarray(heard.result[0], dtype=float)
+        if float(np.ptp(image)) > 1e-3:
+            raise UserError(
+                f"{type(pipe).__name__} does not show a gray state as a gray image; bayesdiff "
+                "follows pipelines that scale their last state, and shift it"
+            )
+        return float(image.mean())
+
+    dark, bright = map(shown, _GRAYS)
+    slope = (bright - dark) / (_GRAYS[1] - _GRAYS[0])
+    scale, shift = 2 * slope, 2 * (dark - slope * _GRAYS[0]) - 1
+    return torch.tensor(round(scale, 3)), torch.tensor(round(shift, 3))
 
 
 def _small(values: Tensor) -> Tensor:

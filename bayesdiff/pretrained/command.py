@@ -80,7 +80,7 @@ def space(data: ImageData, folder: str | None = None) -> Space:
     if data.images.dim() != 4:
         raise UserError(f"{pipeline.who} makes pictures, and {data.name} has none; give images")
     _, coder = _built(folder, (), tuple(data.images.shape[2:]))
-    if coder.coder is not None:
+    if not coder.trivial:
         return Latents(data, coder)
     if tuple(data.images.shape[1:]) != coder.shape:
         raise UserError(

@@ -46,7 +46,7 @@ def convention_of(heard: Heard, who: str) -> Convention:
     state = step.sample[:1]
     network_input = _network_input(heard, state)
     sample = _sample_key(calls[0], network_input, who)
-    time, scale, shift = _clock(heard, sample, who)
+    time, follows, scale, shift = _clock(heard, sample, who)
     parts = [(call, row) for call in calls for row in range(len(call.given[sample]))]
     channels, weights = _kept(step, parts, state.shape[1], who)
     rows = [_row(call, row, sample, time) for call, row in parts]
@@ -66,7 +66,7 @@ def convention_of(heard: Heard, who: str) -> Convention:
         for key, value in calls[0].given.items()
         if key not in (sample, time) and key not in rows[0]
     }
-    call = Call(sample, time, scale, shift, constants, channels)
+    call = Call(sample, time, scale, shift, follows, constants, channels)
     nothing = rows[others[0]] if others else None
     guidance = round(weights[guided], 6) if others else 1.0
     return Convention(call, rows[guided], nothing, guidance, tuple(state.shape[1:]))
@@ -96,8 +96,8 @@ def _sample_key(call: NetworkCall, network_input: Tensor, who: str) -> Key:
     )
 
 
-def _clock(heard: Heard, sample: Key, who: str) -> tuple[Key, float, float]:
-    """The argument that is the time, and what it is of the schedule's."""
+def _clock(heard: Heard, sample: Key, who: str) -> tuple[Key, str, float, float]:
+    """The argument that is the time, and what it is of the schedule's time steps or sigmas."""
     ends = [0, *(step.calls for step in heard.steps)]
     firsts = [heard.calls[k] for k in ends[:-1]]
     times = torch.tensor([step.time for step in heard.steps], dtype=torch.float64)
@@ -110,11 +110,26 @@ def _clock(heard: Heard, sample: Key, who: str) -> tuple[Key, float, float]:
         told = torch.tensor(own, dtype=torch.float64)
         if len(told.unique()) < 2:
             continue
+        # Two steps lie on a line whatever they are: what needs no shift comes first.
+        ratio = float(told[0] / times[0])
+        if torch.allclose(ratio * times, told, rtol=4e-3, atol=0):
+            return key, "timesteps", _plain(ratio), 0.0
+        levels = _sigmas(heard.scheduler, len(times))
+        if levels is not None and torch.allclose(levels, told, rtol=4e-3, atol=0):
+            return key, "sigmas", 1.0, 0.0
         scale = float((told[-1] - told[0]) / (times[-1] - times[0]))
         shift = float(told[0] - scale * times[0])
         if torch.allclose(scale * times + shift, told, rtol=4e-3, atol=1e-3):
-            return key, _plain(scale), _plain(shift)
+            return key, "timesteps", _plain(scale), _plain(shift)
     raise UserError(f"{who} gives its network no time that follows the scheduler's")
+
+
+def _sigmas(scheduler: Any, count: int) -> Tensor | None:
+    """Noise levels of this many steps, where the scheduler has them."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, Tensor) or sigmas.dim() != 1 or len(sigmas) < count:
+        return None
+    return sigmas[:count].double().cpu()
 
 
 def _number(value: Any) -> float | None:

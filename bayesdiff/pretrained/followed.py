@@ -16,9 +16,9 @@ from bayesdiff.pretrained.call import Called, Prompts, Table
 from bayesdiff.pretrained.coder import PipelineCoder, coder_of
 from bayesdiff.pretrained.convention import Convention, convention_of
 from bayesdiff.pretrained.doctor import Finding, diagnose
-from bayesdiff.pretrained.head import tapped
+from bayesdiff.pretrained.head import TIMES, gains, tapped
 from bayesdiff.pretrained.listening import Heard, listen, network_name, sharing_copy
-from bayesdiff.pretrained.schedule import path_and_prediction
+from bayesdiff.pretrained.schedule import VarianceExploding, path_and_prediction
 from bayesdiff.pretrained.scheduled import Scheduled, scheduled
 from bayesdiff.storage.artefacts import key_of, weights_key
 
@@ -118,7 +118,7 @@ class FollowedPipeline:
         """The network for states of one shape, as a model of this package, and their coder."""
         call = convention.call
         constants = {str(name): _digest(value) for name, value in call.constants.items()}
-        told = str((convention.shape, call.sample, call.time, call.scale, call.channels))
+        told = str((convention.shape, replace(call, constants={})))
         key = key_of(told, constants)
         if key not in self._models:
             self._models[key] = self._model(convention, scheduler, arguments)
@@ -135,8 +135,15 @@ class FollowedPipeline:
         if coder.places is not None:
             path.arrange = coder.arranged
         table = Table([convention.given] if convention.given else [])
-        called = Called(sharing_copy(self.network), call, path.schedule_time, table)
+        clock = path.schedule_time if call.follows == "timesteps" else path.noise_level
+        called = Called(sharing_copy(self.network), call, clock, table)
         first = torch.zeros(1, dtype=torch.long) if convention.given else None
+        if isinstance(path, VarianceExploding):
+            # A network that divides by sigma says the noise before, whose errors are alike at
+            # all times; those of the score are not.
+            behind = path.noise_level(TIMES) * gains(called, convention.shape, first)
+            if float((behind / behind[0] - 1).abs().max()) < 1e-3:
+                called.gain, prediction = path.noise_per_score, "noise"
         net = tapped(called, convention.shape, first)
         condition = Prompts(table) if convention.given else None
         never = torch.optim.SGD  # it is trained already

@@ -7,11 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.laplace.head import CarryingConv2d, CarryingLinear, HeadGeometry
 from bayesdiff.networks import Adapter
+from bayesdiff.pretrained.fold import CarryingAdapter, Fold, put
 
-# An output's number is told in digits of this base: they are exact in half precision.
-_BASE = 256
+# An output's number is told in digits of this base: they are exact in half precision, and of the
+# second where something is added to them.
+_BASE, _SMALL_BASE = 256, 16
+# Times at which a network is run, and a share of its output that is none.
+TIMES = torch.tensor([0.3, 0.7, 0.5], dtype=torch.float64)
+_NOTHING = 1e-6
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -24,28 +29,6 @@ class _Given(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.output.to(features)
-
-
-class Fold:
-    """Moves the head's outputs to where they lie in a prediction; linear, without weights.
-
-    Args:
-        places: of every value of a prediction among the head's outputs of a sample, int64 of the
-            prediction's shape.
-        factor: of all of them.
-    """
-
-    def __init__(self, places: Tensor, factor: float) -> None:
-        self.places, self.factor = places, factor
-        self.straight = bool((places.flatten() == torch.arange(places.numel())).all())
-
-    def __call__(self, output: Tensor) -> Tensor:
-        """``(B, ...)`` as the head gives it to ``(B, *shape)``."""
-        flat = output.flatten(1)
-        if not self.straight:
-            flat = flat[:, self.places.flatten().to(output.device)]
-        moved = flat.unflatten(1, self.places.shape)
-        return moved if self.factor == 1 else self.factor * moved
 
 
 def tapped(module: nn.Module, shape: Sequence[int], given: Tensor | None = None) -> Adapter:
@@ -68,12 +51,15 @@ def tapped(module: nn.Module, shape: Sequence[int], given: Tensor | None = None)
         HeadGeometry.of(head)
     except UserError as error:
         raise UserError(f"{who} is no head for last-layer Laplace: {error}") from error
-    fold, rows = probe.fold(name, who)
-    own_head = _rows_of(head, rows)
+    fold, rows, carried = probe.fold(name, who)
+    own_head = _rows_of(head, rows, carried is not None)
     if next(own_head.parameters()).dtype != torch.float64:
         own_head = own_head.float()
-    _put(module, name, own_head)
-    adapter = Adapter(module, head=name, fold=fold)
+    if carried is None:
+        put(module, name, own_head)
+        adapter = Adapter(module, head=name, fold=fold)
+    else:
+        adapter = CarryingAdapter(module, name, own_head, fold, carried)
     truth, own = probe.truth, probe.once(adapter)
     dtype = next(module.parameters()).dtype
     size = truth.abs().max()
@@ -85,21 +71,31 @@ def tapped(module: nn.Module, shape: Sequence[int], given: Tensor | None = None)
     return adapter
 
 
+def gains(module: nn.Module, shape: Sequence[int], given: Tensor | None = None) -> Tensor:
+    """What outputs of the last layer are multiplied by behind it at ``TIMES``, of one of them."""
+    probe = _Probe(module.eval(), shape, given)
+    name = probe.last_layer()
+    ones = torch.ones_like(probe.head_output(name))
+    ends = torch.stack([0 * ones[0], ones[0]])
+    said = [probe.saying(name, ends, time) for time in range(len(TIMES))]
+    return torch.stack([(one - zero).flatten()[0].double().cpu() for zero, one in said])
+
+
 class _Probe:
-    """Runs a network at two states and times, in ways that show its end."""
+    """Runs a network at a few states and times, in ways that show its end."""
 
     def __init__(self, module: nn.Module, shape: Sequence[int], given: Tensor | None) -> None:
         generator = torch.Generator().manual_seed(0)
         weight = next(module.parameters())
         self.module = module
-        self.x = torch.randn(2, *shape, generator=generator).to(weight)
-        self.t = torch.tensor([0.3, 0.7], dtype=torch.float64, device=weight.device)
+        self.x = torch.randn(len(TIMES), *shape, generator=generator).to(weight)
+        self.t = TIMES.to(weight.device)
         self.y = None if given is None else given.to(weight.device)
         self.truth = self.once(module)
 
     @torch.no_grad()
     def once(self, net: nn.Module, rows: Sequence[int] = (0, 1)) -> Tensor:
-        """Output for these of the two states."""
+        """Output for these of the states."""
         chosen = list(rows)
         y = None if self.y is None else self.y.expand(len(chosen), *self.y.shape[1:])
         output: Tensor = net(self.x[chosen], self.t[chosen], y)
@@ -125,71 +121,102 @@ class _Probe:
             raise UserError(f"{type(self.module).__name__} runs no layer with weights")
         return ran[-1]
 
-    def fold(self, name: str, who: str) -> tuple[Fold, list[int]]:
+    def fold(self, name: str, who: str) -> tuple[Fold, list[int], tuple[int, ...] | None]:
         """Where the head's outputs go, and which of its rows go anywhere.
 
+        Returns:
+            Both, and the shape of these rows' outputs where something is added to them; or None.
+
         Raises:
-            UserError: if something is added to them, or they are mixed.
+            UserError: if they are mixed, or something is added that is not one value for each.
         """
-        head = self.module.get_submodule(name)
+        head, output = self.module.get_submodule(name), self.head_output(name)
+        shape = output.shape[1:]
+        added = bool(self.saying(name, torch.zeros_like(output)).abs().max() > _NOTHING)
+        base = _SMALL_BASE if added else _BASE
+        numbers = torch.arange(shape.numel())
+        planes = torch.stack([0 * numbers, 0 * numbers + 1, *_digits(numbers, base)])
+        said = self.saying(name, planes.unflatten(1, shape).to(output))
+        said = said - said[:1] if added else said
+        factor = float(said[1].flatten()[0])
+        read = [(digit / factor).round().long().cpu() for digit in said[2:]]
+        places = sum((digit * base**k for k, digit in enumerate(read)), torch.zeros_like(read[0]))
+        straight = float((said[1] - factor).abs().max()) <= 1e-3 * abs(factor)
+        if not (
+            factor and straight and 0 <= int(places.min()) <= int(places.max()) < len(numbers)
+        ):
+            raise UserError(f"{who} is followed by a layer that mixes its outputs")
+        axis = HeadGeometry.of(head).axis
+        channel = numbers.unflatten(0, shape).movedim(axis, 0).flatten(1)
+        places, rows = _of_rows(places, channel)
+        if not added:
+            return Fold(places, factor), rows, None
+        if not torch.equal(places.flatten().sort().values, numbers[: channel[rows].numel()]):
+            raise UserError(
+                f"{who} is not all that the output depends on: something of the state is added "
+                "behind it, to outputs that are there several times"
+            )
+        kept = list(shape)
+        kept[axis] = len(rows)
+        return Fold(places, factor), rows, tuple(kept)
+
+    def head_output(self, name: str) -> Tensor:
+        """What the head gives for the first state."""
         seen: list[Tensor] = []
+        head = self.module.get_submodule(name)
         hook = head.register_forward_hook(lambda _m, _i, output: seen.append(output))
         self.once(self.module, [0])
         hook.remove()
-        shape = seen[0].shape[1:]
-        numbers = torch.arange(shape.numel())
-        digits: list[Tensor] = []
-        while not digits or _BASE ** len(digits) < shape.numel():
-            digits.append((numbers // _BASE ** len(digits)) % _BASE)
-        planes = torch.stack([torch.zeros_like(numbers), torch.ones_like(numbers), *digits])
-        said = self._with(name, planes.unflatten(1, shape).to(seen[0]))
-        if float(said[0].abs().max()) > 1e-6:
-            raise UserError(
-                f"{who} is not all that the output depends on: something of the state is added "
-                "behind it"
-            )
-        factor = float(said[1].flatten()[0])
-        if not factor or float((said[1] - factor).abs().max()) > 1e-3 * abs(factor):
-            raise UserError(f"{who} is followed by a layer that mixes its outputs")
-        read = [(digit / factor).round().long() for digit in said[2:]]
-        places = sum((digit * _BASE**k for k, digit in enumerate(read)), torch.zeros_like(read[0]))
-        axis = -1 if isinstance(head, nn.Linear) else 0
-        channel = numbers.unflatten(0, shape).movedim(axis, 0).flatten(1)
-        rows_of = torch.empty_like(numbers)
-        rows_of[channel] = torch.arange(len(channel))[:, None].expand_as(channel)
-        rows = sorted(rows_of[places.flatten()].unique().tolist())
-        if len(rows) < len(channel):  # places among the rows that are kept
-            order = channel[rows].flatten().sort().values
-            new = torch.full_like(numbers, -1)
-            new[order] = torch.arange(len(order))
-            places = new[places]
-        return Fold(places.cpu(), factor), rows
+        return seen[0]
 
-    def _with(self, name: str, output: Tensor) -> Tensor:
-        """The network's output where the head says this, ``(n, ...)``, all at the first state."""
+    def saying(self, name: str, output: Tensor, state: int = 0) -> Tensor:
+        """The network's output where the head says this, ``(n, ...)``, all at one state."""
         head = self.module.get_submodule(name)
-        _put(self.module, name, _Given(output))
+        put(self.module, name, _Given(output))
         try:
-            return self.once(self.module, [0] * len(output))
+            return self.once(self.module, [state] * len(output))
         finally:
-            _put(self.module, name, head)
+            put(self.module, name, head)
 
 
-def _put(module: nn.Module, name: str, part: nn.Module) -> None:
-    where, _, last = name.rpartition(".")
-    setattr(module.get_submodule(where), last, part)
+def _digits(numbers: Tensor, base: int) -> list[Tensor]:
+    """Of every number below their count, the lowest first."""
+    digits: list[Tensor] = []
+    while not digits or base ** len(digits) < len(numbers):
+        digits.append((numbers // base ** len(digits)) % base)
+    return digits
 
 
-def _rows_of(head: nn.Module, rows: Sequence[int]) -> nn.Module:
+def _of_rows(places: Tensor, channel: Tensor) -> tuple[Tensor, list[int]]:
+    """Places among the outputs of those rows that are used, and these rows.
+
+    Args:
+        places: among all outputs of a sample.
+        channel: places of every row, ``(rows, positions)``.
+    """
+    rows_of = torch.empty_like(channel.flatten())
+    rows_of[channel] = torch.arange(len(channel))[:, None].expand_as(channel)
+    rows = sorted(rows_of[places.flatten()].unique().tolist())
+    if len(rows) == len(channel):
+        return places, rows
+    order = channel[rows].flatten().sort().values
+    new = torch.full_like(rows_of, -1)
+    new[order] = torch.arange(len(order))
+    return new[places], rows
+
+
+def _rows_of(head: nn.Module, rows: Sequence[int], carrying: bool) -> nn.Module:
     """A layer of its own with these outputs of the head."""
     weight: Tensor = head.weight[list(rows)].detach().clone()  # type: ignore[index]
     bias = None if head.bias is None else head.bias[list(rows)].detach().clone()  # type: ignore
     own: nn.Module
     if isinstance(head, nn.Linear):
-        own = nn.Linear(head.in_features, len(rows), bias is not None)
+        linear = CarryingLinear if carrying else nn.Linear
+        own = linear(head.in_features, len(rows), bias is not None)
     else:
         assert isinstance(head, nn.Conv2d)
-        own = nn.Conv2d(
+        convolution = CarryingConv2d if carrying else nn.Conv2d
+        own = convolution(
             head.in_channels, len(rows), head.kernel_size, padding=head.padding,  # type: ignore
             bias=bias is not None,
         )  # fmt: skip

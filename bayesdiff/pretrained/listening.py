@@ -61,12 +61,14 @@ class Heard:
         steps: of its scheduler.
         scheduler: as it was before the first step.
         decoded: what the decoder was given.
+        result: what the pipeline gave.
     """
 
     calls: list[NetworkCall] = field(default_factory=list)
     steps: list[SchedulerStep] = field(default_factory=list)
     scheduler: Any = None
     decoded: list[Tensor] = field(default_factory=list)
+    result: Any = None
 
     @property
     def unscaled_by(self) -> float:
@@ -170,7 +172,7 @@ def listen(
         own.safety_checker = None
     own.set_progress_bar_config(disable=True)
     try:
-        own(*args, **kwargs)
+        heard.result = own(*args, **kwargs)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise UserError(
             f"{type(pipe).__name__} does not run with these arguments: {one_line(error)}"

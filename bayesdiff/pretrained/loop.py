@@ -137,7 +137,10 @@ def advance_of(scheduler: Any, options: Mapping[str, Any]) -> Advance:
             more["generator"] = generator
         if "prev_timestep" in names:
             more["prev_timestep"] = times[place + 1] if place + 1 < len(times) else None
-        return step(g, t, x, **more).prev_sample
+        result = step(g, t, x, **more)
+        if place + 1 == len(times):  # pipelines of a score end without the last step's noise
+            return getattr(result, "prev_sample_mean", result.prev_sample)
+        return result.prev_sample
 
     return advance
 

@@ -50,7 +50,8 @@ def probed_steps(
             g = network(scheduler.scale_model_input(x, t), t)
             x = scheduler.step(g, t, x).prev_sample
 
-    does. The states in between are the network's inputs, the last is the sample.
+    does. The states in between are the network's inputs, the last is the sample; where the last
+    step also gives its mean without noise, ``prev_sample_mean``, that is the sample.
 
     Args:
         scheduler: of diffusers, after ``set_timesteps``; left as it is.

@@ -1,5 +1,6 @@
 """The path that a network was trained on, and what it predicts, as its scheduler says."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,11 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError
 from bayesdiff.paths import CondOT
-from bayesdiff.paths.probability_path import VariancePreserving
+from bayesdiff.paths.probability_path import (
+    PathCoefficients,
+    ProbabilityPath,
+    VariancePreserving,
+)
 
 # Names of diffusers, and ours.
 _PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
@@ -45,6 +50,11 @@ class DiscreteVP(VariancePreserving):
         index = len(self.log_abar[1:]) * (1 - t.double()) - 1
         return index if t.dtype == torch.float64 else (index * 2**10).round() / 2**10
 
+    def noise_level(self, t: Tensor) -> Tensor:
+        """Noise relative to signal, as schedulers have it in their ``sigmas``."""
+        here = self.coefficients(t)
+        return here.sigma / here.alpha
+
     def our_time(self, index: float) -> float:
         """Our time at an index."""
         return 1 - (index + 1) / len(self.log_abar[1:])
@@ -79,12 +89,66 @@ class ScheduledFlow(CondOT):
         """T times the share of noise, float64."""
         return self.timesteps * (1 - t.double())
 
+    def noise_level(self, t: Tensor) -> Tensor:
+        """Share of noise, as schedulers have it in their ``sigmas``."""
+        return 1 - t.double()
+
     def our_time(self, time: float) -> float:
         """Our time at one of the schedule."""
         return 1 - time / self.timesteps
 
 
-SchedulePath = DiscreteVP | ScheduledFlow
+class VarianceExploding(ProbabilityPath):
+    """Data with noise on it, x_t = x_1 + sigma x_0, sigma geometric in time (Song et al. 2021).
+
+    The schedule's time is 1 - t, sigma = sigma_min (sigma_max / sigma_min)^(1 - t). Noise of
+    sigma_min is left at t = 1. Schedulers of this path take the score.
+
+    Args:
+        sigma_min: the least noise.
+        sigma_max: the most, at t = 0.
+        last: schedule's time of the least noise that the network meets.
+
+    Attributes:
+        arrange: see ``DiscreteVP``.
+    """
+
+    family = "pretrained"
+
+    def __init__(self, sigma_min: float, sigma_max: float, last: float = 1e-5) -> None:
+        self.sigma_min, self.log_ratio = sigma_min, math.log(sigma_max / sigma_min)
+        self.noise_scale = sigma_max
+        self.last_time = 1 - last
+        self.arrange: Arrange | None = None
+
+    def coefficients(self, t: Tensor) -> PathCoefficients:
+        """Coefficients at times ``t`` of any shape, in float64."""
+        sigma = self.sigma_min * (self.log_ratio * (1 - t.double())).exp()
+        one = torch.ones_like(sigma)
+        return PathCoefficients(one, sigma, 0 * one, -self.log_ratio * sigma)
+
+    def initial_state(self, noise: Tensor) -> Tensor:
+        """Noise of sigma_max in the order that the pipeline's states have their values in."""
+        return super().initial_state(noise if self.arrange is None else self.arrange(noise))
+
+    def schedule_time(self, t: Tensor) -> Tensor:
+        """1 - t, float64."""
+        return 1 - t.double()
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """Sigma, float64."""
+        return self.coefficients(t).sigma
+
+    def noise_per_score(self, t: Tensor) -> Tensor:
+        """What the score is to be multiplied by to be the noise, float64."""
+        return -self.noise_level(t)
+
+    def our_time(self, time: float) -> float:
+        """Our time at one of the schedule."""
+        return 1 - time
+
+
+SchedulePath = DiscreteVP | ScheduledFlow | VarianceExploding
 
 
 def path_and_prediction(scheduler: Any) -> tuple[SchedulePath, str]:
@@ -98,6 +162,9 @@ def path_and_prediction(scheduler: Any) -> tuple[SchedulePath, str]:
     abar = getattr(scheduler, "alphas_cumprod", None)
     if kind == "flow_prediction" or (abar is None and hasattr(scheduler, "shift")):
         return ScheduledFlow(config.get("num_train_timesteps", 1000)), "flow"
+    if abar is None and {"sigma_min", "sigma_max", "sampling_eps"} <= set(config):
+        levels = config["sigma_min"], config["sigma_max"]
+        return VarianceExploding(*levels, config["sampling_eps"]), "score"
     if abar is None:
         raise UserError(
             f"{who} has no alphas_cumprod and is no flow-matching scheduler; give the pipeline "

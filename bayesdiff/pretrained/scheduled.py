@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
 from bayesdiff.checks import UserError
-from bayesdiff.paths import ProbabilityPath
+from bayesdiff.paths import ProbabilityPath, convert
+from bayesdiff.paths.coefficient import Coefficient
 from bayesdiff.pretrained.listening import Heard
 from bayesdiff.pretrained.probing import probed_steps
-from bayesdiff.pretrained.schedule import SchedulePath
+from bayesdiff.pretrained.schedule import SchedulePath, VarianceExploding
 from bayesdiff.solvers import Solver, Step
-from bayesdiff.solvers.step import Row
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Scheduled(Solver):
     """The steps of a scheduler, with times of its own.
 
     Args:
-        own: its steps, from noise to data.
+        own: its steps, from standard noise to data, for outputs as the network gives them.
         called: the scheduler's name.
     """
 
@@ -48,7 +50,7 @@ class Scheduled(Solver):
         return [*(step.times[0] for step in self.own), 1.0]
 
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
-        """Its steps.
+        """Its steps, from the path's first state and for this prediction.
 
         Raises:
             UserError: for other times than its own.
@@ -58,7 +60,34 @@ class Scheduled(Solver):
                 f"{self.called} goes from noise to data at times of its own; use one of our "
                 "solvers, such as solver=pf_ode, for other times or the other way"
             )
-        return list(self.own)
+        if not isinstance(path, VarianceExploding):
+            return list(self.own)
+        first, *others = self.own
+        steps = [_from(first, path.noise_scale), *others]
+        return steps if prediction == "score" else [_for(s, path, prediction) for s in steps]
+
+
+def _from(step: Step, scale: Coefficient) -> Step:
+    """The step from a state that is larger by this factor, where it should not be."""
+    if scale == 1.0:
+        return step
+
+    def of(row: Sequence[Coefficient]) -> tuple[Coefficient, ...]:
+        return (row[0] / scale, *row[1:])
+
+    inputs, kept = tuple(map(of, step.inputs)), tuple(map(of, step.kept))
+    return replace(step, inputs=inputs, output=of(step.output), kept=kept)
+
+
+def _for(step: Step, path: ProbabilityPath, prediction: str) -> Step:
+    """A step that takes the score, for a network that gives a multiple of it."""
+    here = path.coefficients(torch.tensor(step.times[0], dtype=torch.float64))
+    factor = float(convert(prediction, "score", here)[1])
+
+    def of(row: Sequence[Coefficient]) -> tuple[Coefficient, ...]:
+        return (row[0], factor * row[1], *row[2:])
+
+    return replace(step, output=of(step.output), kept=tuple(map(of, step.kept)))
 
 
 def scheduled(heard: Heard, path: SchedulePath, guidance: float = 1.0) -> Scheduled:
@@ -70,21 +99,5 @@ def scheduled(heard: Heard, path: SchedulePath, guidance: float = 1.0) -> Schedu
         guidance: of the solver.
     """
     first, *others = probed_steps(heard.scheduler, path.our_time)
-    steps = (_from_smaller(first, heard.unscaled_by), *others)
+    steps = (_from(first, heard.unscaled_by), *others)
     return Scheduled(len(steps), guidance, own=steps, called=type(heard.scheduler).__name__)
-
-
-def _from_smaller(step: Step, factor: float) -> Step:
-    """A first step whose state is to be this much smaller."""
-    if factor == 1:
-        return step
-
-    def smaller(row: Row) -> Row:
-        return (row[0] / factor, *row[1:])
-
-    return replace(
-        step,
-        inputs=tuple(map(smaller, step.inputs)),
-        output=smaller(step.output),
-        kept=tuple(map(smaller, step.kept)),
-    )
