@@ -1,7 +1,8 @@
 """Slow, independent truths about a followed pipeline, for tests and the study of families."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def fitted(
     image = torch.as_tensor(pipe(**call, **standing, output_type="np").images)
     height, width, channels = image.shape[1:]
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(count, channels, height, width, generator=generator)
+    size = count, channels, height, width
+    images = torch.rand(size, generator=generator, dtype=torch.float32)
     shown: dict[str, Any] = {}
     if "prompt" in call:
         shown["prompts"] = ["a cat", "a dog"] * (count // 2)
@@ -45,6 +47,16 @@ def in_double(pipe: Any) -> Any:
         if isinstance(part, nn.Module):
             setattr(twin, name, copy.deepcopy(part).double())
     return twin
+
+
+@contextmanager
+def double_by_default() -> Generator[None]:
+    """For pipelines that draw noise in the default precision, whatever their network's is."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def scheduler_error(
@@ -70,15 +82,13 @@ def split_error(bayes: BayesianPipeline, seed: int = 0) -> float:
     """Relative difference of fold(head(features)) and the network's own output, untouched."""
     model, raw = _model(bayes), bayes.followed.network
     net: Any = model.net
-    call = net.module.call
     generator = torch.Generator().manual_seed(seed)
     shape = _shape(bayes)
     like = next(raw.parameters())
     x = torch.randn(2, *shape, generator=generator).to(like)
     t = torch.tensor([0.15, 0.85], dtype=torch.float64)
     y = None if model.condition is None else torch.zeros(2, dtype=torch.long)
-    theirs = _raw(raw, net.module, x, t, y)
-    theirs = theirs if call.channels is None else theirs[:, : call.channels]
+    theirs = net.module.finished(_raw(raw, net.module, x, t, y), t)
     own = net(x, t, y)
     return float((own - theirs).abs().max() / theirs.abs().max())
 
@@ -99,8 +109,7 @@ def curvature_error(bayes: BayesianPipeline, images: Tensor, shown: Tensor | Non
         def output(w: Tensor, b: Tensor | None, seen: Any = seen) -> Tensor:
             given = {f"{name}.weight": w} | ({} if b is None else {f"{name}.bias": b})
             whole = _raw(raw, called, seen.x_t.double(), seen.time, seen.y, given)
-            channels = called.call.channels
-            return (whole if channels is None else whole[:, :channels]).flatten()
+            return called.finished(whole, seen.time).flatten()
 
         jacobian = jacrev(output, argnums=(0, 1) if head.bias is not None else 0)(
             weight, head.bias.detach() if head.bias is not None else None
@@ -141,7 +150,9 @@ def _head_name(bayes: BayesianPipeline) -> str:
     """The last linear or convolution layer that was replaced by the tap."""
     net: Any = _model(bayes).net
     taps = [
-        name for name, part in net.module.module.named_modules() if type(part).__name__ == "_Tap"
+        name
+        for name, part in net.module.module.named_modules()
+        if type(part).__name__.endswith("Tap")
     ]
     return taps[0]
 

@@ -39,7 +39,9 @@ def stored(bayes):
     return {n: {k: v.clone() for k, v in part.state_dict().items()} for n, part in parts.items()}
 
 
-@pytest.mark.parametrize("name", ["unet2d", "ldm", "sd", "sdxl", "dit", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "name", ["unet2d", "ncsnpp", "ldm", "sd", "sdxl", "dit", "pixart", "sd3", "flux"]
+)
 def test_images_are_the_pipelines_own_and_the_split_is_exact(made, name):
     pipe, bayes, call, _ = made(name)
     before = stored(bayes)

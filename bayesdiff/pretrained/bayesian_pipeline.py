@@ -243,6 +243,8 @@ class BayesianPipeline:
         assert posterior is not None
         check_solver(solver, model.path, model.condition is not None)
         estimator.check(solver)
+        if not coder.trivial:
+            estimator.check_decoded()
         if estimator.differentiates:
             check_derivative(model, f"uncertainty={estimator.name}")
         device = next(model.parameters()).device

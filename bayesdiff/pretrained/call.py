@@ -102,6 +102,7 @@ class Called(nn.Module):
         """The network's own arguments."""
         call = self.call
         time = (call.scale * self.clock(t) + call.shift).float()
+        time = time.to(torch.promote_types(time.dtype, self.dtype))
         given = {**call.constants, call.sample: x.to(self.dtype), call.time: time}
         if self.table.given:
             numbers = [0] * len(x) if y is None else y.tolist()

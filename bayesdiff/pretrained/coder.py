@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 import torch
 from torch import Tensor, nn
 
@@ -164,7 +163,7 @@ def _range_of_states(pipe: Any, shape: tuple[int, ...], **kwargs: Any) -> tuple[
 
     def shown(gray: float) -> float:
         def last(state: Tensor) -> Tensor:
-            return torch.full_like(state, gray)
+            return torch.full_like(state, gray, dtype=torch.float32)  # numpy knows no bfloat16
 
         heard = listen(pipe, answer=answer, last=last, **{**kwargs, "output_type": "np"})
         image = np.asarray(heard.result[0], dtype=float)

@@ -18,6 +18,7 @@ from bayesdiff.pretrained.convention import Convention, convention_of
 from bayesdiff.pretrained.doctor import Finding, diagnose
 from bayesdiff.pretrained.head import TIMES, gains, tapped
 from bayesdiff.pretrained.listening import Heard, listen, network_name, sharing_copy
+from bayesdiff.pretrained.loop import check_corrector
 from bayesdiff.pretrained.schedule import VarianceExploding, path_and_prediction
 from bayesdiff.pretrained.scheduled import Scheduled, scheduled
 from bayesdiff.storage.artefacts import key_of, weights_key
@@ -258,6 +259,7 @@ def _check_pipeline(pipe: Any) -> None:
             f"{type(pipe).__name__} is no pipeline of diffusers; load one with "
             "DiffusionPipeline.from_pretrained(path)"
         )
+    check_corrector(pipe.scheduler)
     if pipe.components.get("safety_checker") is not None:
         raise UserError(
             "safety_checker puts black images in the place of some, whose maps would be of "

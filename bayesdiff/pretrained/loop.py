@@ -73,9 +73,18 @@ def check_ready(scheduler: Any, options: Mapping[str, Any]) -> None:
     unknown = [key for key in options if key not in inspect.signature(step).parameters]
     if unknown:
         raise UserError(f"{name}.step takes no {unknown[0]!r}; leave it out of step_kwargs")
+    check_corrector(scheduler)
+
+
+def check_corrector(scheduler: Any) -> None:
+    """Refuse steps of a predictor with others of a corrector between them.
+
+    Raises:
+        UserError: one line with the cure.
+    """
     if not hasattr(scheduler, "step") and setting(scheduler, "correct_steps", 0):
         raise UserError(
-            f"{name} corrects with steps whose size depends on the output; set "
+            f"{name_of(scheduler)} corrects with steps whose size depends on the output; set "
             "scheduler.register_to_config(correct_steps=0)"
         )
 

@@ -167,6 +167,9 @@ class Estimator(ABC):
                 "leave it at model"
             )
 
+    def check_decoded(self) -> None:  # noqa: B027 - most can
+        """Refuse states that are decoded, with a ``UserError``."""
+
     def sources(self, run: Training) -> list[Any]:
         """What the maps come from beside weights, posterior and settings, for their key."""
         return []

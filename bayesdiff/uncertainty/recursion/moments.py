@@ -134,17 +134,21 @@ class Moments(Estimator):
             )
 
     def check_data(self, data: ImageData) -> None:
+        """Refuse states that are decoded, see ``check_decoded``."""
+        super().check_data(data)
+        if data.space.decoded:
+            self.check_decoded()
+
+    def check_decoded(self) -> None:
         """Refuse states that are decoded.
 
         Raises:
-            UserError: where pixels are other than states.
+            UserError: always.
         """
-        super().check_data(data)
-        if data.space.decoded:
-            raise UserError(
-                f"uncertainty={self.name} follows the variance of every value of a state alone, "
-                "which says nothing of decoded pixels; use uncertainty=ensemble or linearised"
-            )
+        raise UserError(
+            f"uncertainty={self.name} follows the variance of every value of a state alone, "
+            "which says nothing of decoded pixels; use uncertainty=ensemble or linearised"
+        )
 
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once: the draws, their derivatives, and the image."""
