@@ -86,6 +86,7 @@ def adm() -> DiffusionPipeline:
 
 def ncsnpp() -> DiffusionPipeline:
     """Score network with Fourier time and an image beside its features; images in [0, 1]."""
+    torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
         block_out_channels=(32, 32),

@@ -1,5 +1,6 @@
 """The last layer of a network that exists, found by running it, and what comes behind it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,10 +139,11 @@ class _Probe:
         planes = torch.stack([0 * numbers, 0 * numbers + 1, *_digits(numbers, base)])
         said = self.saying(name, planes.unflatten(1, shape).to(output))
         said = said - said[:1] if added else said
-        factor = float(said[1].flatten()[0])
+        rough = 2e-2 if added and output.dtype.itemsize < 4 else 1e-3
+        factor = _exact(float(said[1].double().mean()), rough if rough > 1e-3 else 1e-5)
         read = [(digit / factor).round().long().cpu() for digit in said[2:]]
         places = sum((digit * base**k for k, digit in enumerate(read)), torch.zeros_like(read[0]))
-        straight = float((said[1] - factor).abs().max()) <= 1e-3 * abs(factor)
+        straight = float((said[1] - factor).abs().max()) <= rough * abs(factor)
         if not (
             factor and straight and 0 <= int(places.min()) <= int(places.max()) < len(numbers)
         ):
@@ -177,6 +179,11 @@ class _Probe:
             return self.once(self.module, [state] * len(output))
         finally:
             put(self.module, name, head)
+
+
+def _exact(factor: float, error: float) -> float:
+    """A factor that was measured; 1 or -1 where it is that but for rounding."""
+    return math.copysign(1, factor) if abs(abs(factor) - 1) <= error else factor
 
 
 def _digits(numbers: Tensor, base: int) -> list[Tensor]:
