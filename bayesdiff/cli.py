@@ -17,7 +17,7 @@ _NUMBER_FOR_NAME = "Config group override must be a string"
 # What gloo and NCCL say of a process that is gone or stands still.
 _LOST = re.compile(
     "closed by peer|reset by peer|refused by peer|broken pipe|timed out waiting|socket timeout"
-    "|watchdog caught|ncclremoteerror|failed to connect",
+    "|pair closure|watchdog caught|ncclremoteerror|failed to connect",
     re.IGNORECASE,
 )
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -58,6 +58,9 @@ class SpiedPath:
         self.seen.append(t)
         return self.path.coefficients(t)
 
+    def training_times(self, uniform):
+        return self.path.training_times(uniform)
+
 
 def unet(patch=1, size=4, channels=1, classes=3, **options):
     torch.manual_seed(0)

@@ -111,17 +111,23 @@ def _clock(heard: Heard, sample: Key, who: str) -> tuple[Key, str, float, float]
         if len(told.unique()) < 2:
             continue
         # Two steps lie on a line whatever they are: what needs no shift comes first.
-        ratio = float(told[0] / times[0])
-        if torch.allclose(ratio * times, told, rtol=4e-3, atol=0):
+        ratio, rtol = float(told[0] / times[0]), _rounding(value)
+        if torch.allclose(ratio * times, told, rtol=rtol, atol=0):
             return key, "timesteps", _plain(ratio), 0.0
         levels = _sigmas(heard.scheduler, len(times))
-        if levels is not None and torch.allclose(levels, told, rtol=4e-3, atol=0):
+        if levels is not None and torch.allclose(levels, told, rtol=rtol, atol=0):
             return key, "sigmas", 1.0, 0.0
         scale = float((told[-1] - told[0]) / (times[-1] - times[0]))
         shift = float(told[0] - scale * times[0])
-        if torch.allclose(scale * times + shift, told, rtol=4e-3, atol=1e-3):
+        if torch.allclose(scale * times + shift, told, rtol=rtol, atol=1e-3):
             return key, "timesteps", _plain(scale), _plain(shift)
     raise UserError(f"{who} gives its network no time that follows the scheduler's")
+
+
+def _rounding(value: Any) -> float:
+    """Relative rounding of a time as it is given."""
+    half = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
+    return 4e-3 if half else 1e-5
 
 
 def _sigmas(scheduler: Any, count: int) -> Tensor | None:

@@ -1,8 +1,7 @@
 """The least pipeline: a network of one's own, its scheduler, and a decoder where it has one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-@dataclass(frozen=True)
-class Images:
+class Images(NamedTuple):
     """What pipelines return: ``(N, C, H, W)`` in [0, 1], or ``(N, H, W, C)`` of NumPy."""
 
     images: Any
@@ -83,7 +81,7 @@ class NetworkPipeline:
         x = x * self.scheduler.init_noise_sigma
         for t in self.scheduler.timesteps:
             seen = self.scheduler.scale_model_input(torch.cat([x] * max(len(given), 1)), t)
-            time = torch.full((len(seen),), float(t) + self.time_shift).to(seen)
+            time = torch.full((len(seen),), float(t) + self.time_shift, device=x.device)
             output: Any = self.network(seen, time, *([torch.cat(given)] if given else []))
             output = output if isinstance(output, Tensor) else output[0]
             if nothing is not None:
