@@ -14,6 +14,8 @@ from bayesdiff.checks import UserError  # noqa: E402
 from bayesdiff.laplace.posterior import HeadPosterior  # noqa: E402
 from bayesdiff.pretrained.bayesian_pipeline import BayesianPipeline  # noqa: E402
 from bayesdiff.pretrained.followed import FollowedPipeline  # noqa: E402
+from bayesdiff.pretrained.schedule import schedule_key  # noqa: E402
+from bayesdiff.pretrained.training_images import TrainingImages  # noqa: E402
 from bayesdiff.solvers.diffusion import DDIM  # noqa: E402
 from bayesdiff.uncertainty import Ensemble, Linearised  # noqa: E402
 
@@ -69,7 +71,7 @@ def test_every_scheduler_gives_the_pipelines_images(made, number):
     other = copy.copy(pipe)
     other.scheduler = SCHEDULERS["sd"][number]
     again = BayesianPipeline(other, bayes.followed.arguments)
-    again.posterior = bayes.posterior
+    again.posterior, again.schedule = bayes.posterior, bayes.schedule
     if not hasattr(other.scheduler, "alphas_cumprod"):  # says nothing of the training
         with pytest.raises(UserError, match="no alphas_cumprod"):
             checks.scheduler_error(again, other, call)
@@ -82,7 +84,7 @@ def test_pipelines_that_scale_twice_are_refused(made):
     other = copy.copy(pipe)
     other.scheduler = next(s for s in SCHEDULERS["dit"] if type(s).__name__.startswith("LMS"))
     again = BayesianPipeline(other, bayes.followed.arguments)
-    again.posterior = bayes.posterior
+    again.posterior, again.schedule = bayes.posterior, schedule_key(other.scheduler)
     with pytest.raises(UserError, match="scale it twice or never"):
         checks.scheduler_error(again, other, call)
     assert any("noise of sd 1" in finding.what for finding in again.doctor())
@@ -188,7 +190,7 @@ def test_what_cannot_be_followed_is_refused_in_one_line(made):
     )
     own = BayesianPipeline.of(clipped)
     assert "clip_sample" in str(own.doctor())
-    own.posterior = made("unet2d")[1].posterior
+    own.posterior, own.schedule = made("unet2d")[1].posterior, made("unet2d")[1].schedule
     with pytest.raises(UserError, match="clip_sample"):
         own(num_inference_steps=4)
 
@@ -203,6 +205,81 @@ def test_a_head_that_is_none_is_refused():
     )
     with pytest.raises(UserError, match="followed by"):
         FollowedPipeline(pipe).for_classes([], {})
+
+
+def test_what_would_be_followed_wrongly_is_refused(made):
+    pipe, bayes, call, images = made("sd")
+    given = {k: v for k, v in call.items() if k != "prompt"}
+    for more, reason in (
+        ({"latents": torch.zeros(1, 4, 8, 12)}, "give seed="),
+        ({"generator": torch.Generator()}, "give seed="),
+        ({"num_images_per_prompt": 2}, "give num_images="),
+        ({"callback_on_step_end": lambda *a: a[-1]}, "may change the state"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            bayes("a cat", **given, **more)
+    for bad, reason in (
+        ({"seed": [1]}, "seed"), ({"uncertainty": "linearised"}, "no estimator"),
+        ({"solver": "ddim"}, "no solver"), ({"num_inference_steps": 0}, "num_inference_steps"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=reason):
+            bayes("a cat", **given | bad)
+    with pytest.raises(UserError, match="no 'structur'.*structure"):
+        BayesianPipeline.of(pipe, structur="full")
+    with pytest.raises(UserError, match="no 'drawz'.*draws"):
+        BayesianPipeline.of(pipe).fit(images, prompts=["a"] * 12, drawz=2)
+
+    other = copy.copy(pipe)
+    own = BayesianPipeline.of(other)
+    own.posterior, own.schedule = bayes.posterior, bayes.schedule
+    other.scheduler = type(pipe.scheduler).from_config(
+        pipe.scheduler.config, prediction_type="v_prediction"
+    )
+    with pytest.raises(UserError, match="another schedule or prediction"):
+        own("a cat", **given)
+    other.scheduler = pipe.scheduler
+    other.vae = copy.deepcopy(pipe.vae)
+    with pytest.raises(UserError, match="vae is another one"):
+        own("a cat", **given)
+
+
+def test_an_image_to_begin_with_is_refused(made):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    pipe, _, _, images = made("sd")
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    other = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    arguments = {"image": torch.rand(1, 3, 16, 16), "strength": 1.0}
+    with pytest.raises(UserError, match="does not start from noise alone"):
+        BayesianPipeline.of(other, arguments).fit(images[:2], prompts=["a", "b"])
+
+
+def test_the_noise_of_a_steps_own_argument_is_followed(made):
+    pipe, bayes, call, _ = made("sd")
+    assert checks.scheduler_error(bayes, pipe, call | {"eta": 1.0}) < 1e-5
+
+
+def test_guidance_is_kept_by_solvers_of_ours(made):
+    _, bayes, call, _ = made("sd")
+    given = {k: v for k, v in call.items() if k != "prompt"} | {"uncertainty": Ensemble(members=2)}
+    guided = bayes("a cat", solver=DDIM(num_steps=4), **given)
+    assert guided.record["guidance"] == 3.0
+    free = bayes("a cat", solver=DDIM(num_steps=4), **given | {"guidance_scale": 1.0})
+    assert not torch.allclose(guided.images, free.images, atol=1e-4)
+
+
+def test_one_step_is_enough(made):
+    pipe, bayes, call, _ = made("sd")
+    assert checks.scheduler_error(bayes, pipe, call | {"num_inference_steps": 1}) < 1e-5
+
+
+def test_images_of_a_folder_keep_the_order_of_their_names(tmp_path):
+    from PIL import Image
+
+    for number in range(12):
+        Image.new("L", (4, 4), 20 * number).save(tmp_path / f"{number:03}.png")
+    read = TrainingImages.of(tmp_path)
+    assert [int(image[0, 0, 0]) for image in read.items] == [20 * n for n in range(12)]
 
 
 def test_half_precision_is_summed_wide(made):

@@ -8,19 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.checks import UserError, at_least
+from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.machine.progress import track
 from bayesdiff.models import GenerativeModel
+from bayesdiff.pretrained.asked import (
+    check_kinds,
+    check_pass_options,
+    check_posterior,
+    shown_by,
+)
 from bayesdiff.pretrained.call import Prompts
 from bayesdiff.pretrained.coder import PipelineCoder
 from bayesdiff.pretrained.convention import Convention
 from bayesdiff.pretrained.doctor import Finding
 from bayesdiff.pretrained.followed import FollowedPipeline
 from bayesdiff.pretrained.output import Output
-from bayesdiff.pretrained.schedule import path_and_prediction
+from bayesdiff.pretrained.schedule import path_and_prediction, schedule_key
 from bayesdiff.pretrained.scheduled import scheduled
 from bayesdiff.pretrained.training_images import TrainingImages
 from bayesdiff.solvers import Solver
@@ -57,7 +63,9 @@ class BayesianPipeline:
         self, pipe: Any, arguments: Mapping[str, Any] | None = None, **settings: Any
     ) -> None:
         self.followed, self.settings = FollowedPipeline(pipe, arguments), settings
+        check_posterior(settings)
         self.posterior: HeadPosterior | None = None
+        self.schedule = ""  # that the posterior was fitted under
         self._known: dict[str, Convention] = {}
 
     @classmethod
@@ -89,10 +97,12 @@ class BayesianPipeline:
             batch_size: images at once.
             options: of ``fit_curvature``: draws, seed, num_images, time_bins.
         """
+        at_least("batch_size", batch_size)
+        check_pass_options(options)
         given, pipeline = TrainingImages.of(images), self.followed
         if labels is None and pipeline.condition == "class_labels":
             labels = given.labels
-        shown = self._shown(prompts, labels, len(given))
+        shown = shown_by(self.followed, prompts, labels, len(given))
         size = pipeline.sized(*given.size)
         first = {**pipeline.asking_for(shown[0] if shown else None), **size}
         heard = pipeline.heard(3, first)
@@ -107,6 +117,7 @@ class BayesianPipeline:
             **options,
         )  # fmt: skip
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
+        self.schedule = schedule_key(heard.scheduler)
         return self
 
     @torch.no_grad()
@@ -140,19 +151,32 @@ class BayesianPipeline:
         if self.posterior is None:
             raise UserError("this pipeline has no posterior yet; call fit(images, ...) or load")
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        shown = self._shown(prompts, class_labels, None)
+        shown = shown_by(self.followed, prompts, class_labels, None)
         count = len(shown or [0]) if num_images is None else at_least("num_images", num_images)
         pipeline, estimator = self.followed, uncertainty or Ensemble(members=16)
         pipeline.require(kwargs)
+        at_least("num_inference_steps", num_inference_steps)
+        seed_of("seed", seed)
+        check_kinds(estimator, solver)
         asked = [{**pipeline.asking_for(each), **kwargs} for each in (shown or [None])]
         heard = [pipeline.heard(num_inference_steps, each) for each in asked]
-        known = [pipeline.convention(run, each) for run, each in zip(heard, asked, strict=True)]
+        if schedule_key(heard[0].scheduler) != self.schedule:
+            raise UserError(
+                f"the posterior is of another schedule or prediction than {pipeline.who}'s "
+                "scheduler has now; fit it again, or give back the scheduler's betas and "
+                "prediction_type"
+            )
+        # A clock shows over several steps; few may be asked for.
+        told = heard if num_inference_steps > 2 else [pipeline.heard(3, each) for each in asked]
+        known = [pipeline.convention(run, each) for run, each in zip(told, asked, strict=True)]
         model, coder = pipeline.model_at(known[0], heard[0].scheduler, asked[0])
         if isinstance(model.condition, Prompts):
             model.condition.show(known)
         if solver is None:
             path, _ = path_and_prediction(heard[0].scheduler)
             solver = scheduled(heard[0], path, known[0].guidance)
+        elif solver.guidance == 1:
+            solver = replace(solver, guidance=known[0].guidance)
         samples = self._samples(model, coder, solver, estimator, seed, count)
         return self._output(samples, solver, seed, asked)
 
@@ -167,7 +191,8 @@ class BayesianPipeline:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.posterior.curvature.save(folder / _CURVATURE)
-        write_json(folder / _RECORD, {"weights": self.followed.key, "settings": self.settings})
+        record = {"weights": self.followed.key, "schedule": self.schedule}
+        write_json(folder / _RECORD, record | {"settings": self.settings})
 
     @classmethod
     def load(
@@ -179,7 +204,7 @@ class BayesianPipeline:
             UserError: for a folder without one, or one of another network.
         """
         record = read_json(Path(folder) / _RECORD)
-        if record is None or not {"weights", "settings"} <= record.keys():
+        if record is None or not {"weights", "schedule", "settings"} <= record.keys():
             raise UserError(f"{folder} has no {_RECORD}; give a folder that save has written")
         made = cls(pipe, arguments, **record["settings"])
         if record["weights"] != made.followed.key:
@@ -189,28 +214,13 @@ class BayesianPipeline:
             )
         curvature = Curvature.load(Path(folder) / _CURVATURE)
         made.posterior = HeadPosterior.fit(curvature, **made.settings)
+        made.schedule = record["schedule"]
+        if made.schedule != schedule_key(pipe.scheduler):
+            raise UserError(
+                f"{folder} is the posterior of another schedule or prediction than this "
+                f"{made.followed.who}'s scheduler has; give the scheduler that it was fitted under"
+            )
         return made
-
-    def _shown(
-        self, prompts: Sequence[str] | None, labels: Sequence[int] | None, count: int | None
-    ) -> list[Any]:
-        """What images show, one value each; nothing where the pipeline takes no condition.
-
-        Raises:
-            UserError: for values that it does not take, or another number of them.
-        """
-        who, name = self.followed.who, self.followed.condition
-        for kind, plural, values in (
-            ("prompt", "prompts", prompts), ("class_labels", "class labels", labels),
-        ):  # fmt: skip
-            if kind != name and values is not None:
-                raise UserError(f"{who} takes no {plural}; leave them out")
-            if kind == name and values is None:
-                raise UserError(f"{who} takes {plural}; give one for each image")
-            if kind == name and values is not None and count not in (None, len(values)):
-                raise UserError(f"{len(values)} {plural} for {count} images; give one for each")
-        values = prompts if name == "prompt" else labels
-        return [] if values is None else list(values)
 
     def _values(
         self, model: GenerativeModel, shown: Sequence[Any], size: Mapping[str, int]

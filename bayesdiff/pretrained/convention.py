@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesdiff.checks import UserError
 from bayesdiff.pretrained.call import Call, Row
 from bayesdiff.pretrained.listening import Heard, Key, NetworkCall, SchedulerStep
+from bayesdiff.pretrained.loop_checks import check_loop, check_weights
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def convention_of(heard: Heard, who: str) -> Convention:
     state = step.sample[:1]
     network_input = _network_input(heard, state)
     sample = _sample_key(calls[0], network_input, who)
+    check_loop(heard, who)
     time, follows, scale, shift = _clock(heard, sample, who)
     parts = [(call, row) for call in calls for row in range(len(call.given[sample]))]
     channels, weights = _kept(step, parts, state.shape[1], who)
@@ -57,6 +59,7 @@ def convention_of(heard: Heard, who: str) -> Convention:
             "follows weights that add up to one; a rescaled guidance is not linear, give "
             "guidance_rescale=0"
         )
+    check_weights(heard, weights, state.shape[1], who)
     guided = max(range(len(weights)), key=lambda k: weights[k])
     others = [k for k in range(len(weights)) if k != guided and abs(weights[k]) > 1e-6]
     if len(others) > 1:

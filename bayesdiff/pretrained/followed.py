@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from bayesdiff.pretrained.doctor import Finding, diagnose
 from bayesdiff.pretrained.head import TIMES, gains, tapped
 from bayesdiff.pretrained.listening import Heard, listen, network_name, sharing_copy
 from bayesdiff.pretrained.loop import check_corrector
-from bayesdiff.pretrained.schedule import VarianceExploding, path_and_prediction
+from bayesdiff.pretrained.loop_checks import OURS, check_start
+from bayesdiff.pretrained.schedule import VarianceExploding, path_and_prediction, schedule_key
 from bayesdiff.pretrained.scheduled import Scheduled, scheduled
 from bayesdiff.storage.artefacts import key_of, weights_key
 
@@ -49,6 +50,7 @@ class FollowedPipeline:
         self.network = sharing_copy(getattr(pipe, network_name(pipe)))
         rows = getattr(self.network, "config", {}).get("num_class_embeds")
         self.hidden_classes = None if self.takes & {"prompt", "class_labels"} else rows
+        self.parts = {n: part for n, part in pipe.components.items() if n != "scheduler"}
         self.require(self.arguments)
         self._output: Tensor | None = None
         self._models: dict[str, tuple[GenerativeModel, PipelineCoder]] = {}
@@ -72,7 +74,9 @@ class FollowedPipeline:
             return {}
         if self.condition == "prompt":
             return {"prompt": "" if value is None else str(value)}
-        return {"class_labels": [int(value or 0)]}
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UserError(f"class_labels are whole numbers, got {value!r}")
+        return {"class_labels": [value or 0]}
 
     def sized(self, height: int, width: int) -> dict[str, int]:
         """Arguments for images of this size, where the pipeline takes one."""
@@ -87,6 +91,8 @@ class FollowedPipeline:
         """
         more = set() if self.hidden_classes is None else {"guidance_scale"}
         for name in arguments:
+            if name in OURS:
+                raise UserError(f"{name} is the pipeline's own; {OURS[name]}")
             if name not in self.takes | more:
                 raise UserError(f"{self.who} takes no {name!r}{near(name, sorted(self.takes))}")
 
@@ -100,8 +106,20 @@ class FollowedPipeline:
                 self._output = really()
             return torch.randn(self._output.shape, generator=generator).to(self._output)
 
+        for name, part in self.parts.items():
+            if self.pipe.components.get(name) is not part:
+                raise UserError(
+                    f"the pipeline's {name} is another one than at the beginning; make a new "
+                    "BayesianPipeline of it"
+                )
         given = {**arguments, "num_inference_steps": num_inference_steps}
-        return listen(self.pipe, answer=answer, **self._given(given))
+        if "generator" not in self.takes:
+            return listen(self.pipe, answer=answer, **self._given(given))
+        noise = torch.Generator().manual_seed(0)
+        given["generator"] = noise.clone_state()
+        heard = listen(self.pipe, answer=answer, **self._given(given))
+        check_start(heard, noise, self.who)
+        return heard
 
     def convention(self, heard: Heard, arguments: Arguments) -> Convention:
         """What a run tells, with guidance where the pipeline does not know of any."""
@@ -119,7 +137,7 @@ class FollowedPipeline:
         """The network for states of one shape, as a model of this package, and their coder."""
         call = convention.call
         constants = {str(name): _digest(value) for name, value in call.constants.items()}
-        told = str((convention.shape, replace(call, constants={})))
+        told = schedule_key(scheduler), str((convention.shape, replace(call, constants={})))
         key = key_of(told, constants)
         if key not in self._models:
             self._models[key] = self._model(convention, scheduler, arguments)
@@ -168,6 +186,11 @@ class FollowedPipeline:
         if isinstance(model.condition, Prompts):
             model.condition.show(known, len(shown) or None)
             model.num_classes = model.condition.num_classes
+        rows = [{str(k): _digest(v) for k, v in own.given.items()} for own in known]
+        schedule = sorted((name, str(value)) for name, value in self.pipe.scheduler.config.items())
+        made_from = key_of(schedule_key(self.pipe.scheduler), schedule, rows).encode()
+        # Beside the weights, so that whatever is made of the model is known to come from it too.
+        cast(nn.Module, model.net).register_buffer("made_from", torch.tensor(list(made_from)))
         return model, coder
 
     def scheduled(
@@ -180,12 +203,21 @@ class FollowedPipeline:
             options: of its configuration.
             num_steps: given to ``set_timesteps``.
             guidance: of the solver.
+
+        Raises:
+            UserError: for a scheduler of another training.
         """
         path, _ = path_and_prediction(self.pipe.scheduler)
         other = copy.copy(self)
         if name is not None or options:
             other.pipe = copy.copy(self.pipe)
             other.pipe.scheduler = _scheduler(self.pipe.scheduler, name, options)
+            if schedule_key(other.pipe.scheduler) != schedule_key(self.pipe.scheduler):
+                raise UserError(
+                    f"{type(other.pipe.scheduler).__name__} with these options is of another "
+                    f"training than {type(self.pipe.scheduler).__name__} of the pipeline; its "
+                    "betas and its prediction_type must stay"
+                )
         heard = other.heard(num_steps, other.asking_for())
         return scheduled(heard, path, guidance)
 

@@ -44,12 +44,17 @@ class NetworkCall:
 
 @dataclass
 class SchedulerStep:
-    """One step of the scheduler: what it was given, and how many network calls came before."""
+    """One step of the scheduler: what it was given, and how many network calls came before.
+
+    Beside it: the state that it gave, and further arguments that are plain numbers.
+    """
 
     output: Tensor
     time: float
     sample: Tensor
     calls: int
+    options: dict[str, Any]
+    result: Tensor | None = None
 
 
 @dataclass
@@ -172,7 +177,8 @@ def listen(
         own.safety_checker = None
     own.set_progress_bar_config(disable=True)
     try:
-        heard.result = own(*args, **kwargs)
+        with torch.random.fork_rng(devices=[]):  # the user's own noise goes on as it was
+            heard.result = own(*args, **kwargs)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise UserError(
             f"{type(pipe).__name__} does not run with these arguments: {one_line(error)}"
@@ -220,8 +226,11 @@ def _heard_scheduler(scheduler: Any, heard: Heard, last: Callable[[Tensor], Tens
     def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *a: Any, **k: Any) -> Any:
         remember()
         calls = len(heard.calls)
-        heard.steps.append(SchedulerStep(model_output, float(timestep), sample, calls))
+        options = {n: v for n, v in k.items() if isinstance(v, int | float) and n != "return_dict"}
+        here = SchedulerStep(model_output, float(timestep), sample, calls, options)
+        heard.steps.append(here)
         result = step(model_output, timestep, sample, *a, **k)
+        here.result = result[0]
         if last is not None and len(heard.steps) == len(own.timesteps):
             return _with_sample(result, last(sample))
         return result

@@ -14,6 +14,7 @@ from bayesdiff.paths.probability_path import (
     ProbabilityPath,
     VariancePreserving,
 )
+from bayesdiff.storage.artefacts import key_of
 
 # Names of diffusers, and ours.
 _PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
@@ -176,3 +177,11 @@ def path_and_prediction(scheduler: Any) -> tuple[SchedulePath, str]:
             "flow_prediction, set the one that the network was trained with"
         )
     return DiscreteVP(torch.as_tensor(abar)), _PREDICTIONS[kind]
+
+
+def schedule_key(scheduler: Any) -> str:
+    """What changes with the path or the prediction that a scheduler tells of."""
+    path, prediction = path_and_prediction(scheduler)
+    c = path.coefficients(torch.linspace(0.01, 0.99, 99, dtype=torch.float64))
+    told = [[f"{value:.5e}" for value in values.tolist()] for values in (c.alpha, c.sigma)]
+    return key_of(prediction, told)

@@ -98,6 +98,7 @@ def scheduled(heard: Heard, path: SchedulePath, guidance: float = 1.0) -> Schedu
         path: of the network, which knows our time at those of the schedule.
         guidance: of the solver.
     """
-    first, *others = probed_steps(heard.scheduler, path.our_time)
+    options = heard.steps[0].options
+    first, *others = probed_steps(heard.scheduler, path.our_time, step_kwargs=options)
     steps = (_from(first, heard.unscaled_by), *others)
     return Scheduled(len(steps), guidance, own=steps, called=type(heard.scheduler).__name__)

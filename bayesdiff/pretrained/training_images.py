@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError
-from bayesdiff.data.sources import folder, zip_images
+from bayesdiff.data.folders import folder_part, splits
+from bayesdiff.data.framing import Framing
+from bayesdiff.data.zips import zip_part
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,7 @@ class TrainingImages:
         """
         labels = None
         if isinstance(images, str | Path):
-            read = folder if Path(images).is_dir() else zip_images
-            data = read("images", images)
-            images = torch.cat([data.images, data.test_images])
-            if data.labels is not None and data.test_labels is not None:
-                labels = torch.cat([data.labels, data.test_labels]).tolist()
+            images, labels = _read(Path(images))
         tensor = isinstance(images, Tensor) and images.dim() == 4
         if not tensor and (isinstance(images, Tensor) or not hasattr(images, "__getitem__")):
             raise UserError(
@@ -85,6 +83,24 @@ class TrainingImages:
                     f"{tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__}"
                 )
         return _in_unit_range(torch.stack(images))
+
+
+def _read(path: Path) -> tuple[Tensor, list[int] | None]:
+    """Images of a folder or a zip in the order of their names, and their classes.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    framing = Framing.of(None, None)
+    if path.is_dir():
+        part = folder_part(splits(path).train).decode(framing)
+        images, labels = part.decoded.images, part.labels
+    elif path.is_file():
+        archive = zip_part(path, "images")
+        images, (labels, _) = archive.decode(framing).images, archive.classes()
+    else:
+        raise UserError(f"no folder or zip of images at {path}; correct the path")
+    return images, None if labels is None else labels.tolist()
 
 
 def _in_unit_range(images: Tensor) -> Tensor:
