@@ -105,13 +105,15 @@ def test_single_precision_times_of_any_shape_are_served_in_double(name):
 
 
 def predictions(path, t, x_1, x_0):
-    """All four kinds from data and noise, written out."""
+    """All kinds from data and noise, written out."""
     c = path.coefficients(t)
     return {
         "velocity": c.d_alpha * x_1 + c.d_sigma * x_0,
         "noise": x_0,
         "data": x_1,
         "v": c.alpha * x_0 - c.sigma * x_1,
+        "flow": -c.d_alpha * x_1 - c.d_sigma * x_0,
+        "score": -x_0 / c.sigma,
     }, c.alpha * x_1 + c.sigma * x_0
 
 
@@ -147,7 +149,9 @@ def test_a_conversion_that_the_ends_do_not_determine_is_not_finite():
     assert not convert("data", "velocity", ends)[1][1].isfinite()
     for kind in ("velocity", "v"):
         for target in PREDICTIONS:
-            assert all(v.isfinite().all() for v in convert(kind, target, ends))
+            known = slice(1) if target == "score" else slice(2)  # -x_0 / sigma ends at no noise
+            assert all(v[known].isfinite().all() for v in convert(kind, target, ends))
+    assert not convert("velocity", "score", ends)[1][1].isfinite()
 
 
 @pytest.mark.parametrize(

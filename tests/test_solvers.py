@@ -517,6 +517,7 @@ def refusal(solver, path):
 
 def test_refusals_offer_solvers_that_there_are_by_the_names_of_their_files():
     files = sorted((ROOT / "configs" / "solver").glob("*.yaml"))
+    files = [file for file in files if file.stem != "scheduler"]  # of a pipeline's folder
     solvers = {file.stem: instantiate(OmegaConf.load(file)) for file in files}
     assert all(solver.name == name for name, solver in solvers.items())
     for path in (FLOW, COSINE):
