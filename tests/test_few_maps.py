@@ -11,8 +11,7 @@ from torch import nn
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.head import head_matrix
-from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.laplace.head import HeadGeometry, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.models import GenerativeModel
