@@ -99,7 +99,7 @@ class CarryingConv2d(nn.Conv2d):
 
 
 class CarryingLinear(nn.Linear):
-    """The same for a linear head."""
+    """A linear layer whose features carry, behind what it reads, what is added to its outputs."""
 
     @property
     def carried(self) -> int:
