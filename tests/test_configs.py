@@ -133,10 +133,11 @@ def test_data_sets(name, tmp_path):
         source = composed("data=moons", "data.source.points=300").data.source
         assert instantiate(source).images.shape == (300, 2)
         return
-    cfg = composed(f"data={name}", f"data.root={'null' if name == 'digits' else tmp_path}")
+    embedded = name in ("digits", "binary_digits")
+    cfg = composed(f"data={name}", f"data.root={'null' if embedded else tmp_path}")
     if "download" in cfg.data.source:
         cfg.data.source.download = False
-    if name == "digits":
+    if embedded:
         assert instantiate(cfg.data.source).num_classes == 10
     else:
         with pytest.raises(HydraException) as error:

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, few, positive
 from bayesdiff.data.spaces import Pixels, Space
+
+if TYPE_CHECKING:
+    from bayesdiff.data.binarised import Intensities
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,8 @@ class ImageData:
         embeddings: a vector for each training image, shape (N, E), float32; None for none.
         test_embeddings: the same for the held-out images, shape (M, E).
         states: the space that a model works in, None for the data's own; see ``space``.
+        intensities: what training draws its images from anew in every epoch, see ``binarised``;
+            None where it sees ``images``.
     """
 
     name: str
@@ -39,6 +44,7 @@ class ImageData:
     embeddings: Tensor | None = field(default=None, repr=False)
     test_embeddings: Tensor | None = field(default=None, repr=False)
     states: Space | None = field(default=None, repr=False)
+    intensities: "Intensities | None" = field(default=None, repr=False)
 
     @classmethod
     def build(

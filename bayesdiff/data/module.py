@@ -112,10 +112,12 @@ class TrainingBatches:
     def __init__(self, module: ImageDataModule, trainer: L.Trainer) -> None:
         self.module = module
         self.trainer = trainer
-        device = trainer.strategy.root_device
-        self.images = module.data.images.to(device)
+        self.device = trainer.strategy.root_device
+        grey, images = module.data.intensities, module.data.images
+        self.intensities = None if grey is None else grey.to(self.device)
+        self.images = images.to(self.device) if grey is None else images
         given = getattr(module.data, module.given)
-        self.given = None if given is None else given.to(device)
+        self.given = None if given is None else given.to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the trainer's own count of batches says where to go on; see ``__iter__``."""
@@ -141,10 +143,16 @@ class TrainingBatches:
         seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         for i in range(seen, len(self)):
             chosen = order[i * module.batch_size : (i + 1) * module.batch_size]
-            chosen = chosen[trainer.global_rank :: trainer.world_size].to(self.images.device)
-            images = self.images[chosen]
+            chosen = chosen[trainer.global_rank :: trainer.world_size].to(self.device)
+            images = self._images(chosen, epoch)
             if module.flip:
                 flip = mirrored[chosen.cpu()].to(images.device)
                 images = torch.where(flip[:, None, None, None], images.flip(-1), images)
             given = None if self.given is None else self.given[chosen]
             yield module.space.encode(images), given
+
+    def _images(self, chosen: Tensor, epoch: int) -> Tensor:
+        """Those at these places, drawn for the epoch where every epoch draws its own."""
+        if self.intensities is None:
+            return self.images[chosen]
+        return self.intensities.training(chosen, self.module.seed, epoch)

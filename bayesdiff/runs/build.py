@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bayesdiff.checks import UserError, at_least, positive, seed_of, share
+from bayesdiff.data.binarised import binarised
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.spaces import in_space
@@ -82,7 +83,10 @@ def build(cfg: DictConfig) -> Run:
     check_values(cfg)
     device = choose_device(str(cfg.trainer.accelerator))
     data = ImageDataModule(
-        in_space(instantiate(cfg.data.source), cfg.data.get("space")),
+        in_space(
+            binarised(instantiate(cfg.data.source), cfg.data.get("binarise")),
+            cfg.data.get("space"),
+        ),
         batch_size=cfg.data.batch_size,
         flip=cfg.data.flip,
         seed=cfg.seed,

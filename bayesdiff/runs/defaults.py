@@ -172,8 +172,8 @@ def named(folder: Path, prefix: str, text: str, key: str) -> Path:
 
 # What changes a training, most telling first; model.seed is the seed.
 _TELLING = (
-    r"model\.optimizer\.lr", "seed", r"trainer\..+", r"model\.(?!seed$|optimizer\.lr$).+",
-    r"path\..+", r"data\.space\.(.+\.)?(?!_target_$)[^.]+",
+    r"model\.optimizer\.lr", "seed", r"data\.binarise", r"trainer\..+",
+    r"model\.(?!seed$|optimizer\.lr$).+", r"path\..+", r"data\.space\.(.+\.)?(?!_target_$)[^.]+",
     r"net\..+", r"data\.(batch_size|flip)", "sample_from",
     r"data\.source\.(?!name$|root$|test_root$|source$|download$).+",
     r"callbacks\..+",
