@@ -45,7 +45,7 @@ class Intensities:
         Returns:
             uint8 ``(n, C, H, W)``, 0 and 255.
         """
-        return _drawn(self._training[places], places, seed, _TRAINING, epoch)
+        return _drawn(self._training[places], places, seed, epoch)
 
     def tests(self, draw: int = 0) -> Tensor:
         """One of many draws of all test images; the first is ``test_images``.
@@ -110,12 +110,22 @@ def _whole(grey: Tensor, part: int, draw: int = 0) -> Tensor:
     """A draw of all images of a part, a bounded number at once."""
     made = torch.empty_like(grey, memory_format=torch.contiguous_format)
     for places in torch.arange(len(grey)).split(max(_AT_ONCE // grey[0].numel(), 1)):
-        made[places] = _drawn(grey[places], places, 0, part, draw)
+        some = grey[places].flatten(1)
+        # Most pixels of most sets are black or white already, which takes no random number.
+        image, pixel = ((some > 0) & (some < 255)).nonzero(as_tuple=True)
+        keys = keys_of(places, 0, part, draw)[image]
+        some[image, pixel] = _white(some[image, pixel], keys, pixel)
+        made[places] = some.view(-1, *grey.shape[1:])
     return made
 
 
-def _drawn(grey: Tensor, places: Tensor, seed: int, part: int, draw: int) -> Tensor:
-    keys = keys_of(places, seed, part, draw)
+def _drawn(grey: Tensor, places: Tensor, seed: int, draw: int) -> Tensor:
+    """Some training images, without a number that the processor would have to wait for."""
+    keys = keys_of(places, seed, _TRAINING, draw)
+    pixels = torch.arange(grey[0].numel(), device=grey.device)
+    return _white(grey.flatten(1), keys[:, None], pixels).view(grey.shape)
+
+
+def _white(grey: Tensor, keys: Tensor, pixels: Tensor) -> Tensor:
     # Of 255 equally likely numbers, v are below v: black stays black, and white stays white.
-    levels = below(words(keys, grey[0].numel()), 255).view(grey.shape)
-    return torch.where(levels < grey, 255, 0).to(torch.uint8)
+    return torch.where(below(words(keys, pixels), 255) < grey, 255, 0).to(torch.uint8)

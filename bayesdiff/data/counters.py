@@ -29,18 +29,17 @@ def keys_of(places: Tensor, *numbers: int) -> Tensor:
     return _mixed(places + (key + _STEP))
 
 
-def words(keys: Tensor, count: int) -> Tensor:
-    """The first random numbers of every key, uniform from 0 to 2**32 - 1.
+def words(keys: Tensor, places: Tensor) -> Tensor:
+    """Random numbers of keys, uniform from 0 to 2**32 - 1.
 
     Args:
-        keys: int64 ``(n,)``.
-        count: for each.
+        keys: int64.
+        places: of the numbers in the stream of their key, int64 from 0; they broadcast.
 
     Returns:
-        int64 ``(n, count)``.
+        int64.
     """
-    steps = _STEP * torch.arange(1, count + 1, device=keys.device)
-    return _logical(_mixed(keys[:, None] + steps), 32)
+    return _logical(_mixed(keys + _STEP * (places + 1)), 32)
 
 
 def below(words: Tensor, bound: Tensor | int) -> Tensor:
