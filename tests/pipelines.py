@@ -26,6 +26,8 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     LDMPipeline,
     LMSDiscreteScheduler,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
@@ -46,6 +48,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -235,6 +239,43 @@ def flux() -> DiffusionPipeline:
     return _ready(pipe)
 
 
+def lumina2() -> DiffusionPipeline:
+    """Output negated, time reversed, and a last layer over the prompt's tokens as well."""
+    torch.manual_seed(0)
+    text = Gemma2Model(
+        Gemma2Config(
+            vocab_size=32,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=4,
+        )
+    )
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(32, 16, 16),
+        cap_feat_dim=8,
+    )
+    coder = _vae(
+        shift_factor=0.1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return _ready(Lumina2Pipeline(transformer, scheduler, coder, text, _t5_tokenizer()))
+
+
 _PROMPT = {"prompt": "a cat", "num_inference_steps": 4, "height": 16, "width": 16}
 # Arguments of one image.
 CALLS: dict[str, dict[str, Any]] = {
@@ -385,15 +426,12 @@ def _sd(prediction_type: str) -> DiffusionPipeline:
 def _vae(**options: Any) -> AutoencoderKL:
     """Images twice as wide as latents of four channels."""
     torch.manual_seed(1)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        **options,
-    )
+    given = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (4, 8),
+    }
+    return AutoencoderKL(latent_channels=4, norm_num_groups=4, sample_size=16, **(given | options))
 
 
 def _clip(width: int, kind: type = CLIPTextModel) -> Any:

@@ -3,9 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bayesdiff.checks import UserError
+import numpy as np
+from torch import Tensor
+
+from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import check_settings
 from bayesdiff.options.spelling import near
+from bayesdiff.pretrained.classes import check_classes
 from bayesdiff.pretrained.followed import FollowedPipeline
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty import Estimator
@@ -40,7 +44,32 @@ def shown_by(
         raise UserError(
             f"{who} takes prompts or class labels, and there are none; give at least one"
         )
-    return [] if values is None else list(values)
+    shown = [] if values is None else as_list(values)
+    if name == "class_labels":
+        check_classes(shown, followed.class_rows, who)
+    return shown
+
+
+def count_of(shown: Sequence[Any], num_images: int | None) -> int:
+    """Images that are asked for: one for each of what they show, unless a number is given.
+
+    Raises:
+        UserError: for fewer than there are prompts or classes.
+    """
+    if num_images is None:
+        return len(shown) or 1
+    if at_least("num_images", num_images) < len(shown):
+        raise UserError(
+            f"num_images={num_images} leaves out some of the {len(shown)} prompts or classes; "
+            "give as many or more, or fewer of these"
+        )
+    return num_images
+
+
+def as_list(values: Any) -> list[Any]:
+    """Values of a tensor or an array as plain ones, and any others as they are."""
+    plain = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+    return [each.item() if isinstance(each, Tensor | np.generic) else each for each in plain]
 
 
 def check_posterior(settings: Mapping[str, Any]) -> None:

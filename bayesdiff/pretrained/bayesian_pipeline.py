@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bayesdiff.pretrained.export  # noqa: F401 - diffusers reads its folders once it is imported
 from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.posterior import HeadPosterior
@@ -18,6 +19,7 @@ from bayesdiff.pretrained.asked import (
     check_kinds,
     check_pass_options,
     check_posterior,
+    count_of,
     shown_by,
 )
 from bayesdiff.pretrained.call import Prompts
@@ -33,9 +35,7 @@ from bayesdiff.solvers import Solver
 from bayesdiff.solvers.step import check_finite, check_solver
 from bayesdiff.storage.artefacts import key_of, read_json, weights_key, write_json
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples, starts_of
-from bayesdiff.uncertainty.estimator import check_derivative
 from bayesdiff.uncertainty.memory import images_at_once
-from bayesdiff.uncertainty.scores.of_maps_and_images import mean, top_mean, total
 
 _CURVATURE, _RECORD = "curvature.safetensors", "posterior.json"
 
@@ -90,18 +90,21 @@ class BayesianPipeline:
         """Fit the posterior to images that the network was trained on, or ones like them.
 
         Args:
-            images: of the size the pipeline makes: a tensor ``(N, C, H, W)``, uint8 or float in
-                [0, 1], a folder, a zip, or a data set of such images.
-            prompts: one for each image, where the pipeline takes prompts.
-            labels: classes, where it takes these; None for those of the folder or zip.
+            images: of the size the pipeline makes, see ``TrainingImages.of``.
+            prompts: one for each image, where the pipeline takes prompts; None for those of the
+                data set.
+            labels: classes, where it takes these; None for those of the folder, zip or data set.
             batch_size: images at once.
             options: of ``fit_curvature``: draws, seed, num_images, time_bins.
         """
         at_least("batch_size", batch_size)
         check_pass_options(options)
         given, pipeline = TrainingImages.of(images), self.followed
+        pipeline.parts.check(pipeline.pipe)
         if labels is None and pipeline.condition == "class_labels":
-            labels = given.labels
+            labels = given.second(int)
+        if prompts is None and pipeline.condition == "prompt":
+            prompts = given.second(str)
         shown = shown_by(self.followed, prompts, labels, len(given))
         size = pipeline.sized(*given.size)
         first = {**pipeline.asking_for(shown[0] if shown else None), **size}
@@ -150,10 +153,11 @@ class BayesianPipeline:
         """
         if self.posterior is None:
             raise UserError("this pipeline has no posterior yet; call fit(images, ...) or load")
+        pipeline, estimator = self.followed, uncertainty or Ensemble(members=16)
+        pipeline.parts.check(pipeline.pipe)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         shown = shown_by(self.followed, prompts, class_labels, None)
-        count = len(shown or [0]) if num_images is None else at_least("num_images", num_images)
-        pipeline, estimator = self.followed, uncertainty or Ensemble(members=16)
+        count = count_of(shown, num_images)
         pipeline.require(kwargs)
         at_least("num_inference_steps", num_inference_steps)
         seed_of("seed", seed)
@@ -188,6 +192,7 @@ class BayesianPipeline:
         """
         if self.posterior is None:
             raise UserError("there is no posterior to save yet; call fit(images, ...) first")
+        self.followed.parts.check(self.followed.pipe)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.posterior.curvature.save(folder / _CURVATURE)
@@ -255,8 +260,7 @@ class BayesianPipeline:
         estimator.check(solver)
         if not coder.trivial:
             estimator.check_decoded()
-        if estimator.differentiates:
-            check_derivative(model, f"uncertainty={estimator.name}")
+        estimator.check_model(model)
         device = next(model.parameters()).device
         decoder = None if coder.trivial else coder.decode
         start_of = starts_of(model, solver, seed, coder.shape, device, decoder)
@@ -272,10 +276,6 @@ class BayesianPipeline:
     ) -> Output:
         posterior = self.posterior
         assert posterior is not None
-        unit = samples.in_unit_range()
-        scores = {"map.sum": total(unit.variance), "map.mean": mean(unit.variance)}
-        scores["map.top_mean"] = top_mean(unit.variance)
-        latent = samples.latents is not None
         record = {
             "pipeline": self.followed.who,
             "solver": getattr(solver, "called", solver.name),
@@ -287,10 +287,11 @@ class BayesianPipeline:
             "asked": [{name: str(value) for name, value in each.items()} for each in asked],
             "posterior": posterior.settings,
             "weights": self.followed.key,
-            "decoder": "once per image, and per member or direction" if latent else "none",
+            "decoder": "none"
+            if samples.latents is None
+            else "once per image, and per member or direction",
         }
-        images = unit.images.clamp(0, 1)
-        return Output(images, unit.variance, samples.latent_variance, scores, record, samples)
+        return Output.of(samples, record)
 
 
 def _as_it_is(states: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Call:
         constants: arguments that are always the same.
         channels: of the output that are the prediction, the first ones; None for all. What
             comes behind them predicts a variance, and samplers leave it out.
+        sign: of the output on its way to the scheduler.
     """
 
     sample: Key
@@ -37,6 +38,7 @@ class Call:
     follows: str = "timesteps"
     constants: Mapping[Key, Any] = field(default_factory=dict)
     channels: int | None = None
+    sign: float = 1.0
 
 
 @dataclass
@@ -90,6 +92,8 @@ class Called(nn.Module):
         """The prediction that the network's output stands for."""
         if self.call.channels is not None:
             output = output[:, : self.call.channels]
+        if self.call.sign != 1:
+            output = self.call.sign * output
         if self.gain is None:
             return output
         # Rounded as the time is that the network gets: factors of it cancel.

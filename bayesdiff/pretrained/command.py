@@ -32,6 +32,8 @@ def opened(folder: str | None) -> FollowedPipeline:
         raise UserError("model=pretrained has no network yet; give model.path=FOLDER")
     try:
         from diffusers import DiffusionPipeline
+
+        import bayesdiff.pretrained.export  # noqa: F401 - so that its folders can be read
     except ImportError as error:
         raise UserError(
             "model=pretrained needs diffusers; install it with pip install bayesdiff[pretrained]"

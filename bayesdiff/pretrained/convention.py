@@ -53,13 +53,15 @@ def convention_of(heard: Heard, who: str) -> Convention:
     channels, weights = _kept(step, parts, state.shape[1], who)
     rows = [_row(call, row, sample, time) for call, row in parts]
     total = sum(weights)
-    if abs(total - 1) > 1e-3:
+    sign = -1.0 if total < 0 else 1.0
+    if abs(total - sign) > 1e-3:
         raise UserError(
             f"{who} gives its scheduler {total:.3g} times the network's output, and bayesdiff "
-            "follows weights that add up to one; a rescaled guidance is not linear, give "
+            "follows weights that add up to 1 or -1; a rescaled guidance is not linear, give "
             "guidance_rescale=0"
         )
     check_weights(heard, weights, state.shape[1], who)
+    weights = [sign * weight for weight in weights]
     guided = max(range(len(weights)), key=lambda k: weights[k])
     others = [k for k in range(len(weights)) if k != guided and abs(weights[k]) > 1e-6]
     if len(others) > 1:
@@ -69,7 +71,7 @@ def convention_of(heard: Heard, who: str) -> Convention:
         for key, value in calls[0].given.items()
         if key not in (sample, time) and key not in rows[0]
     }
-    call = Call(sample, time, scale, shift, follows, constants, channels)
+    call = Call(sample, time, scale, shift, follows, constants, channels, sign)
     nothing = rows[others[0]] if others else None
     guidance = round(weights[guided], 6) if others else 1.0
     return Convention(call, rows[guided], nothing, guidance, tuple(state.shape[1:]))

@@ -82,9 +82,10 @@ def export_pipeline(
 ) -> DDPMPipeline:
     """Write a pipeline's folder.
 
-    Whoever reads it imports this module first, since diffusers imports none that a folder names::
+    ``model=pretrained`` reads it. In Python this module, or ``BayesianPipeline``, is imported
+    first, since diffusers imports none that a folder names::
 
-        import bayesdiff.pretrained.export
+        from bayesdiff.pretrained.bayesian_pipeline import BayesianPipeline
         pipe = DiffusionPipeline.from_pretrained(folder)
 
     The stock pipeline knows no labels, and makes images of no class where a network has some;

@@ -22,10 +22,11 @@ class Fold:
         places: of every value of a prediction among the head's outputs of a sample, int64 of the
             prediction's shape.
         factor: of all of them.
+        partial: whether some of the head's positions are in no prediction.
     """
 
-    def __init__(self, places: Tensor, factor: float) -> None:
-        self.places, self.factor = places, factor
+    def __init__(self, places: Tensor, factor: float, partial: bool = False) -> None:
+        self.places, self.factor, self.partial = places, factor, partial
         self.straight = bool((places.flatten() == torch.arange(places.numel())).all())
 
     def __call__(self, output: Tensor) -> Tensor:

@@ -4,24 +4,27 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.checks import UserError, one_line
+from bayesdiff.checks import UserError
 from bayesdiff.models import GenerativeModel
+from bayesdiff.networks import Adapter
 from bayesdiff.options.spelling import near
 from bayesdiff.pretrained.call import Called, Prompts, Table
+from bayesdiff.pretrained.classes import check_classes, class_rows
 from bayesdiff.pretrained.coder import PipelineCoder, coder_of
 from bayesdiff.pretrained.convention import Convention, convention_of
-from bayesdiff.pretrained.doctor import Finding, diagnose
+from bayesdiff.pretrained.doctor import Finding, diagnose, noise_finding
 from bayesdiff.pretrained.head import TIMES, gains, tapped
 from bayesdiff.pretrained.listening import Heard, listen, network_name, sharing_copy
-from bayesdiff.pretrained.loop import check_corrector
 from bayesdiff.pretrained.loop_checks import OURS, check_start
-from bayesdiff.pretrained.schedule import VarianceExploding, path_and_prediction, schedule_key
-from bayesdiff.pretrained.scheduled import Scheduled, scheduled
+from bayesdiff.pretrained.parts import Parts, check_pipeline
+from bayesdiff.pretrained.schedule import path_and_prediction, schedule_key
+from bayesdiff.pretrained.scheduled import Scheduled, another_scheduler, scheduled
 from bayesdiff.storage.artefacts import key_of, weights_key
 
 Arguments = Mapping[str, Any]  # of a pipeline, for one image
@@ -43,14 +46,14 @@ class FollowedPipeline:
     """
 
     def __init__(self, pipe: Any, arguments: Arguments | None = None) -> None:
-        _check_pipeline(pipe)
+        check_pipeline(pipe)
         self.pipe, self.arguments = pipe, dict(arguments or {})
         self.who = type(pipe).__name__
         self.takes = set(inspect.signature(pipe.__call__).parameters)
         self.network = sharing_copy(getattr(pipe, network_name(pipe)))
         rows = getattr(self.network, "config", {}).get("num_class_embeds")
         self.hidden_classes = None if self.takes & {"prompt", "class_labels"} else rows
-        self.parts = {n: part for n, part in pipe.components.items() if n != "scheduler"}
+        self.parts = Parts(pipe)
         self.require(self.arguments)
         self._output: Tensor | None = None
         self._models: dict[str, tuple[GenerativeModel, PipelineCoder]] = {}
@@ -58,7 +61,14 @@ class FollowedPipeline:
     @property
     def key(self) -> str:
         """Of the network's weights."""
-        return weights_key(self.network)
+        return self.parts.key
+
+    @cached_property
+    def class_rows(self) -> int | None:
+        """Classes that the network has rows for; None for unknown, or where it takes none."""
+        if self.hidden_classes is not None or self.condition != "class_labels":
+            return self.hidden_classes
+        return class_rows(self.network, lambda k: self.heard(1, self.asking_for(k)))
 
     @property
     def condition(self) -> str | None:
@@ -74,8 +84,6 @@ class FollowedPipeline:
             return {}
         if self.condition == "prompt":
             return {"prompt": "" if value is None else str(value)}
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise UserError(f"class_labels are whole numbers, got {value!r}")
         return {"class_labels": [value or 0]}
 
     def sized(self, height: int, width: int) -> dict[str, int]:
@@ -106,12 +114,6 @@ class FollowedPipeline:
                 self._output = really()
             return torch.randn(self._output.shape, generator=generator).to(self._output)
 
-        for name, part in self.parts.items():
-            if self.pipe.components.get(name) is not part:
-                raise UserError(
-                    f"the pipeline's {name} is another one than at the beginning; make a new "
-                    "BayesianPipeline of it"
-                )
         given = {**arguments, "num_inference_steps": num_inference_steps}
         if "generator" not in self.takes:
             return listen(self.pipe, answer=answer, **self._given(given))
@@ -157,17 +159,32 @@ class FollowedPipeline:
         clock = path.schedule_time if call.follows == "timesteps" else path.noise_level
         called = Called(sharing_copy(self.network), call, clock, table)
         first = torch.zeros(1, dtype=torch.long) if convention.given else None
-        if isinstance(path, VarianceExploding):
+        if path.takes == "score":
             # A network that divides by sigma says the noise before, whose errors are alike at
             # all times; those of the score are not.
             behind = path.noise_level(TIMES) * gains(called, convention.shape, first)
             if float((behind / behind[0] - 1).abs().max()) < 1e-3:
                 called.gain, prediction = path.noise_per_score, "noise"
         net = tapped(called, convention.shape, first)
+        self._check_tokens(net, convention)
         condition = Prompts(table) if convention.given else None
         never = torch.optim.SGD  # it is trained already
         model = GenerativeModel(net, path, prediction, never, condition=condition)
         return model.eval().requires_grad_(False), coder
+
+    def _check_tokens(self, net: Adapter, convention: Convention) -> None:
+        """Refuse a last layer whose positions move with the length of a prompt.
+
+        Raises:
+            UserError: if it runs over the prompt's tokens as well.
+        """
+        text = any(value.dim() > 2 for value in convention.given.values())
+        if text and getattr(net._fold, "partial", False):
+            raise UserError(
+                f"the last layer of {type(self.network).__name__} runs over the tokens of the "
+                "prompt as well, so that the image's lie elsewhere for each; bayesdiff follows "
+                "networks whose last layer sees the image alone"
+            )
 
     def for_classes(
         self, shown: Sequence[Any], size: Arguments
@@ -178,6 +195,8 @@ class FollowedPipeline:
             shown: prompt or number of each class; none for samples without a condition.
             size: from ``sized``.
         """
+        if self.condition == "class_labels":
+            check_classes(shown, self.class_rows, self.who)
         guided = {"guidance_scale": 2.0} if "guidance_scale" in self.takes else {}
         asked = [{**self.asking_for(each), **size} for each in (shown or [None])]
         heard = [self.heard(3, guided | each) for each in asked]
@@ -211,7 +230,7 @@ class FollowedPipeline:
         other = copy.copy(self)
         if name is not None or options:
             other.pipe = copy.copy(self.pipe)
-            other.pipe.scheduler = _scheduler(self.pipe.scheduler, name, options)
+            other.pipe.scheduler = another_scheduler(self.pipe.scheduler, name, options)
             if schedule_key(other.pipe.scheduler) != schedule_key(self.pipe.scheduler):
                 raise UserError(
                     f"{type(other.pipe.scheduler).__name__} with these options is of another "
@@ -223,8 +242,9 @@ class FollowedPipeline:
 
     def doctor(self, num_inference_steps: int = 20) -> tuple[Finding, ...]:
         """What will spoil results on this pipeline, each with its cure."""
+        self.parts.check(self.pipe)
         heard = self.heard(num_inference_steps, self.asking_for())
-        return (*diagnose(heard.scheduler), *_noise_finding(self.who, heard))
+        return (*diagnose(heard.scheduler), *noise_finding(self.who, heard))
 
     def _given(self, arguments: Arguments) -> dict[str, Any]:
         """Arguments as the pipeline takes them; classes that it does not know of beside them."""
@@ -238,62 +258,8 @@ class FollowedPipeline:
         return given | {"beside": beside}
 
 
-def _noise_finding(who: str, heard: Heard) -> tuple[Finding, ...]:
-    if (factor := heard.unscaled_by) == 1:
-        return ()
-    return (
-        Finding(
-            f"{who} starts from noise of sd 1",
-            f"its scheduler asks for {factor:.3g}, and images come out grey and smooth",
-            "give a scheduler with init_noise_sigma=1, such as DDIMScheduler",
-        ),
-    )
-
-
 def _digest(value: Any) -> str:
     """What changes with the value of a constant argument."""
     if not isinstance(value, Tensor):
         return str(value)
     return weights_key(nn.ParameterDict({"value": nn.Parameter(value, requires_grad=False)}))
-
-
-def _scheduler(own: Any, name: str | None, options: Arguments) -> Any:
-    """Another scheduler with the same training behind it.
-
-    Raises:
-        UserError: for a name or an option that diffusers does not know.
-    """
-    import diffusers
-
-    kind = type(own) if name is None else getattr(diffusers, name, None)
-    if kind is None or not hasattr(kind, "set_timesteps"):
-        known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
-        raise UserError(f"diffusers has no scheduler {name!r}{near(str(name), known)}")
-    unknown = [each for each in options if each not in inspect.signature(kind).parameters]
-    if unknown:
-        known = list(inspect.signature(kind).parameters)
-        raise UserError(f"{kind.__name__} has no option {unknown[0]!r}{near(unknown[0], known)}")
-    try:
-        return kind.from_config(own.config, **options)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        who = kind.__name__
-        raise UserError(f"{who} does not take these options: {one_line(error)}") from error
-
-
-def _check_pipeline(pipe: Any) -> None:
-    """Refuse what changes images behind the decoder, and what is no pipeline.
-
-    Raises:
-        UserError: one line with the cure.
-    """
-    if not hasattr(pipe, "components") or not hasattr(pipe, "scheduler"):
-        raise UserError(
-            f"{type(pipe).__name__} is no pipeline of diffusers; load one with "
-            "DiffusionPipeline.from_pretrained(path)"
-        )
-    check_corrector(pipe.scheduler)
-    if pipe.components.get("safety_checker") is not None:
-        raise UserError(
-            "safety_checker puts black images in the place of some, whose maps would be of "
-            "others; load the pipeline with safety_checker=None"
-        )

@@ -152,7 +152,8 @@ class _Probe:
         channel = numbers.unflatten(0, shape).movedim(axis, 0).flatten(1)
         places, rows = _of_rows(places, channel)
         if not added:
-            return Fold(places, factor), rows, None
+            partial = len(places.flatten().unique()) < channel[rows].numel()
+            return Fold(places, factor, partial), rows, None
         if not torch.equal(places.flatten().sort().values, numbers[: channel[rows].numel()]):
             raise UserError(
                 f"{who} is not all that the output depends on: something of the state is added "

@@ -1,6 +1,7 @@
 """The least pipeline: a network of one's own, its scheduler, and a decoder where it has one."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ class Images(NamedTuple):
     images: Any
 
 
+@dataclass(eq=False, repr=False)
 class NetworkPipeline:
     """A module ``forward(x, timesteps)`` that was trained somewhere else, with a scheduler.
 
@@ -32,16 +34,14 @@ class NetworkPipeline:
         time_shift: what the network's time is more than the scheduler's.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        scheduler: Any,
-        shape: Sequence[int],
-        vae: Any = None,
-        time_shift: float = 0.0,
-    ) -> None:
-        self.network, self.scheduler, self.vae = network, scheduler, vae
-        self.shape, self.time_shift = tuple(shape), time_shift
+    network: nn.Module
+    scheduler: Any
+    shape: Sequence[int]
+    vae: Any = None
+    time_shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.shape = tuple(self.shape)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -78,9 +78,10 @@ class NetworkPipeline:
         x = torch.stack([torch.randn(self.shape, generator=each) for each in drawn]).to(weight)
         given = [each.to(x.device) for each in (labels, nothing) if each is not None]
         self.scheduler.set_timesteps(steps)
-        x = x * self.scheduler.init_noise_sigma
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scaled = getattr(self.scheduler, "scale_model_input", lambda state, _: state)
         for t in self.scheduler.timesteps:
-            seen = self.scheduler.scale_model_input(torch.cat([x] * max(len(given), 1)), t)
+            seen = scaled(torch.cat([x] * max(len(given), 1)), t)
             time = torch.full((len(seen),), float(t) + self.time_shift, device=x.device)
             output: Any = self.network(seen, time, *([torch.cat(given)] if given else []))
             output = output if isinstance(output, Tensor) else output[0]
@@ -93,6 +94,7 @@ class NetworkPipeline:
         return (x / 2 + 0.5).clamp(0, 1)
 
 
+@dataclass(eq=False, repr=False)
 class ClassPipeline(NetworkPipeline):
     """A module ``forward(x, timesteps, y)`` of classes as a pipeline, with guidance.
 
@@ -102,26 +104,10 @@ class ClassPipeline(NetworkPipeline):
         pipe = ClassPipeline(net, scheduler, (4, 32, 32), vae, time_shift=1, nothing=1000)
 
     Args:
-        network: see ``NetworkPipeline``.
-        scheduler: see there.
-        shape: see there.
-        vae: see there.
-        time_shift: see there.
-        nothing: number of "no class".
+        nothing: number of "no class"; the others are those of ``NetworkPipeline``.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        scheduler: Any,
-        shape: Sequence[int],
-        vae: Any = None,
-        time_shift: float = 0.0,
-        *,
-        nothing: int,
-    ) -> None:
-        super().__init__(network, scheduler, shape, vae, time_shift)
-        self.nothing = nothing
+    nothing: int = field(kw_only=True)
 
     def __call__(  # type: ignore[override]  # what it takes is what it is told apart by
         self,

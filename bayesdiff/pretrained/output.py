@@ -1,13 +1,16 @@
 """What a Bayesian pipeline returns."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bayesdiff.storage.artefacts import write_json
+from bayesdiff.checks import UserError
+from bayesdiff.storage.artefacts import read_json, write_json
 from bayesdiff.uncertainty import Samples
+from bayesdiff.uncertainty.scores.of_maps_and_images import mean, top_mean, total
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,39 @@ class Output:
     record: dict[str, Any]
     samples: Samples
 
+    @classmethod
+    def of(cls, samples: Samples, record: dict[str, Any]) -> "Output":
+        """Images in [0, 1] with their variance and scores.
+
+        Args:
+            samples: of a pipeline.
+            record: see the class.
+        """
+        unit = samples.in_unit_range()
+        scores = {"map.sum": total(unit.variance), "map.mean": mean(unit.variance)}
+        scores["map.top_mean"] = top_mean(unit.variance)
+        images = unit.images.clamp(0, 1)
+        return cls(images, unit.variance, samples.latent_variance, scores, record, samples)
+
     def save(self, folder: str | Path) -> None:
         """Every image and every map as a PNG in its folder ``png``, and ``record.json``.
 
         Maps have one scale, which ``png/scale.json`` states.
+
+        Raises:
+            UserError: for a folder that has other images already.
         """
         from bayesdiff.report.export import export_samples
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        export_samples(folder / "png", self.samples, (), "record.json")
+        pictures, path = folder / "png", folder / "record.json"
         scores = {name: values.tolist() for name, values in self.scores.items()}
-        write_json(folder / "record.json", self.record | {"scores": scores})
+        record = self.record | {"scores": scores}
+        same = read_json(path) == json.loads(json.dumps(record, default=str))
+        if (pictures.exists() or path.exists()) and not same:
+            raise UserError(
+                f"{folder} has other images already; give another folder, or delete it"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+        export_samples(pictures, self.samples, (), path.name)

@@ -1,6 +1,7 @@
 """The path that a network was trained on, and what it predicts, as its scheduler says."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -23,28 +24,54 @@ _PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 Arrange = Callable[[Tensor], Tensor]
 
 
-class DiscreteVP(VariancePreserving):
-    """The variance-preserving path of a table of squared signal levels, least noise first.
-
-    Args:
-        abar: ``(T,)``, the scheduler's ``alphas_cumprod``.
+class SchedulePath(ProbabilityPath):
+    """A path that the scheduler of a pipeline tells of.
 
     Attributes:
+        takes: prediction that the path's schedulers take, whichever the network gives; None where
+            they take the network's own.
         arrange: puts noise in the order of a pipeline's states, None where it is that already.
     """
 
     family = "pretrained"
+    takes: str | None = None
+    arrange: Arrange | None = None
+
+    def initial_state(self, noise: Tensor) -> Tensor:
+        """State at t = 0, of noise whose values are in another order than the pipeline's."""
+        return super().initial_state(noise if self.arrange is None else self.arrange(noise))
+
+    @abstractmethod
+    def schedule_time(self, t: Tensor) -> Tensor:
+        """The schedule's time at ours, float64."""
+
+    @abstractmethod
+    def our_time(self, time: float) -> float:
+        """Our time at one of the schedule."""
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """Noise as schedulers have it in their ``sigmas``, float64."""
+        return self.coefficients(t).sigma
+
+    def noise_per_score(self, t: Tensor) -> Tensor:
+        """What the score is to be multiplied by to be the noise, float64."""
+        return -self.coefficients(t).sigma
+
+
+class DiscreteVP(SchedulePath, VariancePreserving):
+    """The variance-preserving path of a table of squared signal levels, least noise first.
+
+    Args:
+        abar: ``(T,)``, the scheduler's ``alphas_cumprod``.
+    """
+
+    family = SchedulePath.family
 
     def __init__(self, abar: Tensor) -> None:
         log_abar = abar.double().cpu().clamp(min=1e-20).log()
         self.num_steps_max = len(abar)
         self.last_time = 1 - 1 / len(abar)
         self.log_abar = torch.cat([log_abar.new_zeros(1), log_abar])
-        self.arrange: Arrange | None = None
-
-    def initial_state(self, noise: Tensor) -> Tensor:
-        """Noise in the order that the pipeline's states have their values in."""
-        return noise if self.arrange is None else self.arrange(noise)
 
     def schedule_time(self, t: Tensor) -> Tensor:
         """Index of the table at our time, float64; those of float32 are rounded to 2^-10."""
@@ -56,9 +83,9 @@ class DiscreteVP(VariancePreserving):
         here = self.coefficients(t)
         return here.sigma / here.alpha
 
-    def our_time(self, index: float) -> float:
+    def our_time(self, time: float) -> float:
         """Our time at an index."""
-        return 1 - (index + 1) / len(self.log_abar[1:])
+        return 1 - (time + 1) / len(self.log_abar[1:])
 
     def training_times(self, uniform: Tensor) -> Tensor:
         """Times of the table's own indices, all alike often, for uniform numbers in [0, 1)."""
@@ -66,40 +93,28 @@ class DiscreteVP(VariancePreserving):
         return (uniform.double() * steps).floor().clamp(max=steps - 1) / steps
 
 
-class ScheduledFlow(CondOT):
+class ScheduledFlow(SchedulePath, CondOT):
     """Straight lines, timed by how much noise there is: the schedule's time is T (1 - t).
 
     Args:
         timesteps: T of the scheduler.
-
-    Attributes:
-        arrange: see ``DiscreteVP``.
     """
 
-    family = "pretrained"
+    family = SchedulePath.family
 
     def __init__(self, timesteps: int = 1000) -> None:
         self.timesteps = timesteps
-        self.arrange: Arrange | None = None
-
-    def initial_state(self, noise: Tensor) -> Tensor:
-        """Noise in the order that the pipeline's states have their values in."""
-        return noise if self.arrange is None else self.arrange(noise)
 
     def schedule_time(self, t: Tensor) -> Tensor:
         """T times the share of noise, float64."""
         return self.timesteps * (1 - t.double())
-
-    def noise_level(self, t: Tensor) -> Tensor:
-        """Share of noise, as schedulers have it in their ``sigmas``."""
-        return 1 - t.double()
 
     def our_time(self, time: float) -> float:
         """Our time at one of the schedule."""
         return 1 - time / self.timesteps
 
 
-class VarianceExploding(ProbabilityPath):
+class VarianceExploding(SchedulePath):
     """Data with noise on it, x_t = x_1 + sigma x_0, sigma geometric in time (Song et al. 2021).
 
     The schedule's time is 1 - t, sigma = sigma_min (sigma_max / sigma_min)^(1 - t). Noise of
@@ -109,18 +124,14 @@ class VarianceExploding(ProbabilityPath):
         sigma_min: the least noise.
         sigma_max: the most, at t = 0.
         last: schedule's time of the least noise that the network meets.
-
-    Attributes:
-        arrange: see ``DiscreteVP``.
     """
 
-    family = "pretrained"
+    takes = "score"
 
     def __init__(self, sigma_min: float, sigma_max: float, last: float = 1e-5) -> None:
         self.sigma_min, self.log_ratio = sigma_min, math.log(sigma_max / sigma_min)
         self.noise_scale = sigma_max
         self.last_time = 1 - last
-        self.arrange: Arrange | None = None
 
     def coefficients(self, t: Tensor) -> PathCoefficients:
         """Coefficients at times ``t`` of any shape, in float64."""
@@ -128,28 +139,13 @@ class VarianceExploding(ProbabilityPath):
         one = torch.ones_like(sigma)
         return PathCoefficients(one, sigma, 0 * one, -self.log_ratio * sigma)
 
-    def initial_state(self, noise: Tensor) -> Tensor:
-        """Noise of sigma_max in the order that the pipeline's states have their values in."""
-        return super().initial_state(noise if self.arrange is None else self.arrange(noise))
-
     def schedule_time(self, t: Tensor) -> Tensor:
         """1 - t, float64."""
         return 1 - t.double()
 
-    def noise_level(self, t: Tensor) -> Tensor:
-        """Sigma, float64."""
-        return self.coefficients(t).sigma
-
-    def noise_per_score(self, t: Tensor) -> Tensor:
-        """What the score is to be multiplied by to be the noise, float64."""
-        return -self.noise_level(t)
-
     def our_time(self, time: float) -> float:
         """Our time at one of the schedule."""
         return 1 - time
-
-
-SchedulePath = DiscreteVP | ScheduledFlow | VarianceExploding
 
 
 def path_and_prediction(scheduler: Any) -> tuple[SchedulePath, str]:
@@ -166,6 +162,12 @@ def path_and_prediction(scheduler: Any) -> tuple[SchedulePath, str]:
     if abar is None and {"sigma_min", "sigma_max", "sampling_eps"} <= set(config):
         levels = config["sigma_min"], config["sigma_max"]
         return VarianceExploding(*levels, config["sampling_eps"]), "score"
+    if "sigma_data" in config:
+        raise UserError(
+            f"{who} scales the network's input and output by factors of the noise level (EDM's "
+            "preconditioning), and bayesdiff follows networks whose output is noise, data, v, a "
+            "flow or a score; no other scheduler fits such a network"
+        )
     if abar is None:
         raise UserError(
             f"{who} has no alphas_cumprod and is no flow-matching scheduler; give the pipeline "

@@ -1,17 +1,19 @@
 """A scheduler of diffusers as one of our solvers: its steps are found by probing it."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, one_line
+from bayesdiff.options.spelling import near
 from bayesdiff.paths import ProbabilityPath, convert
 from bayesdiff.paths.coefficient import Coefficient
 from bayesdiff.pretrained.listening import Heard
 from bayesdiff.pretrained.probing import probed_steps
-from bayesdiff.pretrained.schedule import SchedulePath, VarianceExploding
+from bayesdiff.pretrained.schedule import SchedulePath
 from bayesdiff.solvers import Solver, Step
 
 
@@ -22,10 +24,12 @@ class Scheduled(Solver):
     Args:
         own: its steps, from standard noise to data, for outputs as the network gives them.
         called: the scheduler's name.
+        takes: prediction that it takes, see ``SchedulePath``.
     """
 
     own: tuple[Step, ...] = ()
     called: str = ""
+    takes: str | None = None
 
     name: ClassVar[str] = "scheduler"
     skips: ClassVar[bool] = False
@@ -60,11 +64,11 @@ class Scheduled(Solver):
                 f"{self.called} goes from noise to data at times of its own; use one of our "
                 "solvers, such as solver=pf_ode, for other times or the other way"
             )
-        if not isinstance(path, VarianceExploding):
-            return list(self.own)
         first, *others = self.own
         steps = [_from(first, path.noise_scale), *others]
-        return steps if prediction == "score" else [_for(s, path, prediction) for s in steps]
+        if self.takes in (None, prediction):
+            return steps
+        return [_for(step, path, prediction, self.takes) for step in steps]
 
 
 def _from(step: Step, scale: Coefficient) -> Step:
@@ -79,10 +83,10 @@ def _from(step: Step, scale: Coefficient) -> Step:
     return replace(step, inputs=inputs, output=of(step.output), kept=kept)
 
 
-def _for(step: Step, path: ProbabilityPath, prediction: str) -> Step:
-    """A step that takes the score, for a network that gives a multiple of it."""
+def _for(step: Step, path: ProbabilityPath, prediction: str, takes: str) -> Step:
+    """A step that takes one prediction, for a network that gives a multiple of it."""
     here = path.coefficients(torch.tensor(step.times[0], dtype=torch.float64))
-    factor = float(convert(prediction, "score", here)[1])
+    factor = float(convert(prediction, takes, here)[1])
 
     def of(row: Sequence[Coefficient]) -> tuple[Coefficient, ...]:
         return (row[0], factor * row[1], *row[2:])
@@ -101,4 +105,33 @@ def scheduled(heard: Heard, path: SchedulePath, guidance: float = 1.0) -> Schedu
     options = heard.steps[0].options
     first, *others = probed_steps(heard.scheduler, path.our_time, step_kwargs=options)
     steps = (_from(first, heard.unscaled_by), *others)
-    return Scheduled(len(steps), guidance, own=steps, called=type(heard.scheduler).__name__)
+    called = type(heard.scheduler).__name__
+    return Scheduled(len(steps), guidance, own=steps, called=called, takes=path.takes)
+
+
+def another_scheduler(own: Any, name: str | None, options: Mapping[str, Any]) -> Any:
+    """Another scheduler with the same training behind it.
+
+    Args:
+        own: scheduler of a pipeline.
+        name: of the other one's class in diffusers; None for the same.
+        options: of its configuration, in place of those of ``own``.
+
+    Raises:
+        UserError: for a name or an option that diffusers does not know.
+    """
+    import diffusers
+
+    kind = type(own) if name is None else getattr(diffusers, name, None)
+    if kind is None or not hasattr(kind, "set_timesteps"):
+        known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+        raise UserError(f"diffusers has no scheduler {name!r}{near(str(name), known)}")
+    unknown = [each for each in options if each not in inspect.signature(kind).parameters]
+    if unknown:
+        known = list(inspect.signature(kind).parameters)
+        raise UserError(f"{kind.__name__} has no option {unknown[0]!r}{near(unknown[0], known)}")
+    try:
+        return kind.from_config(own.config, **options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        who = kind.__name__
+        raise UserError(f"{who} does not take these options: {one_line(error)}") from error

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +32,9 @@ class TrainingImages:
         """Images from whatever holds them.
 
         Args:
-            images: ``(N, C, H, W)``, uint8 or float in [0, 1]; path of a folder or a zip; or a
-                data set whose items are such images ``(C, H, W)``, or tuples that begin with one.
+            images: a tensor ``(N, C, H, W)`` or an array ``(N, H, W, C)``, uint8 or float in
+                [0, 1]; path of a folder or a zip; or a list or data set of such images or of PIL
+                ones, whose items may be pairs of an image and its label or prompt.
 
         Raises:
             UserError: for anything else, or nothing.
@@ -40,11 +42,13 @@ class TrainingImages:
         labels = None
         if isinstance(images, str | Path):
             images, labels = _read(Path(images))
+        if isinstance(images, np.ndarray):
+            images = from_array(images, 4)
         tensor = isinstance(images, Tensor) and images.dim() == 4
         if not tensor and (isinstance(images, Tensor) or not hasattr(images, "__getitem__")):
             raise UserError(
-                "images must be a tensor (N, C, H, W), a folder, a zip, or a data set of images, "
-                f"got {type(images).__name__}"
+                "images must be a tensor (N, C, H, W), an array (N, H, W, C), a folder, a zip, or "
+                f"a list or data set of images, got {_described(images)}"
             )
         if not len(images):
             raise UserError("there are no images to fit the posterior to; give at least one")
@@ -54,6 +58,25 @@ class TrainingImages:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def second(self, kind: type) -> list[Any] | None:
+        """What comes second in the items of a data set, or with the files; None for nothing.
+
+        Args:
+            kind: that it must be of: ``int`` for labels, ``str`` for prompts.
+        """
+        if isinstance(self.items, Tensor):
+            return self.labels if kind is int else None
+        found = []
+        for number in range(len(self)):
+            item = self.items[number]
+            value = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
+            if isinstance(value, np.generic) or isinstance(value, Tensor) and value.dim() == 0:
+                value = value.item()
+            if not isinstance(value, kind) or isinstance(value, bool):
+                return None
+            found.append(value)
+        return found
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,14 +98,52 @@ class TrainingImages:
         if isinstance(self.items, Tensor):
             return _in_unit_range(self.items[first:end])
         chosen = [self.items[number] for number in range(first, end)]
-        images = [each[0] if isinstance(each, tuple | list) else each for each in chosen]
+        images = [_one(each[0] if isinstance(each, tuple | list) else each) for each in chosen]
         for image in images:
             if not isinstance(image, Tensor) or image.dim() != 3 or image.shape != images[0].shape:
                 raise UserError(
-                    "a data set of images must give tensors (C, H, W) of one size, got "
-                    f"{tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__}"
+                    "a data set of images must give tensors (C, H, W), arrays (H, W, C) or PIL "
+                    f"images, all of one size, got {_described(image)}"
                 )
         return _in_unit_range(torch.stack(images))
+
+
+def _described(given: Any) -> str:
+    return f"{tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+
+
+def _one(image: Any) -> Any:
+    """A tensor of a PIL image or an array; anything else as it is."""
+    if hasattr(image, "getbands"):
+        if image.mode not in ("L", "RGB"):
+            raise UserError(
+                f"a PIL image has mode {image.mode}; bring images to grey levels or colours, as "
+                "by image.convert('RGB')"
+            )
+        image = np.array(image)
+    return from_array(image, 3) if isinstance(image, np.ndarray) else image
+
+
+def from_array(array: np.ndarray, dims: int) -> Tensor:
+    """Images or one image as PyTorch has them.
+
+    Args:
+        array: ``([N,] H, W)``, ``([N,] H, W, C)`` or ``([N,] C, H, W)``.
+        dims: 4 with N, 3 without.
+
+    Raises:
+        UserError: for one whose channels could be in either place, or in none.
+    """
+    images = torch.from_numpy(np.ascontiguousarray(array))
+    if images.dim() == dims - 1:
+        return images.unsqueeze(-3)
+    last, first = (images.dim() == dims and images.shape[k] in (1, 3) for k in (-1, -3))
+    if last == first:
+        raise UserError(
+            f"an array of {tuple(images.shape)} does not say where its channels are; give a "
+            f"tensor {'(N, C, H, W)' if dims == 4 else '(C, H, W)'}"
+        )
+    return images.movedim(-1, -3) if last else images
 
 
 def _read(path: Path) -> tuple[Tensor, list[int] | None]:

@@ -149,8 +149,12 @@ class Estimator(ABC):
 
     def check_run(self, run: Training) -> None:
         """Refuse, before any work, a run that cannot have these maps."""
+        self.check_model(run.model)
+
+    def check_model(self, model: GenerativeModel) -> None:
+        """Refuse, before any work, a model that cannot have these maps."""
         if self.differentiates:
-            check_derivative(run.model, f"uncertainty={self.name}")
+            check_derivative(model, f"uncertainty={self.name}")
 
     def check_data(self, data: ImageData) -> None:
         """Refuse, before any work, states that cannot have these maps; most can.

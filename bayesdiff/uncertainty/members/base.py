@@ -185,6 +185,18 @@ class NetworkMembers(Members):
     def planned(self) -> int:
         """Members that ``fit`` will probably find."""
 
+    def check_model(self, model: GenerativeModel) -> None:
+        """Refuse a model without a run folder to find members in.
+
+        Raises:
+            UserError: before ``fit``.
+        """
+        if not self.networks:
+            raise UserError(
+                f"uncertainty={self.name} finds its members in the folder of a training, and "
+                "there is none here; use uncertainty=ensemble"
+            )
+
     def outputs(self, field: Field, start: Start, posterior: HeadPosterior) -> Outputs:
         """Every member's network at the batch's condition and guidance.
 

@@ -10,9 +10,10 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.images import ImageData
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
+from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import DDPM, Solver, Step
 from bayesdiff.solvers.integrate import Memory, advance, held_after
-from bayesdiff.uncertainty.estimator import Estimator, Training
+from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.recorder import Recorder
 from bayesdiff.uncertainty.recursion.covariance import COVARIANCES
 from bayesdiff.uncertainty.recursion.propagate import (
@@ -120,13 +121,13 @@ class Moments(Estimator):
                 f"solver={solver.name}; use uncertainty.ddpm_fix=true"
             )
 
-    def check_run(self, run: Training) -> None:
+    def check_model(self, model: GenerativeModel) -> None:
         """Refuse a network whose prediction is not linear in the head's weights.
 
         Raises:
             UserError: for such a likelihood.
         """
-        likelihood = likelihood_of(run.model)
+        likelihood = likelihood_of(model)
         if not likelihood.linear:
             raise UserError(
                 f"uncertainty={self.name} needs a prediction linear in the head's weights, which "

@@ -13,9 +13,10 @@ from bayesdiff.checks import UserError, at_least, positive
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.machine.device import autocast_dtype
 from bayesdiff.machine.progress import track
+from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.storage.artefacts import key_of, weights_key
-from bayesdiff.uncertainty.estimator import Estimator, Training
+from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.samples import Samples, check_skip_interval
 from bayesdiff.uncertainty.sensitivities import refiner_file
 from bayesdiff.uncertainty.sensitivities.linearised import (
@@ -142,10 +143,10 @@ class Refined(Estimator):
         paid = int(self.budget * count / max(1, len(self.nodes(count))) + 1e-9)
         return min(max(2, paid), _MOST_DRAWS)
 
-    def check_run(self, run: Training) -> None:
+    def check_model(self, model: GenerativeModel) -> None:
         """Refuse a head on tokens, whose features are no image that the refiner could read."""
-        super().check_run(run)
-        refiner_file.check_features(run.model.net.head)
+        super().check_model(model)
+        refiner_file.check_features(model.net.head)
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
         """With rule and refiner, read from the run folder or trained now."""
