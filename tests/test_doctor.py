@@ -3,6 +3,7 @@
 import diffusers
 import numpy as np
 import pytest
+import torch
 from test_probing import CASES, SINGLE, VP, made
 
 from bayesdiff.pretrained.doctor import diagnose
@@ -50,6 +51,19 @@ TRAPS = [
         "the first time step 999 has no signal",
         "rescale_betas_zero_snr=False",
     ),
+    *[
+        (
+            name,
+            {"steps": 20, **COSINE, **config},
+            "the first step, from time step 999, where the signal is 4.9e-05, makes of an error "
+            "in the predicted noise one 1,",
+            "timestep_spacing=leading",
+        )
+        for name, config in (
+            ("DDIM", {"clip_sample": False, "timestep_spacing": "trailing"}),
+            (SINGLE, {}),
+        )
+    ],
     (
         "DPMSolverMultistep",
         {"use_karras_sigmas": True, "steps": 20, **COSINE},
@@ -63,21 +77,42 @@ TRAPS = [
 def test_a_trap_is_named_with_its_cure(name, config, what, cure):
     scheduler = made(name, **config)
     before = scheduler.timesteps.clone()
-    (finding,) = diagnose(scheduler)
+    (finding,) = [each for each in diagnose(scheduler) if what in each.what]
     assert what in finding.what and cure in finding.cure and finding.why
     assert "\n" not in finding.what + finding.why + finding.cure
     assert scheduler.timesteps.equal(before)
 
 
+def test_an_error_grows_by_as_much_as_is_said():
+    """A network that is off by 1 % at its first answer, on an image that is 0."""
+    scheduler = made("DDIM", clip_sample=False, timestep_spacing="trailing", steps=20, **COSINE)
+    (finding,) = diagnose(scheduler)
+    growth = float(finding.what.split()[-4].replace(",", ""))
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    right, wrong = (scheduler.step(e * x, 999, x).prev_sample for e in (1.0, 1.01))
+    assert float(right - wrong) / 0.01 == pytest.approx(growth, rel=1e-2)
+
+
 SOUND = [
-    *[(name, config) for name, config, _ in CASES if config.get("shift", 1) == 1],
+    *[
+        (name, config)
+        for name, config, _ in CASES
+        if config.get("shift", 1) == 1
+        # Cosine betas from the last on, unclipped.
+        and (name, config.get("prediction_type")) != ("UnCLIP", None)
+    ],
     *[("DDIM", {"timestep_spacing": spacing, **DDIM}) for spacing in ("leading", "trailing")],
     # Every step is a third of a time step short, which does not add up.
     ("DDIM", {"timestep_spacing": "trailing", "clip_sample": False, "steps": 30}),
     ("DDIM", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", **DDIM}),
     ("DPMSolverMultistep", {"variance_type": "learned_range", **VP}),
     ("DPMSolverMultistep", {"use_karras_sigmas": True, **VP, "steps": 20}),
-    (SINGLE, {"steps": 20, **COSINE}),
+    ("DDIM", {"clip_sample": False, "timestep_spacing": "leading", "steps": 20, **COSINE}),
+    ("DDPM", {"clip_sample": False, "steps": 1000, **COSINE}),
+    (
+        "DDIM",
+        {"prediction_type": "v_prediction", "timestep_spacing": "trailing", **COSINE, **DDIM},
+    ),
 ]
 
 

@@ -23,7 +23,7 @@ from bayesdiff.report.style import COLOURS, look, save, style
 SETTINGS = {
     "data": "digits", "model": "flow", "prediction": "velocity", "solver.name": "heun",
     "solver.num_steps": 20, "seed": 3, "structure": "full", "sigma_noise": 0.12345,
-    "prior_precision": 1e4,
+    "prior_precision": 1e4, "n_eff": 60000, "solver.options.final": "zero",
 }  # fmt: skip
 
 
@@ -33,9 +33,9 @@ def test_a_figure_is_a_png_with_and_a_pdf_without_its_caption(tmp_path):
     captions = json.loads((tmp_path / "captions.json").read_text())
     assert captions["maps"]["title"] == "Samples and their uncertainty maps"
     caption = captions["maps"]["caption"]
-    for word in ("digits", "flow (velocity)", "heun, 20 steps", "seed 3", "posterior full",
-                 "sigma_noise 0.1235", "prior_precision 1e+04", "ensemble of 5", "NFE 50",
-                 "N 24"):  # fmt: skip
+    for word in ("digits", "flow (velocity)", "heun (final zero), 20 steps", "seed 3",
+                 "posterior full", "N_eff 60,000", "sigma_noise 0.1235", "prior_precision 1e+04",
+                 "ensemble of 5", "NFE 50", "N 24"):  # fmt: skip
         assert word in caption, word
     assert path.read_bytes()[:4] == b"\x89PNG"
     pdf = (tmp_path / "maps.pdf").read_bytes()

@@ -59,6 +59,10 @@ def test_a_run_makes_the_maps_of_the_python_interface(folder, tmp_path):
     again = run(configured(folder, tmp_path, "solver.guidance=2"))
     assert again.samples == result.samples and again.metrics == result.metrics
 
+    (captions,) = tmp_path.glob("*/*/figures/captions.json")
+    said = json.loads(captions.read_text())["samples"]["caption"].replace("\u00a0", " ")
+    assert f"digits, pretrained {folder.name} (noise), DDIMScheduler, 3 steps, seed 0" in said
+
     cfg = configured(folder, tmp_path, "solver.guidance=2")
     this, *_ = prepare(cfg)
     data = this.data.data
@@ -82,6 +86,27 @@ def test_another_scheduler_takes_the_pipelines_place(folder, tmp_path):
         str(folder), 4, scheduler="EulerDiscreteScheduler", options={"use_karras_sigmas": True}
     )
     assert len(karras.own) == 4
+
+
+def test_a_run_is_named_by_the_pipelines_folder(folder, tmp_path):
+    plain, *_ = prepare(configured(folder, tmp_path))
+    assert re.fullmatch(f"digits-pretrained-{folder.name}-[0-9a-f]{{8}}", plain.folder.name)
+    other, *_ = prepare(configured(folder, tmp_path, "seed=3"))
+    assert other.folder.name.startswith(f"digits-pretrained-{folder.name}-seed_3-")
+
+
+def test_another_scheduler_is_examined_with_the_steps_that_it_gets(tmp_path, caplog):
+    pipe = of_digits()
+    pipe.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    pipe.save_pretrained(tmp_path)
+    trailing = {"options": {"timestep_spacing": "trailing"}}
+    with caplog.at_level("WARNING"):
+        command.solver(str(tmp_path), 4)
+    assert "first step" not in caplog.text
+    with caplog.at_level("WARNING"):
+        command.solver(str(tmp_path), 4, **trailing)
+        command.solver(str(tmp_path), 4, **trailing)
+    assert caplog.text.count("the first step, from time step 999") == 1
 
 
 def test_cells_of_one_process_keep_their_own_conditions(folder, tmp_path):

@@ -126,6 +126,14 @@ def test_image_and_map_shares_one_scale(tmp_path):
     drawn(figure, tmp_path)
 
 
+def test_every_class_of_ten_has_its_first_image():
+    names = [f"T-shirt/to{i}" for i in range(10)]
+    axes = figures.image_and_map(fake(), names).axes[0]
+    assert len(axes.images) == 20 and not any("…" in each.get_text() for each in axes.texts)
+    assert len({image.get_extent()[3] for image in axes.images}) == 2
+    assert len(figures.image_and_map(fake(), names[:3]).axes[0].images) == 16
+
+
 def test_the_units_of_a_map_are_said_and_the_picture_stays_the_same(tmp_path, monkeypatch):
     model, unit = fake(), fake()
     unit.units, unit.images, unit.variance = "unit", (unit.images + 1) / 2, unit.variance / 4

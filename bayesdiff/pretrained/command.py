@@ -1,6 +1,5 @@
 """What ``model=pretrained`` is made of: a pipeline's folder in the place of a training."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,8 +16,6 @@ from bayesdiff.pretrained.call import Prompts
 from bayesdiff.pretrained.coder import PipelineCoder
 from bayesdiff.pretrained.followed import FollowedPipeline
 from bayesdiff.pretrained.scheduled import Scheduled
-
-log = logging.getLogger(__name__)
 
 
 @cache
@@ -53,10 +50,7 @@ def opened(folder: str | None) -> FollowedPipeline:
         pipe = DiffusionPipeline.from_pretrained(folder, **options)
     except Exception as error:  # it raises whatever its parts do
         raise UserError(f"model.path={folder} cannot be loaded: {one_line(error)}") from error
-    made = FollowedPipeline(pipe)
-    for finding in made.doctor():
-        log.warning("%s: %s; %s", finding.what, finding.why, finding.cure)
-    return made
+    return FollowedPipeline(pipe)
 
 
 @cache

@@ -17,6 +17,9 @@ from bayesdiff.pretrained.loop import advance_of, input_scale, on_cpu, setting
 
 # Time steps are rounded to whole ones: a step may be one off, and of second order a little more.
 _ROUNDING, _SHARE = 1.5, 0.03
+_EPSILON = 1e-6
+# Growth of an error in the first prediction of the noise, above which it drowns the image.
+_GROWTH = 100
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ def diagnose(scheduler: Any) -> tuple[Finding, ...]:
     Args:
         scheduler: of diffusers, after ``set_timesteps``; left as it is.
     """
-    found = (affinity_findings, zero_signal, landing, shifted_twice, repeated_times)
+    found = (
+        affinity_findings, zero_signal, faint_signal, landing, shifted_twice, repeated_times,
+    )  # fmt: skip
     return tuple(finding for each in found for finding in each(scheduler))
 
 
@@ -100,6 +105,34 @@ def zero_signal(scheduler: Any) -> Iterator[Finding]:
         )
 
 
+def faint_signal(scheduler: Any) -> Iterator[Finding]:
+    """A noise predictor whose first step is so long that its errors drown the image.
+
+    From a signal alpha to a signal alpha', a step makes of an error e in the predicted noise one
+    of up to (alpha' / alpha) e in the next state.
+
+    Args:
+        scheduler: of diffusers, after ``set_timesteps``.
+
+    Yields:
+        The finding; none where there is no signal at all, which ``zero_signal`` tells.
+    """
+    alphas, times = _alphas(scheduler), scheduler.timesteps.tolist()
+    if alphas is None or setting(scheduler, "prediction_type") != "epsilon":
+        return
+    first = float(_at(alphas, times[0]))
+    following = float(_at(alphas, times[1])) if len(times) > 1 else 1.0
+    if setting(scheduler, "rescale_betas_zero_snr") or following <= _GROWTH * first:
+        return
+    growth = f"{following / first:,.0f}" if first else "infinitely many"
+    yield Finding(
+        f"the first step, from time step {times[0]:g}, where the signal is {first:.1e}, makes of "
+        f"an error in the predicted noise one {growth} times as large",
+        "images come out as noise beyond all bounds, and maps are of that noise",
+        "begin later, as with timestep_spacing=leading, or use more steps",
+    )
+
+
 def landing(scheduler: Any) -> Iterator[Finding]:
     """Steps that end at another noise level than the one the network is told next.
 
@@ -120,7 +153,10 @@ def landing(scheduler: Any) -> Iterator[Finding]:
         return
     times = scheduler.timesteps.tolist()
     for start, t, signal in zip(times[:-1], times[1:], signals, strict=True):
-        landed = _time_of(alphas, signal)
+        landed, right = _time_of(alphas, signal), float(_at(alphas, t))
+        # A scheduler's own single precision, of which little is left where there is little noise.
+        if abs(signal - right) * (1 - right**2) < _EPSILON:
+            continue
         if abs(landed - t) > max(_ROUNDING, _SHARE * abs(start - t)):
             spacing = setting(scheduler, "timestep_spacing", "custom")
             yield Finding(

@@ -2,9 +2,10 @@
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,8 @@ from bayesdiff.pretrained.parts import Parts, check_pipeline
 from bayesdiff.pretrained.schedule import path_and_prediction, schedule_key
 from bayesdiff.pretrained.scheduled import Scheduled, another_scheduler, scheduled
 from bayesdiff.storage.artefacts import key_of, weights_key
+
+log = logging.getLogger(__name__)
 
 Arguments = Mapping[str, Any]  # of a pipeline, for one image
 
@@ -238,7 +241,10 @@ class FollowedPipeline:
                     "betas and its prediction_type must stay"
                 )
         heard = other.heard(num_steps, other.asking_for())
-        return scheduled(heard, path, guidance)
+        made = scheduled(heard, path, guidance)
+        for finding in (*diagnose(heard.scheduler), *noise_finding(self.who, heard)):
+            _warn_once(f"{made.called}: {finding.what}: {finding.why}; {finding.cure}")
+        return made
 
     def doctor(self, num_inference_steps: int = 20) -> tuple[Finding, ...]:
         """What will spoil results on this pipeline, each with its cure."""
@@ -256,6 +262,12 @@ class FollowedPipeline:
         beside = {"class_labels": torch.tensor(given.pop("class_labels"))}
         given.pop("guidance_scale", None)
         return given | {"beside": beside}
+
+
+@cache
+def _warn_once(line: str) -> None:
+    """Into the log, once of a process: cells of a sweep have the same scheduler."""
+    log.warning("%s", line)
 
 
 def _digest(value: Any) -> str:

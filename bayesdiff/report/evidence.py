@@ -40,7 +40,7 @@ def evidence_figure(curve: "EvidenceCurve", conditions: str = "") -> "Figure":
     top.plot(taus, evidence)
     for (tau, value), name, place in ((curve.best, "best", 1), (curve.own, "this run", 2)):
         how = look(place) | {"linestyle": "none", "markersize": 7}
-        top.plot(tau, value, label=f"{name}: prior_precision {tau:.4g}", **how)
+        top.plot(tau, value, label=f"{name}: {tau:.4g}", **how)
     # A prior far too strong costs without bounds and would flatten all else.
     left = evidence[np.isfinite(evidence)][:1]
     floor = min([*left.tolist(), curve.own[1]])

@@ -154,7 +154,7 @@ def _how_maps_read(samples: "Samples", own_scale: bool) -> str:
 def image_and_map(
     samples: "Samples",
     classes: Sequence[str],
-    count: int = 8,
+    count: int | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     own_scale: bool = False,
@@ -164,18 +164,19 @@ def image_and_map(
     Args:
         samples: the generated images.
         classes: class names.
-        count: images, the first ones.
+        count: images, the first ones; None: eight, and as many as classes if that is 9 or 10.
         settings: of the run, for the caption.
         own_scale: whether each map has a colour scale of its own instead.
     """
-    chosen = np.arange(min(count, len(samples.images)))
-    blocks = [("", chosen[i : i + 8]) for i in range(0, len(chosen), 8)]
+    across = 8 if len(classes) > 10 else max(8, len(classes))
+    chosen = np.arange(min(across if count is None else count, len(samples.images)))
+    blocks = [("", chosen[i : i + across]) for i in range(0, len(chosen), across)]
     size = cell_size(samples.images, 96)[0]
 
     def label(index: int) -> str:
         if samples.labels is None:
             return f"sample {index}"
-        return fit(class_name(samples.labels[index], classes), size)
+        return fit(class_name(samples.labels[index], classes), size * 8 // 7)
 
     caption = (
         f"{len(chosen)} of {len(samples.images)} samples, in order. "
@@ -219,7 +220,7 @@ def extremes(
 
     def label(index: int) -> str:
         known = "" if samples.labels is None else class_name(samples.labels[index], classes)
-        return f"{fit(known, size)}\n{three_digits(float(values[index]))}".strip()
+        return f"{fit(known, size * 8 // 7)}\n{three_digits(float(values[index]))}".strip()
 
     caption = (
         f"Number: the image's {name}{f' ({unit})' if unit else ''}. {without_score(left_out)}"

@@ -159,12 +159,19 @@ def conditions_of(settings: Mapping[str, Any]) -> str:
     if not settings:
         return ""
     prediction = f" ({settings['prediction']})" if "prediction" in settings else ""
-    model = f"{settings['model']}{prediction}" if "model" in settings else None
+    where = str(settings.get("model.path") or "").rstrip("/").rpartition("/")[2]
+    named_model = " ".join(str(name) for name in (settings.get("model"), where) if name)
+    model = f"{named_model}{prediction}" if named_model else None
     named = {"data": None, "model": None, "solver.name": None, "seed": "seed"}
     steps = f", {settings['solver.num_steps']} steps" if "solver.num_steps" in settings else ""
     given = {**settings, "model": model}
     if "solver.name" in settings:
-        given["solver.name"] = f"{settings['solver.name']}{steps}"
+        start = "solver.options."
+        options = [
+            f"{k.removeprefix(start)} {v}" for k, v in settings.items() if k.startswith(start)
+        ]
+        own = f" ({', '.join(options)})" if options else ""
+        given["solver.name"] = f"{settings['solver.name']}{own}{steps}"
     parts = [
         f"{word} {given[name]}" if word else str(given[name])
         for name, word in named.items()
@@ -175,6 +182,8 @@ def conditions_of(settings: Mapping[str, Any]) -> str:
     for name in ("sigma_noise", "prior_precision"):
         if name in settings:
             parts.append(f"{name} {settings[name]:.4g}")
+    if "n_eff" in settings:
+        parts.append(f"N_eff {settings['n_eff']:,.0f}")
     return ", ".join(part.replace(" ", "\u00a0") for part in parts)
 
 

@@ -26,6 +26,7 @@ _ASIDE = re.compile(
 )
 _MOST = 72  # signs of all settings in a name
 _VALUE = 16  # of one value
+_NAME = 32  # of a network that exists already
 
 
 @cache
@@ -222,10 +223,14 @@ def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
     telling = {"corruption": damage} if damage else {}
     telling |= {} if likelihood == _USUAL else {"likelihood": likelihood}
     space = OmegaConf.select(cfg, "data.space._target_")
-    telling |= {"space": str(space).rpartition(".")[2]} if space else {}
+    usual = shipped(tuple(sorted(choices.items()))).get("data.space._target_")
+    telling |= {"space": str(space).rpartition(".")[2]} if space and space != usual else {}
     telling |= {} if cfg.get("init_from") is None else {"init_from": "weights"}
     telling |= {n: v for place in _TELLING for n, v in found.items() if re.fullmatch(place, n)}
-    return named(Path(cfg.output_dir), f"{data}-{family}", words(telling), key)
+    # Networks that exist already go by the last part of where they are.
+    source = telling.pop("model.path", None)
+    text = f"-{_safe(Path(str(source)).resolve().name)[:_NAME]}" if source else ""
+    return named(Path(cfg.output_dir), f"{data}-{family}", text + words(telling), key)
 
 
 def _short(value: Any) -> str:

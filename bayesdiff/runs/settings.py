@@ -43,7 +43,7 @@ def settings(
         "sigma_noise": posterior.sigma_noise,
         "prior_precision": posterior.prior_precision,
         "n_eff": posterior.n_eff,
-        **_group("solver", cfg.solver, solver.name),
+        **_group("solver", cfg.solver, getattr(solver, "called", solver.name)),
         **_group("uncertainty", cfg.uncertainty, estimator.name),
         **({"uncertainty.instead_of": this.instead_of} if this.instead_of else {}),
     }
