@@ -15,7 +15,7 @@ from bayesdiff.data.images import ImageData, fingerprint_of
 from bayesdiff.storage.artefacts import key_of
 
 _MODES = ("dynamic", "frozen")
-_TRAINING, _TESTS = range(2)  # parts of a data set, which share no random number
+_TRAINING, _TESTS, _UNSEEN = range(3)  # parts of a data set, which share no random number
 _AT_ONCE = 1 << 22  # pixels, for 64-bit numbers of which there is room
 
 
@@ -82,9 +82,9 @@ def binarised(data: ImageData, mode: str | None) -> ImageData:
     tests = _whole(data.test_images, _TESTS)
     fingerprint = key_of(data.fingerprint, "binarised", mode, fingerprint_of((images, tests), ()))
     grey = Intensities(data.images, data.test_images) if mode == "dynamic" else None
-    return replace(
-        data, images=images, test_images=tests, intensities=grey, fingerprint=fingerprint
-    )
+    others = data.unseen and replace(data.unseen, images=_whole(data.unseen.images, _UNSEEN))
+    drawn = replace(data, images=images, test_images=tests, intensities=grey, unseen=others)
+    return replace(drawn, fingerprint=fingerprint)
 
 
 def _check(data: ImageData, mode: str) -> None:

@@ -13,6 +13,7 @@ from bayesdiff.data.spaces import Pixels, Space
 
 if TYPE_CHECKING:
     from bayesdiff.data.binarised import Intensities
+    from bayesdiff.data.two_digits import Unseen
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class ImageData:
         states: the space that a model works in, None for the data's own; see ``space``.
         intensities: what training draws its images from anew in every epoch, see ``binarised``;
             None where it sees ``images``.
+        unseen: test images of classes that no training image has, beside ``test_images``.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ImageData:
     test_embeddings: Tensor | None = field(default=None, repr=False)
     states: Space | None = field(default=None, repr=False)
     intensities: "Intensities | None" = field(default=None, repr=False)
+    unseen: "Unseen | None" = None
 
     @classmethod
     def build(
