@@ -19,6 +19,7 @@ from bayesdiff.pipeline import prepare, run  # noqa: E402
 from bayesdiff.pretrained import command  # noqa: E402
 from bayesdiff.pretrained.bayesian_pipeline import BayesianPipeline  # noqa: E402
 from bayesdiff.storage.artefacts import read_arrays  # noqa: E402
+from bayesdiff.sweeps.plan.cells import look  # noqa: E402
 from bayesdiff.uncertainty import Ensemble  # noqa: E402
 
 SMALL = (
@@ -59,6 +60,10 @@ def test_a_run_makes_the_maps_of_the_python_interface(folder, tmp_path):
     again = run(configured(folder, tmp_path, "solver.guidance=2"))
     assert again.samples == result.samples and again.metrics == result.metrics
 
+    planned = look([], configured(folder, tmp_path, "solver.guidance=2"))
+    assert not planned.error and all(work.made for work in planned.works)
+    other = look([], configured(folder, tmp_path, "solver.guidance=3"))
+    assert {work.stage for work in other.works if not work.made} == {"maps", "report"}
     (captions,) = tmp_path.glob("*/*/figures/captions.json")
     said = json.loads(captions.read_text())["samples"]["caption"].replace("\u00a0", " ")
     assert f"digits, pretrained {folder.name} (noise), DDIMScheduler, 3 steps, seed 0" in said

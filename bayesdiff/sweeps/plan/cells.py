@@ -15,12 +15,13 @@ from bayesdiff.report.pictures import figures_of
 from bayesdiff.runs.address import Address, images_at, maps_settings, scores_at
 from bayesdiff.runs.build import Run, plain
 from bayesdiff.runs.cell_report import is_made, plane_at
+from bayesdiff.runs.fit_key import has_weights
 from bayesdiff.runs.processes import check_devices
 from bayesdiff.runs.setup import OF_THE_RUN, Setup, sampled_from, scored, starts, with_effect
 from bayesdiff.runs.stage_costs import Kind, kinds_of, machine
 from bayesdiff.runs.training import chosen, is_finished
 from bayesdiff.solvers import Solver
-from bayesdiff.storage.artefacts import key_of, read_json
+from bayesdiff.storage.artefacts import key_of, read_json, weights_key
 from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
 from bayesdiff.studies.report_scores import kinds_of as score_kinds_of
 from bayesdiff.studies.report_scores import scores_key as scores_of_report
@@ -189,6 +190,8 @@ def trained(run: Run) -> tuple[Work, str | None]:
     """State of the training, and the key of its weights once it is done; loads them."""
     last = run.folder / "checkpoints" / "last.ckpt"
     sampled = last.with_name(chosen(run))
+    if has_weights(run.cfg):
+        return Work("training", str(run.folder), True), weights_key(run.model)
     if not run.cfg.fit:
         path = sampled if run.cfg.ckpt_path == "last" else Path(run.cfg.ckpt_path)
         return Work("training", str(run.folder), True), load_weights(run.model, path)
