@@ -158,6 +158,8 @@ def known(error: BaseException) -> str | None:
         )
     if isinstance(error, TypeError) and _in_hydra(error):  # it trips over model=[1,2], _partial_=3
         return f"a value on the command line cannot be read ({_line(error)}); correct its form"
+    if type(error).__module__.startswith("yaml."):  # a file of Hydra's that is no YAML
+        return f"a configuration file cannot be read: {_line(error)}; correct it there"
     if _NUMBER_FOR_NAME in str(error):
         cure = "choose by name, as in model=flow, or leave a group out, as in ~logger"
         return f"{_line(error)}; {cure}"
@@ -180,10 +182,11 @@ def explain(error: BaseException) -> str:
         return line
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        return f"unknown {group} {name!r}; choose from {', '.join(sorted(error.options))}"
+        cure = "; one of your own needs --config-dir with the folder that holds " + group
+        known_ones = ", ".join(sorted(error.options))
+        return f"unknown {group} {name!r}; choose from {known_ones}{cure}/{name}.yaml"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        key = re.search(r"full_key: (\S+)", str(error))
-        return f"{key.group(1) if key else 'a value'} does not work: {_line(error.__cause__)}"
+        return _not_made(str(error), error.__cause__)
     if present := re.search(
         r"Could not append to config. An item is already at '([^']+)'", str(error)
     ):
@@ -193,6 +196,27 @@ def explain(error: BaseException) -> str:
         name = unknown.group(1) or unknown.group(2)
         return f"unknown option {name!r}{_cure(name)}"
     return _line(error)
+
+
+def _not_made(text: str, cause: BaseException) -> str:
+    """What Hydra could not make, why, and what its target takes."""
+    from bayesdiff.options.spelling import near
+    from bayesdiff.options.targets import arguments, import_fault
+
+    key = re.search(r"full_key: (\S+)", text)
+    place = key.group(1) if key else "a value"
+    if (lost := re.search(r"Error loading '([^']+)'", f"{text} {cause}")) and (
+        reason := import_fault(lost.group(1))
+    ):
+        return f"{place}._target_={lost.group(1)} is not found: {' '.join(reason.split())}"
+    line = f"{place} does not work: {_line(cause)}"
+    called = re.search(r"Error in call to target '([^']+)'", text)
+    known = arguments(called.group(1)) if called and isinstance(cause, TypeError) else None
+    if not known or not re.search(r"unexpected keyword|missing \d+ required", line):
+        return line
+    other = re.search(r"unexpected keyword argument '([^']+)'", line)
+    close = near(other.group(1), known) if other else ""
+    return f"{line}; {called.group(1)} takes {', '.join(sorted(known))}{close}"  # type: ignore[union-attr]
 
 
 def mendable(error: BaseException) -> str | None:

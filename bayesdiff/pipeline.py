@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from bayesdiff.machine.progress import stage
 from bayesdiff.machine.ranks import barrier, rank
 from bayesdiff.metrics.validation import reference_at_once
 from bayesdiff.options.local_paths import settle
+from bayesdiff.options.targets import instantiated
 from bayesdiff.report import table
 from bayesdiff.report.layout import estimator_of
 from bayesdiff.runs import run_log
@@ -152,8 +152,8 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     check_settings(**{k: cfg.laplace[k] for k in _POSTERIOR})
     check_subset(**{k: cfg.laplace[k] for k in ("subset", "structure", "sigma_noise", "probes")})
     seed_of("laplace.seed", cfg.laplace.seed)
-    solver: Solver = instantiate(cfg.solver)
-    estimator: Estimator = instantiate(cfg.uncertainty)
+    solver: Solver = instantiated(cfg.solver, "solver", Solver)
+    estimator: Estimator = instantiated(cfg.uncertainty, "uncertainty", Estimator)
     at_least("solver.num_steps", solver.num_steps)
     estimator.check(solver)
     this = build(cfg)

@@ -1,13 +1,15 @@
 """Options for a ``_target_`` other than the one that a group of configurations was written for."""
 
+import importlib
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
 
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 
 from bayesdiff.checks import UserError
@@ -15,6 +17,60 @@ from bayesdiff.options.spelling import near
 from bayesdiff.options.values import plain
 
 log = logging.getLogger(__name__)
+
+
+_FILE_NAME = re.compile(r"[\w.+-]+")
+
+
+def instantiated(options: DictConfig, place: str, kind: type) -> Any:
+    """What a group's options make, if it is of the kind that the group is for.
+
+    Args:
+        options: with ``_target_``.
+        place: the group.
+        kind: a class whose subclasses have a ``name``.
+
+    Raises:
+        UserError: for options without ``_target_``, a function or class of another kind, or a name
+            that no file could have.
+    """
+    expected = f"a subclass of {kind.__module__}.{kind.__name__}"
+    target = options.get("_target_")
+    if not isinstance(target, str):
+        raise UserError(f"{place} has no _target_; give that of {expected}, as in mine.MyClass")
+    instance = instantiate(options)
+    if not isinstance(instance, kind):
+        cure = "leave _partial_ out" if options.get("_partial_") else f"give {expected}"
+        raise UserError(f"{place}._target_={target} makes no {kind.__name__}; {cure}")
+    name = getattr(instance, "name", None)
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise UserError(
+            f"{place}._target_={target} has name={name!r}, and files are named by it; give the "
+            "class a name of letters, digits, _ or -"
+        )
+    return instance
+
+
+def import_fault(target: str) -> str:
+    """Why nothing can be made of a target, in words, with the cure; empty where it is found."""
+    parts = target.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:count])
+        try:
+            there: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if module == error.name or module.startswith(f"{error.name}."):
+                continue  # a class, or not there
+            return f"{module} cannot be imported: {error}"
+        except Exception as error:
+            return f"{module} cannot be imported: {type(error).__name__}: {error}"
+        for name in parts[count:]:
+            if not hasattr(there, name):
+                return f"{module} has no {name}{near(name, vars(there))}"
+            there = getattr(there, name)
+        return ""
+    cure = f"the folder that {parts[0]}.py lies in belongs in PYTHONPATH"
+    return f"there is no module {parts[0]}; {cure}"
 
 
 def fitting(options: DictConfig, place: str, written_for: Callable[..., Any]) -> dict[str, Any]:

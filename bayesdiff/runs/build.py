@@ -21,6 +21,7 @@ from bayesdiff.laplace.requirements import require_module
 from bayesdiff.machine.device import autocast_dtype, settle_threads
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import Condition
+from bayesdiff.options.shadows import check_shadows
 from bayesdiff.options.targets import arguments, fitting
 from bayesdiff.options.trainer import check_interval, check_trainer, steps_and_epochs
 from bayesdiff.options.values import plain as plain
@@ -177,6 +178,7 @@ _PATHS = ("output_dir", "run_dir", "ckpt_path", "init_from")
 
 def check_groups(cfg: DictConfig) -> None:
     """Refuse a configuration that lacks a part, or has a value in the place of one."""
+    check_shadows()
     for name in _GROUPS:
         if not isinstance(found := OmegaConf.select(cfg, name), DictConfig):
             raise UserError(

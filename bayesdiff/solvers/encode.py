@@ -10,6 +10,7 @@ from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import ProbabilityPath
 from bayesdiff.solvers.integrate import Field, integrate
 from bayesdiff.solvers.step import Solver, Step, check_finite, plan
+from bayesdiff.solvers.step_checks import check_steps
 
 
 @torch.inference_mode()
@@ -87,7 +88,9 @@ def backward(solver: Solver, path: ProbabilityPath, prediction: str) -> list[Ste
             "or another without noise"
         )
     times = [t for t in reversed(solver.times(path)) if t < path.last_time]
-    steps = solver.steps(path, prediction, [path.last_time, *times])
+    times = [path.last_time, *times]
+    steps = solver.steps(path, prediction, times)
+    check_steps(solver, times, steps)
     check_finite(solver, prediction, steps)
     return steps
 

@@ -12,6 +12,7 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.paths import Coefficient, ProbabilityPath
 from bayesdiff.paths.coefficient import as_key, at_times, have_tensors, is_finite, is_zero, like
 from bayesdiff.solvers.grid import Grid, time_grid
+from bayesdiff.solvers.step_checks import check_steps
 
 Row = tuple[Coefficient, ...]
 
@@ -140,8 +141,15 @@ class Solver(ABC):
 def plan(
     solver: Solver, path: ProbabilityPath, prediction: str, skip_interval: int = 1
 ) -> list[Step]:
-    """Steps from noise to data, on every k-th of the solver's times."""
-    return solver.steps(path, prediction, solver.times(path, skip_interval))
+    """Steps from noise to data, on every k-th of the solver's times.
+
+    Raises:
+        UserError: for steps that cannot be followed, see ``check_steps``.
+    """  # noqa: DOC502 - raised one level down
+    times = solver.times(path, skip_interval)
+    steps = solver.steps(path, prediction, times)
+    check_steps(solver, times, steps)
+    return steps
 
 
 def check_solver(solver: Solver, path: ProbabilityPath, conditional: bool) -> None:

@@ -68,13 +68,20 @@ class OwnScore:
         Raises:
             UserError: if it gives anything else.
         """
+        option = f"scores.{self.name.removeprefix(PREFIX)}"
         made = self.of(**{name: given[name] for name in self.reads})
         count = next(len(value) for value in given.values() if value is not None)
         if not isinstance(made, Tensor) or made.shape != (count,):
             shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise UserError(
-                f"scores.{self.name.removeprefix(PREFIX)} must give one number per image, "
-                f"({count},), got {shape}"
+                f"{option} must give one number per image, a tensor ({count},), got {shape}"
+            )
+        odd = torch.zeros(count) if made.is_complex() else made.isfinite()
+        if not odd.all():
+            place = int(odd.long().argmin())
+            raise UserError(
+                f"{option} gives {made[place].item()} for image {place} of {count}; give a finite "
+                "number for every image"
             )
         return made.detach().double().cpu()
 
@@ -89,7 +96,10 @@ def own_scores(made: Mapping[str, Any] | None) -> dict[str, OwnScore]:
         UserError: for what is no callable, or asks for what there is not.
     """
     if made is not None and not isinstance(made, Mapping):
-        raise UserError(f"scores={made!r} are none; choose by name, or give each its _target_")
+        raise UserError(
+            f"scores={made!r} are none; choose by name, and write NAME: {{_target_: ...}} in "
+            "the file"
+        )
     found = {}
     for name, of in (made or {}).items():
         if not callable(of):
@@ -121,7 +131,7 @@ def try_scores(scores: Iterable[OwnScore], run: Run) -> None:
     """Compute each once, of random inputs.
 
     Raises:
-        UserError: for one that does not give a number per image.
+        UserError: for one that does not give a number per image, or changes what it is given.
     """  # noqa: DOC502 - raised one level down
     generator = torch.Generator().manual_seed(0)
     shape, kinds = run.data.data.images.shape[1:], max(run.data.data.num_classes, 2)
@@ -139,8 +149,16 @@ def try_scores(scores: Iterable[OwnScore], run: Run) -> None:
         "member_features": some(2, 128),
         "member_logits": some(2, kinds),
     }
+    before = {name: None if value is None else value.clone() for name, value in given.items()}
     for score in scores:
         score(given)
+        for name in sorted(score.reads):
+            value, was = given[name], before[name]
+            if value is not None and was is not None and not torch.equal(value, was):
+                raise UserError(
+                    f"scores.{score.name.removeprefix(PREFIX)} changes its {name}, which others "
+                    f"read after it; work on {name}.clone()"
+                )
 
 
 def inputs_of(
@@ -194,7 +212,13 @@ def _reads(name: str, of: Callable[..., Any]) -> frozenset[str]:
     Raises:
         UserError: if it needs anything else.
     """
-    parameters = inspect.signature(of.forward if isinstance(of, nn.Module) else of).parameters
+    try:
+        parameters = inspect.signature(of.forward if isinstance(of, nn.Module) else of).parameters
+    except ValueError as error:  # a partial with options that its function does not take
+        raise UserError(
+            f"scores.{name} does not work: {error.__cause__ or error}; its YAML gives an option "
+            "that the function has not, or two files have a score of this name"
+        ) from error
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     takes = {key: each for key, each in parameters.items() if each.kind in kinds}
     missing = [k for k, v in takes.items() if v.default is v.empty and k not in INPUTS]
