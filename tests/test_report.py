@@ -134,6 +134,16 @@ def test_every_class_of_ten_has_its_first_image():
     assert len(figures.image_and_map(fake(), names[:3]).axes[0].images) == 16
 
 
+@pytest.mark.parametrize("size", [1e-12, 4.3e-4, 1.0])
+def test_the_colour_bar_is_inside_the_figure(size):
+    samples = fake()
+    samples.variance = size * samples.variance
+    figure = extremes(samples, CLASSES, count=8)
+    figure.draw_without_rendering()
+    (bar,) = figure.axes[0].child_axes
+    assert bar.get_tightbbox().x1 < figure.bbox.width
+
+
 def test_the_units_of_a_map_are_said_and_the_picture_stays_the_same(tmp_path, monkeypatch):
     model, unit = fake(), fake()
     unit.units, unit.images, unit.variance = "unit", (unit.images + 1) / 2, unit.variance / 4

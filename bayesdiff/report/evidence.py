@@ -46,6 +46,7 @@ def evidence_figure(curve: "EvidenceCurve", conditions: str = "") -> "Figure":
     floor = min([*left.tolist(), curve.own[1]])
     room = 0.08 * (curve.best[1] - floor) or 1.0
     top.set(ylabel="log evidence", ylim=(floor - room, curve.best[1] + room), xscale="log")
+    top.ticklabel_format(axis="y", style="plain", useOffset=False)  # else behind the legend
     top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     bottom.plot(taus, curve.effective_parameters.numpy() / curve.parameters)
     mark_eigenvalues(bottom, curve.eigenvalues, (taus.min(), taus.max()))

@@ -28,6 +28,7 @@ from bayesdiff.report.layout import (
     without_score,
 )
 from bayesdiff.report.options import SUM_IN_WORDS
+from bayesdiff.report.series import plain_number
 from bayesdiff.report.style import MAP_COLOURS, save, style
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def _pairs(
     own_scale: bool,
 ) -> "Figure":
     """Blocks of images with their maps below, all maps on one colour scale or each on its own."""
+    from matplotlib.ticker import MaxNLocator
+
     chosen = np.concatenate([indices for _, indices in blocks])
     maps = dict(zip(chosen, standard_deviation(samples.variance[chosen]), strict=True))
     tops = {i: ceiling(each) for i, each in maps.items()}
@@ -116,7 +119,7 @@ def _pairs(
     tall = heading + head + body + (28 if own_scale else 12)
     left, columns = 12, max(len(indices) for _, indices in blocks)
     right = left + columns * (size[0] + GAP) + 8
-    figure, axes = sheet(right + (10 if own_scale else 100), tall * len(blocks), title, caption)
+    figure, axes = sheet(right + (10 if own_scale else 112), tall * len(blocks), title, caption)
     for block, (name, indices) in enumerate(blocks):
         y = block * tall + heading + head
         axes.text(left, y - head + 2, name, weight="bold", va="bottom")
@@ -133,7 +136,10 @@ def _pairs(
         first = heading + head
         long = min((len(blocks) - 1) * tall + body, 3 * body)
         bar = axes.inset_axes((right, first, 14, long), transform=axes.transData)
-        figure.colorbar(drawn, cax=bar, extend="max").set_label("standard deviation")
+        colours = figure.colorbar(drawn, cax=bar, extend="max")
+        few = MaxNLocator(5, steps=[1, 2, 5, 10])
+        colours.set_ticks(few, format=lambda value, _: plain_number(value, 3))
+        colours.set_label("standard deviation")
     return figure
 
 
