@@ -171,7 +171,10 @@ def variance_statistics(
     present, index = labels.to(sums.device).unique(return_inverse=True)
     totals = torch.zeros(len(present), dtype=sums.dtype, device=sums.device)
     means = totals.index_add(0, index, sums) / index.bincount()
-    names = [classes[k] if k < len(classes) else k for k in present.tolist()]
+    # A slash would begin another group of scalars in TensorBoard.
+    names = [
+        str(classes[k]).replace("/", "-") if k < len(classes) else k for k in present.tolist()
+    ]
     return found | {f"class_{n}": mean for n, mean in zip(names, means.tolist(), strict=True)}
 
 
