@@ -54,7 +54,7 @@ def groups_of(model: GenerativeModel, shape: Sequence[int]) -> Tensor | None:
     count = output.shape[axis]
     numbers = torch.arange(output.numel(), dtype=torch.float64, device=output.device)
     place = numbers.view(output.movedim(axis, -1).shape).movedim(-1, axis)
-    folded = _by_value(net, place, shape[0]).round().long()
+    folded = _by_value(net, place, likelihood.channels(1)).round().long()
     if bool((folded // count != folded[:, :1] // count).any()):
         raise UserError(
             f"{type(net).__name__}.fold puts outputs of several positions of the head into one "
@@ -69,9 +69,9 @@ def groups_of(model: GenerativeModel, shape: Sequence[int]) -> Tensor | None:
     return groups
 
 
-def _by_value(net: Network, output: Tensor, channels: int) -> Tensor:
+def _by_value(net: Network, output: Tensor, count: int) -> Tensor:
     """Folded outputs of one image as rows of K for every value."""
-    folded = net.fold(output)[0].unflatten(0, (channels, -1))
+    folded = net.fold(output)[0].unflatten(0, (-1, count))
     return folded.flatten(2).movedim(1, 2).flatten(0, 1)
 
 

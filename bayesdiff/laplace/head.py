@@ -84,34 +84,6 @@ class HeadGeometry:
             )
 
 
-class CarryingConv2d(nn.Conv2d):
-    """A convolution whose features carry, behind what it reads, what is added to its outputs."""
-
-    @property
-    def carried(self) -> int:
-        """Channels that are carried, one for each of the outputs."""
-        return self.out_channels
-
-    def forward(self, features: Tensor) -> Tensor:
-        """``(B, D + C_out, h, w) -> (B, C_out, h, w)``."""
-        geometry = HeadGeometry.of(self)
-        return super().forward(geometry.read(features)) + geometry.offset(features)
-
-
-class CarryingLinear(nn.Linear):
-    """A linear layer whose features carry, behind what it reads, what is added to its outputs."""
-
-    @property
-    def carried(self) -> int:
-        """Channels that are carried, one for each of the outputs."""
-        return self.out_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        """``(B, ..., D + C_out) -> (B, ..., C_out)``."""
-        geometry = HeadGeometry.of(self)
-        return super().forward(geometry.read(features)) + geometry.offset(features)
-
-
 def _check_conv(head: nn.Conv2d) -> None:
     """Refuse every convolution that is not stride 1, dense, zero-padded and size-preserving."""
     k = head.kernel_size[0]

@@ -1,12 +1,14 @@
 from bayesdiff.checks import UserError
 from bayesdiff.likelihoods.bernoulli import Bernoulli
 from bayesdiff.likelihoods.categorical import Categorical
+from bayesdiff.likelihoods.classes import Classes
 from bayesdiff.likelihoods.gaussian import Gaussian
 from bayesdiff.likelihoods.likelihood import Likelihood
 
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "Classes",
     "Gaussian",
     "Likelihood",
     "check_noise_level",

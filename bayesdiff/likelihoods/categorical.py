@@ -8,28 +8,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesdiff.checks import at_least
-from bayesdiff.likelihoods.bernoulli import check_sampled, drawn
+from bayesdiff.likelihoods.classes import softmax_hessian
+from bayesdiff.likelihoods.emission import (
+    PAIRS,
+    Emission,
+    belief_mean,
+    draw,
+    drawn_like,
+    no_logits,
+    wide,
+)
 
 
 @dataclass(frozen=True)
-class Categorical:
+class Categorical(Emission):
     """K equally spaced values from -1 to 1 with a softmax of K logits; see ``Likelihood``.
 
     Args:
+        sampled: see ``Emission``.
+        final: see ``Emission``.
         levels: K.
-        sampled: whether a solver's step takes a level drawn from these odds, and not their mean.
     """
 
     levels: int = 16
-    sampled: bool = False
 
     scaled: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    discrete: ClassVar[bool] = False  # numbers: near levels are alike
     predictions: ClassVar[tuple[str, ...]] = ("data",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("model.likelihood.levels", self.levels, 2)
-        check_sampled(self.sampled)
 
     @property
     def name(self) -> str:
@@ -56,12 +66,7 @@ class Categorical:
 
     def hessian(self, output: Tensor) -> Tensor:
         """diag(p) - p p^T, ``(B, C, K, K, ...)``."""
-        p = self._split(output).softmax(2).movedim(2, -1)
-        matrix = p.diag_embed() - p[..., :, None] * p[..., None, :]
-        # p (1 - p) without a difference of like numbers: 1 - p is the sum of the other levels.
-        other = (~torch.eye(self.levels, dtype=torch.bool, device=p.device)).to(p)
-        matrix.diagonal(dim1=-2, dim2=-1).copy_(p * (p @ other))
-        return matrix.movedim((-2, -1), (2, 3))
+        return softmax_hessian(self._split(output).softmax(2))
 
     def deviance(self, output: Tensor, target: Tensor) -> Tensor:
         """Minus twice the log-probability of every image, float64 ``(B,)``."""
@@ -72,15 +77,47 @@ class Categorical:
         index = self._index(target).long()[:, :, None]
         return self._split(output).log_softmax(2).gather(2, index)[:, :, 0]
 
-    def emit(self, output: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Mean value of the levels, or one level drawn by ``noise``."""
-        p = self._probabilities(output)
-        if not self.sampled:
+    def mean(self, output: Tensor) -> Tensor:
+        """Mean value of the levels."""
+        return self._mean(self._probabilities(output))
+
+    def emit(self, output: Tensor, noise: Tensor | None = None, last: bool = False) -> Tensor:
+        """Mean value of the levels, the likeliest level, or one drawn by ``noise``."""
+        p, way = self._probabilities(output), self.way(last)
+        if way == "mean":
             return self._mean(p)
-        uniform = torch.special.ndtr(drawn(noise).to(p))[:, :, None]
-        # The last sum may be a rounding below 1, and the uniform number above it.
-        index = (p.cumsum(2)[:, :, :-1] <= uniform).sum(2)
+        index = p.argmax(2) if way == "mode" else draw(p, noise)
         return (index * (2 / (self.levels - 1)) - 1).to(p)
+
+    def belief(self, x: Tensor, accuracy: Tensor) -> Tensor:
+        """Its mean: levels are transmitted as numbers."""
+        return belief_mean(x, accuracy)
+
+    def belief_logits(self, x: Tensor, accuracy: Tensor) -> Tensor:
+        """None.
+
+        Raises:
+            UserError: always.
+        """
+        raise no_logits(self.name)
+
+    def step_divergence(
+        self, output: Tensor, target: Tensor, accuracy: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """-E ln sum_k p_k e^(-a D_k^2 / 2 + sqrt(a) D_k xi), D_k from the value to level k.
+
+        Five antithetic pairs of xi; the level that it is counts p_k exactly.
+        """
+        log_p = self._split(output).log_softmax(2)
+        steps = self._spread(log_p) - target[:, :, None]
+        accuracy = accuracy[:, None] if accuracy.ndim else accuracy
+        total = torch.zeros_like(target)
+        for _ in range(PAIRS):
+            xi = drawn_like(target, generator)[:, :, None]
+            for sign in (1, -1):
+                exponent = -accuracy / 2 * steps.square() + sign * accuracy.sqrt() * steps * xi
+                total -= (log_p + exponent).logsumexp(2) / (2 * PAIRS)
+        return total
 
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """Covariance, under the probabilities, of levels and the direction's K numbers."""
@@ -93,8 +130,7 @@ class Categorical:
         return output.unflatten(1, (-1, self.levels))
 
     def _probabilities(self, output: Tensor) -> Tensor:
-        wide = output if output.dtype == torch.float64 else output.float()
-        return self._split(wide).softmax(2)
+        return self._split(wide(output)).softmax(2)
 
     def _index(self, values: Tensor) -> Tensor:
         scaled = (values + 1) * ((self.levels - 1) / 2)

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayesdiff.likelihoods.emission import belief_mean, no_logits
 from bayesdiff.paths import PREDICTIONS
 
 
@@ -17,7 +19,10 @@ class Gaussian:
     name: ClassVar[str] = "gaussian"
     scaled: ClassVar[bool] = True
     linear: ClassVar[bool] = True
+    discrete: ClassVar[bool] = False
     sampled: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
     predictions: ClassVar[tuple[str, ...]] = PREDICTIONS
 
     def channels(self, data: int) -> int:
@@ -48,9 +53,31 @@ class Gaussian:
         constant = math.log(sigma_noise * math.sqrt(math.tau))
         return -0.5 * ((output - target) / sigma_noise).square() - constant
 
-    def emit(self, output: Tensor, noise: Tensor | None = None) -> Tensor:
+    def mean(self, output: Tensor) -> Tensor:
         """The output itself."""
         return output
+
+    def emit(self, output: Tensor, noise: Tensor | None = None, last: bool = False) -> Tensor:
+        """The output itself."""
+        return output
+
+    def belief(self, x: Tensor, accuracy: Tensor) -> Tensor:
+        """Its mean."""
+        return belief_mean(x, accuracy)
+
+    def belief_logits(self, x: Tensor, accuracy: Tensor) -> Tensor:
+        """None.
+
+        Raises:
+            UserError: always.
+        """
+        raise no_logits(self.name)
+
+    def step_divergence(
+        self, output: Tensor, target: Tensor, accuracy: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """Half the accuracy times the squared error; the output is all that data could be."""
+        return accuracy / 2 * (output - target).square()
 
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """The direction itself."""

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -16,7 +17,10 @@ class Likelihood(Protocol):
         scaled: whether ``sigma_noise`` scales it; the variance of the others follows from their
             mean.
         linear: whether ``emit`` gives the output as it is.
-        sampled: whether ``emit`` draws, and has no derivative.
+        discrete: whether values are classes.
+        sampled: whether ``emit`` draws on the way to data.
+        draws: whether it draws anywhere, and needs noise.
+        differentiable: whether every emission follows from the output alone, and bends smoothly.
         predictions: what a network of this likelihood may predict.
     """
 
@@ -30,7 +34,16 @@ class Likelihood(Protocol):
     def linear(self) -> bool: ...  # noqa: D102
 
     @property
+    def discrete(self) -> bool: ...  # noqa: D102
+
+    @property
     def sampled(self) -> bool: ...  # noqa: D102
+
+    @property
+    def draws(self) -> bool: ...  # noqa: D102
+
+    @property
+    def differentiable(self) -> bool: ...  # noqa: D102
 
     @property
     def predictions(self) -> tuple[str, ...]: ...  # noqa: D102
@@ -63,10 +76,48 @@ class Likelihood(Protocol):
         """Log-probability, or density, of every value, ``(B, C, ...)``."""
         ...
 
-    def emit(self, output: Tensor, noise: Tensor | None = None) -> Tensor:
+    def mean(self, output: Tensor) -> Tensor:
+        """Expected prediction, ``(B, C, ...)``."""
+        ...
+
+    def emit(self, output: Tensor, noise: Tensor | None = None, last: bool = False) -> Tensor:
         """What a solver's step takes for the network's prediction, ``(B, C, ...)``.
 
-        Standard normal ``noise`` of that shape is read where the likelihood is ``sampled``.
+        Standard normal ``noise`` of that shape is read where the likelihood ``draws``; ``last``
+        says that the prediction is the sample itself.
+        """
+        ...
+
+    def belief(self, x: Tensor, accuracy: Tensor) -> Tensor:
+        """What a belief of this accuracy makes of a state, as a network is told it.
+
+        Args:
+            x: ``(B, C, ...)`` on a path of ``paths.bayesian_flow``.
+            accuracy: beta, ``(B, 1, ...)``.
+        """
+        ...
+
+    def belief_logits(self, x: Tensor, accuracy: Tensor) -> Tensor:
+        """The output that says of every value what its own belief says, ``(B, C K, ...)``.
+
+        Raises:
+            UserError: for a likelihood of numbers, whose output is no belief.
+        """
+        ...
+
+    def step_divergence(
+        self, output: Tensor, target: Tensor, accuracy: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """KL of sender and receiver of a transmission, in nats, ``(B, C, ...)`` or by value.
+
+        Graves et al. 2023, eq. 24: data through a channel of this accuracy, against the mixture
+        that the output says.
+
+        Args:
+            output: of the head, in units of data.
+            target: data.
+            accuracy: of the transmission, ``(B, 1, ...)``.
+            generator: of the draws of those that need any.
         """
         ...
 

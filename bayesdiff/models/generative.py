@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.likelihoods import Gaussian, Likelihood
 from bayesdiff.models.conditions import Condition, Labels, check_network
+from bayesdiff.models.objectives import Objective, made_objective
 from bayesdiff.networks import Network
 from bayesdiff.paths import PREDICTIONS, ProbabilityPath
 from bayesdiff.paths.prediction import mix
@@ -39,6 +40,7 @@ class GenerativeModel(L.LightningModule):
         seed: fixes times, noise and label dropout of every step.
         condition: what the network is given beside the time; None for ``num_classes`` labels.
         likelihood: of the data given the output; None for a Gaussian, that is squared error.
+        objective: makes the loss from path, likelihood and prediction; None for the likelihood's.
 
     Raises:
         UserError: for an unknown prediction or time sampling, one that does not go with the
@@ -58,6 +60,7 @@ class GenerativeModel(L.LightningModule):
         seed: int = 0,
         condition: Condition | None = None,
         likelihood: Likelihood | None = None,
+        objective: Callable[..., Objective] | None = None,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
@@ -78,6 +81,7 @@ class GenerativeModel(L.LightningModule):
         self.path = path
         self.prediction = prediction
         self.likelihood = _checked(likelihood or Gaussian(), prediction)
+        self.objective = made_objective(objective, path, self.likelihood, prediction)
         self.condition = condition
         self.num_classes = None if condition is None else condition.num_classes
         self.class_dropout = 0.0 if condition is None else class_dropout
@@ -179,7 +183,7 @@ class GenerativeModel(L.LightningModule):
         spread = torch.arange(size, device=x_1.device) / size
         uniform = torch.rand(2, size, device=x_1.device)
         x_0 = torch.randn(size, *x_1.shape[1:], device=x_1.device)[share]
-        t = self.times((uniform[0, :1] + spread) % 1)[share]
+        t = self.objective.times(self.times((uniform[0, :1] + spread) % 1))[share]
         if y is None or self.condition is None:
             y = None
         elif self.training:
@@ -187,7 +191,8 @@ class GenerativeModel(L.LightningModule):
         if share.start:  # the dropout masks of the other processes must differ
             torch.manual_seed((self.seed + 1) * 1_000_000_007 + step + 2**40 * share.start)
         x_t, target = self.corrupt(x_1, x_0, t)
-        return self.likelihood.loss(self(x_t, t, y).float(), target)
+        output = self(x_t, t, y).float()
+        return self.objective(output, target, x_t, self.likelihood.values(x_1), t)
 
     def _refuse_divergence(self) -> None:
         if not math.isfinite(float(self._loss_sum)):

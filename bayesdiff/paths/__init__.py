@@ -1,3 +1,9 @@
+from bayesdiff.paths.bayesian_flow import (
+    AccuracyPath,
+    BayesianFlow,
+    GeometricAccuracy,
+    QuadraticAccuracy,
+)
 from bayesdiff.paths.coefficient import Coefficient
 from bayesdiff.paths.per_pixel import VPPerPixel
 from bayesdiff.paths.prediction import PREDICTIONS, convert
@@ -10,10 +16,14 @@ from bayesdiff.paths.probability_path import (
 
 __all__ = [
     "PREDICTIONS",
+    "AccuracyPath",
+    "BayesianFlow",
     "Coefficient",
     "CondOT",
+    "GeometricAccuracy",
     "PathCoefficients",
     "ProbabilityPath",
+    "QuadraticAccuracy",
     "VPPerPixel",
     "VariancePreserving",
     "convert",

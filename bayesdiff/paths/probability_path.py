@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class ProbabilityPath(ABC):
         smooth: whether alpha and sigma have derivatives at all times in [0, 1].
         variance_preserving: whether alpha^2 + sigma^2 = 1.
         noise_scale: standard deviation of the state at t = 0, a number or one per pixel.
+        ends_in_data: whether the state at t = 1 is data; otherwise samples end with one more
+            prediction, of the data from that state.
     """
 
     family: str
@@ -45,6 +47,7 @@ class ProbabilityPath(ABC):
     smooth: bool = True
     variance_preserving: bool = False
     noise_scale: Coefficient = 1.0
+    ends_in_data: bool = True
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> PathCoefficients:
@@ -59,6 +62,10 @@ class ProbabilityPath(ABC):
         if is_one(self.noise_scale):
             return noise
         return like(self.noise_scale, noise) * noise
+
+    def for_likelihood(self, likelihood: Any) -> "ProbabilityPath":
+        """The path made ready for data of this likelihood; most need nothing."""
+        return self
 
     def for_shape(self, shape: Sequence[int]) -> Self:
         """The path made ready for samples of this shape; most need nothing."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.laplace.head import CarryingConv2d, CarryingLinear, HeadGeometry
+from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.networks.carrying import CarryingConv2d, CarryingLinear
 from bayesdiff.networks import Adapter
 from bayesdiff.pretrained.fold import CarryingAdapter, Fold, put
 

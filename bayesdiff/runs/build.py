@@ -113,14 +113,17 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     images = data.data
     condition = build_condition(cfg.model, images)
     torch.manual_seed(cfg.seed)
-    path = fitted_path(instantiate(cfg.path), data.space.shape)
+    likelihood = build_likelihood(cfg.model)
+    path = fitted_path(instantiate(cfg.path).for_likelihood(likelihood), data.space.shape)
     optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
     # Below its name, which errors then give in full.
     # A user's own model need not know of a likelihood.
-    aside = {"condition"} if cfg.model.get("likelihood") else {"condition", "likelihood"}
+    aside = {"condition", "belief"} | ({"likelihood"} if not cfg.model.get("likelihood") else set())
     own = {name: value for name, value in plain(cfg.model).items() if name not in aside}
     options = OmegaConf.create({"model": own | {"optimizer": optimizer}}).model
-    net = build_network(cfg.net, images, condition, build_likelihood(cfg.model))
+    net = build_network(cfg.net, images, condition, likelihood)
+    if cfg.model.get("belief"):
+        net = instantiate(cfg.model.belief, _partial_=True)(net, path, likelihood)
     given: dict[str, Any] = {"num_classes": getattr(condition, "num_classes", None)}
     if condition is not None and "condition" in (
         arguments(str(options._target_)) or {"condition"}

@@ -95,18 +95,19 @@ class Field:
         Raises:
             UserError: where a likelihood draws and the field has no noise.
         """
-        if not self.likelihood.sampled:
-            return self.likelihood.emit(output)
+        # Only a path that does not end in data is evaluated where it ends: for the sample itself.
+        last = t == 1.0
+        if not self.likelihood.draws:
+            return self.likelihood.emit(output, last=last)
         if self.noise is None:
             raise UserError(
-                "these samples have no noise for model.likelihood.sampled=true; use "
-                "model.likelihood.sampled=false"
+                "these samples have no noise for what model.likelihood draws; use "
+                "model.likelihood.sampled=false and model.likelihood.final=mean"
             )
         noise = self.noise.fork(_EMISSION + round(t * 2**20))()
         copies = len(output) // len(noise)
-        return self.likelihood.emit(
-            output, noise.repeat(copies, *[1] * (noise.ndim - 1)).to(output)
-        )
+        noise = noise.repeat(copies, *[1] * (noise.ndim - 1)).to(output)
+        return self.likelihood.emit(output, noise, last)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Prediction for images ``(B, C, H, W)`` at time ``t``."""

@@ -1,5 +1,6 @@
 """A solver is coefficients: every step is affine in the state and the network outputs."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +10,22 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.paths import Coefficient, ProbabilityPath
-from bayesdiff.paths.coefficient import as_key, at_times, have_tensors, is_finite, is_zero, like
+from bayesdiff.paths import Coefficient, ProbabilityPath, convert
+from bayesdiff.paths.coefficient import (
+    as_coefficient,
+    as_key,
+    at_times,
+    have_tensors,
+    is_finite,
+    is_zero,
+    like,
+)
 from bayesdiff.solvers.grid import Grid, time_grid
 from bayesdiff.solvers.step_checks import check_steps
 
 Row = tuple[Coefficient, ...]
+# The time of a sample that is predicted from the state at t = 1, told apart from that of the state.
+PREDICTED = math.nextafter(1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -143,13 +154,22 @@ def plan(
 ) -> list[Step]:
     """Steps from noise to data, on every k-th of the solver's times.
 
+    Where the path does not end in data, a last one takes what the network predicts of them.
+
     Raises:
         UserError: for steps that cannot be followed, see ``check_steps``.
     """  # noqa: DOC502 - raised one level down
     times = solver.times(path, skip_interval)
     steps = solver.steps(path, prediction, times)
     check_steps(solver, times, steps)
-    return steps
+    return steps if path.ends_in_data else [*steps, _predicted(path, prediction)]
+
+
+def _predicted(path: ProbabilityPath, prediction: str) -> Step:
+    """The step from the state at t = 1 to the data that the network predicts from it."""
+    p, q = convert(prediction, "data", path.coefficients(torch.tensor(1.0, dtype=torch.float64)))
+    output = as_coefficient(p), as_coefficient(q)
+    return Step((PREDICTED,), inputs=((1.0,),), output=output, noise=0.0, end=PREDICTED)
 
 
 def check_solver(solver: Solver, path: ProbabilityPath, conditional: bool) -> None:

@@ -58,10 +58,11 @@ def check_derivative(model: GenerativeModel, who: str) -> None:
     Raises:
         UserError: if it has none.
     """
-    if likelihood_of(model).sampled:
+    if not likelihood_of(model).differentiable:
         raise UserError(
             f"{who} needs a derivative of the prediction, which a drawn one has not; use "
-            "model.likelihood.sampled=false, or uncertainty=ensemble"
+            "model.likelihood.sampled=false, with model.likelihood.final=mean where that is set, "
+            "or uncertainty=ensemble"
         )
 
 

@@ -1,0 +1,92 @@
+"""How a likelihood of classes emits: the expected value, or one that it draws."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesdiff.checks import UserError
+
+# Antithetic pairs of draws where an expectation has no closed form.
+PAIRS = 5
+_FINAL = (None, "sample", "mode", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emission:
+    """What solvers take of a law over classes.
+
+    Args:
+        sampled: whether a step takes a value drawn from the law, and not its mean.
+        final: of the sample itself, where it is one more prediction (Bayesian flow networks):
+            ``sample``, ``mode`` or ``mean``; None as on the way.
+
+    Raises:
+        UserError: for anything else.
+    """
+
+    sampled: bool = False
+    final: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampled, bool):
+            raise UserError(f"model.likelihood.sampled must be true or false, got {self.sampled!r}")
+        if self.final not in _FINAL:
+            raise UserError(
+                f"unknown model.likelihood.final {self.final!r}; choose sample, mode or mean, or "
+                "null as on the way"
+            )
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws anywhere."""
+        return self.sampled or self.final == "sample"
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether it takes the mean everywhere."""
+        return self.way(False) == self.way(True) == "mean"
+
+    def way(self, last: bool) -> str:
+        """``sample``, ``mode`` or ``mean``."""
+        return self.final if last and self.final else "sample" if self.sampled else "mean"
+
+
+def uniform(noise: Tensor | None, like: Tensor) -> Tensor:
+    """Uniform numbers that standard normal noise stands for.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if noise is None:
+        raise ValueError("a sampled emission needs noise")
+    return torch.special.ndtr(noise.to(like))
+
+
+def wide(output: Tensor) -> Tensor:
+    """Logits in single precision or more."""
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def no_logits(name: str) -> UserError:
+    """What a likelihood of numbers says to ``Likelihood.belief_logits``."""
+    return UserError(
+        f"model.belief.residual=true is for classes, likelihood={name} is of numbers; use "
+        "model.belief.residual=false"
+    )
+
+
+def belief_mean(x: Tensor, accuracy: Tensor) -> Tensor:
+    """Mean of a Gaussian belief, N(0, 1) at first (Graves et al. 2023, eq. 49 and 77)."""
+    return (accuracy / (1 + accuracy)).sqrt() * x
+
+
+def draw(p: Tensor, noise: Tensor | None) -> Tensor:
+    """Classes ``(B, C, ...)`` drawn from ``p (B, C, K, ...)`` by noise ``(B, C, ...)``."""
+    # The last sum may be a rounding below 1, and the uniform number above it.
+    return (p.cumsum(2)[:, :, :-1] <= uniform(noise, p)[:, :, None]).sum(2)
+
+
+def drawn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers, the same on every device for a generator of the CPU."""
+    return torch.randn(x.shape, generator=generator).to(x)

@@ -1,0 +1,120 @@
+"""A network that is told beliefs in place of states: Bayesian flow networks."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayesdiff.checks import UserError
+from bayesdiff.likelihoods import Likelihood
+from bayesdiff.networks.carrying import CarryingConv2d, CarryingLinear
+from bayesdiff.paths import ProbabilityPath
+from bayesdiff.paths.bayesian_flow import AccuracyPath, accuracy_path
+
+
+class BeliefNetwork(nn.Module):
+    """forward = fold(head(features(x, t, y))), with a network that sees what a belief says of x.
+
+    Args:
+        net: whose features are used; its head is replaced by a wider one.
+        path: with an accuracy.
+        likelihood: whose beliefs they are.
+        skip: whether the head sees the belief itself beside the features, so that it can repeat it
+            late, when little is left to be said.
+        residual: whether the output starts from the belief's own logits, and the head from zero:
+            untrained, the output is then the exact posterior of independent, uniform values.
+
+    Raises:
+        UserError: for a path that is no Bayesian flow, or a residual of a likelihood of numbers.
+    """
+
+    def __init__(
+        self,
+        net: Any,
+        path: ProbabilityPath,
+        likelihood: Likelihood,
+        skip: bool = True,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("skip", skip), ("residual", residual)):
+            if not isinstance(value, bool):
+                raise UserError(f"model.belief.{name} must be true or false, got {value!r}")
+        self.path: AccuracyPath = accuracy_path(path, "model.belief")
+        self.net, self.likelihood = net, likelihood
+        self.skip, self.residual = skip, residual
+        self.patch = getattr(net, "patch", 1)
+        if residual:  # refuses a likelihood without
+            likelihood.belief_logits(torch.zeros(1, likelihood.channels(1)), torch.zeros(1, 1))
+        self.head = self._wider(net.head)
+        net.head = nn.Identity()
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of the network."""
+        return getattr(self.net, "num_classes", None)
+
+    @property
+    def embedding_size(self) -> int | None:
+        """Of the network."""
+        return getattr(self.net, "embedding_size", None)
+
+    @property
+    def last_block(self) -> nn.Module:
+        """Of the network."""
+        block: nn.Module = self.net.last_block
+        return block
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Output for states ``(B, C, ...)`` at times ``t (B,)``."""
+        return self.fold(self.head(self.features(x, t, y)))
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Input of the head: features of the belief, the belief, and its logits behind them."""
+        accuracy = self.path.accuracy(t).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        belief = self.likelihood.belief(x, accuracy)
+        parts = [self.net.features(belief, t, y)]
+        if self.skip:
+            parts.append(self._unfold(belief))
+        if self.residual:
+            parts.append(self._unfold(self.likelihood.belief_logits(x, accuracy)))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def fold(self, output: Tensor) -> Tensor:
+        """The network's."""
+        folded: Tensor = self.net.fold(output)
+        return folded
+
+    def _unfold(self, values: Tensor) -> Tensor:
+        """States as the features lie: what ``fold`` undoes."""
+        if values.ndim == 4:
+            return F.pixel_unshuffle(values, self.patch)
+        return values.flatten(1)
+
+    def _wider(self, head: Any) -> nn.Module:
+        """A new head that sees the belief as well, zero where it corrects the belief's logits."""
+        if not isinstance(head, (nn.Conv2d, nn.Linear)):
+            raise UserError(
+                f"the head is a {type(head).__name__}; model=bfn needs an nn.Conv2d or nn.Linear as "
+                "the network's last layer"
+            )
+        outputs, bias = len(head.weight), head.bias is not None
+        seen = self._belief_channels(outputs) if self.skip else 0
+        made: nn.Module
+        if isinstance(head, nn.Conv2d):
+            conv = CarryingConv2d if self.residual else nn.Conv2d
+            k = head.kernel_size
+            sizes = head.in_channels + seen, outputs, k
+            made = conv(*sizes, padding=(k[0] // 2, k[1] // 2), bias=bias)
+        else:
+            linear = CarryingLinear if self.residual else nn.Linear
+            made = linear(head.in_features + seen, outputs, bias)
+        if self.residual:
+            for parameter in made.parameters():
+                nn.init.zeros_(parameter)
+        return made
+
+    def _belief_channels(self, outputs: int) -> int:
+        values = outputs // self.likelihood.channels(1)
+        return values * (self.likelihood.channels(1) if self.likelihood.discrete else 1)
