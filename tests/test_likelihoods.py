@@ -105,7 +105,7 @@ def test_slope_is_the_derivative_of_the_emission(name):
 @bent
 def test_a_sampled_emission_follows_the_odds_and_the_noise(name):
     mean = BENT[name]
-    drawn = Bernoulli(True) if name == "bernoulli" else Categorical(5, True)
+    drawn = Bernoulli(sampled=True) if name == "bernoulli" else Categorical(5, sampled=True)
     output = example(mean, 1)[0].expand(20_000, -1, -1, -1)
     noise = torch.randn(20_000, 2, 2, 3, generator=torch.Generator().manual_seed(0))
     values = drawn.emit(output, noise)

@@ -67,7 +67,7 @@ class Bernoulli(Emission):
         return (self.belief_logits(x, accuracy) / 2).tanh()
 
     def belief_logits(self, x: Tensor, accuracy: Tensor) -> Tensor:
-        """Log-odds lambda, with lambda | x ~ N(2 beta x, 4 beta) (Graves et al. 2023, eq. 182)."""
+        """Log-odds lambda, with lambda | x ~ N(2 beta x, 4 beta)."""
         return 2 * (accuracy * (1 + accuracy)).sqrt() * x
 
     def step_divergence(

@@ -94,12 +94,8 @@ class Categorical(Emission):
         return belief_mean(x, accuracy)
 
     def belief_logits(self, x: Tensor, accuracy: Tensor) -> Tensor:
-        """None.
-
-        Raises:
-            UserError: always.
-        """
-        raise no_logits(self.name)
+        """None: refused."""
+        return no_logits(self.name)
 
     def step_divergence(
         self, output: Tensor, target: Tensor, accuracy: Tensor, generator: torch.Generator | None

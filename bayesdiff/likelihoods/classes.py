@@ -17,7 +17,7 @@ class Classes(Emission):
     """Classes e_x in K channels per value, as (K e_x - 1) / sqrt(K), with a softmax of K logits.
 
     The embedding that makes the accuracy of a Bayesian flow network its path's signal-to-noise
-    ratio: transmissions y ~ N(a (K e_x - 1), a K I) of Graves et al. 2023, eq. 157. States and
+    ratio: transmissions y ~ N(a (K e_x - 1), a K I) of Graves et al. (2023). States and
     targets are of ``spaces.OneHot``; see ``Likelihood``.
 
     Args:
@@ -85,14 +85,16 @@ class Classes(Emission):
         if way == "mode":
             return self._embedded(p.argmax(2)).to(p)
         # One uniform number for each value: that of its first channel.
-        return self._embedded(draw(p, None if noise is None else self._split(noise)[:, :, 0])).to(p)
+        return self._embedded(draw(p, None if noise is None else self._split(noise)[:, :, 0])).to(
+            p
+        )
 
     def belief(self, x: Tensor, accuracy: Tensor) -> Tensor:
         """2 theta - 1."""
         return 2 * self._split(self.belief_logits(x, accuracy)).exp().flatten(1, 2) - 1
 
     def belief_logits(self, x: Tensor, accuracy: Tensor) -> Tensor:
-        """ln theta = log_softmax(y), y ~ N(beta (K e_x - 1), beta K I) (eq. 185)."""
+        """Ln theta = log_softmax(y), y ~ N(beta (K e_x - 1), beta K I)."""
         y = (accuracy * self.levels * (1 + accuracy)).sqrt() * x
         return self._split(y).log_softmax(2).flatten(1, 2)
 

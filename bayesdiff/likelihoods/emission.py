@@ -30,7 +30,9 @@ class Emission:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampled, bool):
-            raise UserError(f"model.likelihood.sampled must be true or false, got {self.sampled!r}")
+            raise UserError(
+                f"model.likelihood.sampled must be true or false, got {self.sampled!r}"
+            )
         if self.final not in _FINAL:
             raise UserError(
                 f"unknown model.likelihood.final {self.final!r}; choose sample, mode or mean, or "
@@ -68,16 +70,20 @@ def wide(output: Tensor) -> Tensor:
     return output if output.dtype == torch.float64 else output.float()
 
 
-def no_logits(name: str) -> UserError:
-    """What a likelihood of numbers says to ``Likelihood.belief_logits``."""
-    return UserError(
+def no_logits(name: str) -> Tensor:
+    """What a likelihood of numbers says to ``Likelihood.belief_logits``.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
         f"model.belief.residual=true is for classes, likelihood={name} is of numbers; use "
         "model.belief.residual=false"
     )
 
 
 def belief_mean(x: Tensor, accuracy: Tensor) -> Tensor:
-    """Mean of a Gaussian belief, N(0, 1) at first (Graves et al. 2023, eq. 49 and 77)."""
+    """Mean of a Gaussian belief, N(0, 1) at first."""
     return (accuracy / (1 + accuracy)).sqrt() * x
 
 

@@ -110,7 +110,7 @@ class Likelihood(Protocol):
     ) -> Tensor:
         """KL of sender and receiver of a transmission, in nats, ``(B, C, ...)`` or by value.
 
-        Graves et al. 2023, eq. 24: data through a channel of this accuracy, against the mixture
+        Data through a channel of this accuracy, against the mixture
         that the output says.
 
         Args:

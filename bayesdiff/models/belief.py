@@ -96,17 +96,16 @@ class BeliefNetwork(nn.Module):
         """A new head that sees the belief as well, zero where it corrects the belief's logits."""
         if not isinstance(head, (nn.Conv2d, nn.Linear)):
             raise UserError(
-                f"the head is a {type(head).__name__}; model=bfn needs an nn.Conv2d or nn.Linear as "
-                "the network's last layer"
+                f"the head is a {type(head).__name__}; model=bfn needs an nn.Conv2d or nn.Linear "
+                "as the network's last layer"
             )
         outputs, bias = len(head.weight), head.bias is not None
         seen = self._belief_channels(outputs) if self.skip else 0
         made: nn.Module
         if isinstance(head, nn.Conv2d):
             conv = CarryingConv2d if self.residual else nn.Conv2d
-            k = head.kernel_size
-            sizes = head.in_channels + seen, outputs, k
-            made = conv(*sizes, padding=(k[0] // 2, k[1] // 2), bias=bias)
+            inputs, k = head.in_channels + seen, head.kernel_size[0]
+            made = conv(inputs, outputs, k, padding=k // 2, bias=bias)
         else:
             linear = CarryingLinear if self.residual else nn.Linear
             made = linear(head.in_features + seen, outputs, bias)

@@ -60,9 +60,9 @@ class BayesianFlowLoss:
     """Bound on the code length of data by transmissions, in nats per value.
 
     Of continuous time, the bound is half the accuracy's rate times the squared error of the
-    expected data, for numbers and classes alike: eq. 101, 146 and 205 of Graves et al. 2023 are this
-    one formula in the states of ``paths.bayesian_flow``. Of n steps it is n times the divergence of
-    one transmission (eq. 28), of the whole transmission at once.
+    expected data: in the states of ``paths.bayesian_flow`` the three losses of Graves et al. (2023,
+    continuous, discretised and discrete data) are this one. Of n steps it is n times the divergence
+    of one transmission, of all its coordinates together.
 
     Args:
         path: of the model.

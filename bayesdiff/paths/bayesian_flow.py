@@ -2,9 +2,9 @@
 
 A belief that has received data x through a Gaussian channel of accuracy beta is told by
 z_t = sqrt(beta / (1 + beta)) x + sqrt(1 / (1 + beta)) eps alone (Graves et al., "Bayesian Flow
-Networks", 2023, sections 4.4 and 6.4): the signal-to-noise ratio of the path is the accuracy. The
-belief itself follows from z_t and beta, see ``Likelihood.belief``. At t = 1 the accuracy is finite,
-so that samples end with one more prediction of the data, see ``ends_in_data``.
+Networks", 2023): the signal-to-noise ratio of the path is the accuracy. The belief itself follows
+from z_t and beta, see ``Likelihood.belief``. At t = 1 the accuracy is finite, so that samples end
+with one more prediction of the data, see ``ends_in_data``.
 """
 
 import math
@@ -39,7 +39,7 @@ class AccuracyPath(ProbabilityPath):
 
 
 class QuadraticAccuracy(AccuracyPath):
-    """beta(t) = beta_1 t^2, for discrete data (Graves et al. 2023, section 6.6).
+    """beta(t) = beta_1 t^2, for discrete data (Graves et al. 2023).
 
     Args:
         beta_1: accuracy at t = 1.
@@ -69,7 +69,7 @@ class QuadraticAccuracy(AccuracyPath):
 
 
 class GeometricAccuracy(AccuracyPath):
-    """beta(t) = sigma_1^(-2 t) - 1, for continuous data (Graves et al. 2023, section 4.5).
+    """beta(t) = sigma_1^(-2 t) - 1, for continuous data (Graves et al. 2023).
 
     alpha^2 = gamma(t) = 1 - sigma_1^(2 t): the belief's entropy falls evenly in t.
 
@@ -142,6 +142,7 @@ def accuracy_path(path: ProbabilityPath, who: str) -> AccuracyPath:
         UserError: if it has none.
     """
     if not isinstance(path, AccuracyPath):
-        raise UserError(f"{who} is about Bayesian flow networks, path={path.family} is none; use "
-                        "model=bfn")
+        raise UserError(
+            f"{who} is about Bayesian flow networks, path={path.family} is none; use model=bfn"
+        )
     return path

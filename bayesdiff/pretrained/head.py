@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.head import HeadGeometry
-from bayesdiff.networks.carrying import CarryingConv2d, CarryingLinear
 from bayesdiff.networks import Adapter
+from bayesdiff.networks.carrying import CarryingConv2d, CarryingLinear
 from bayesdiff.pretrained.fold import CarryingAdapter, Fold, put
 
 # An output's number is told in digits of this base: they are exact in half precision, and of the

@@ -118,7 +118,9 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
     # Below its name, which errors then give in full.
     # A user's own model need not know of a likelihood.
-    aside = {"condition", "belief"} | ({"likelihood"} if not cfg.model.get("likelihood") else set())
+    aside = {"condition", "belief"} | (
+        {"likelihood"} if not cfg.model.get("likelihood") else set()
+    )
     own = {name: value for name, value in plain(cfg.model).items() if name not in aside}
     options = OmegaConf.create({"model": own | {"optimizer": optimizer}}).model
     net = build_network(cfg.net, images, condition, likelihood)

@@ -1,4 +1,4 @@
-from bayesdiff.solvers.diffusion import DDIM, DDPM, ProbabilityFlow, SDEEuler
+from bayesdiff.solvers.diffusion import DDIM, DDPM, BayesianUpdate, ProbabilityFlow, SDEEuler
 from bayesdiff.solvers.dpm_solver import DPMSolver1, DPMSolver2, DPMSolverPP2M
 from bayesdiff.solvers.encode import decode, encode
 from bayesdiff.solvers.flow import RK4, Euler, Heun, Midpoint
@@ -10,6 +10,7 @@ __all__ = [
     "DDIM",
     "DDPM",
     "RK4",
+    "BayesianUpdate",
     "DPMSolver1",
     "DPMSolver2",
     "DPMSolverPP2M",

@@ -171,6 +171,20 @@ class DDPM(DiffusionSolver):
 
 
 @dataclass(frozen=True)
+class BayesianUpdate(DDPM):
+    """Sampling of Bayesian flow networks (Graves et al. 2023, algorithm 9): DDPM, ``small``.
+
+    A belief that receives y ~ N(x_1hat, 1 / a) moves to c mu + (1 - c) x_1hat + noise: that is the
+    posterior of the later state given the earlier one and the data, in the states of
+    ``paths.bayesian_flow``. Of classes, x_1hat is a class that the likelihood draws.
+    """
+
+    variance: str = "small"
+
+    name: ClassVar[str] = "bfn"
+
+
+@dataclass(frozen=True)
 class SDEEuler(DiffusionSolver):
     """Euler-Maruyama on the reverse equation (Song et al. 2021, "Score-based", eq. 6).
 

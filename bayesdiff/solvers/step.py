@@ -24,7 +24,7 @@ from bayesdiff.solvers.grid import Grid, time_grid
 from bayesdiff.solvers.step_checks import check_steps
 
 Row = tuple[Coefficient, ...]
-# The time of a sample that is predicted from the state at t = 1, told apart from that of the state.
+# The time of a sample that is predicted from the state at t = 1, told apart from the state's.
 PREDICTED = math.nextafter(1.0, 2.0)
 
 
