@@ -79,7 +79,7 @@ class Bernoulli(Emission):
         """
         right = torch.where(target > 0, output, -output)
         log_p, log_q = F.logsigmoid(right), F.logsigmoid(-right)
-        nodes, weights = _hermite(32 if float(accuracy.max()) <= 4 else 64)
+        nodes, weights = _hermite(32 if float(accuracy.max()) <= 1 else 64)
         total = torch.zeros_like(output)
         for node, weight in zip(nodes, weights, strict=True):
             total -= weight * torch.logaddexp(

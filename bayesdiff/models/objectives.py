@@ -60,8 +60,8 @@ class BayesianFlowLoss:
     """Bound on the code length of data by transmissions, in nats per value.
 
     Of continuous time, the bound is half the accuracy's rate times the squared error of the
-    expected data: in the states of ``paths.bayesian_flow`` the three losses of Graves et al. (2023,
-    continuous, discretised and discrete data) are this one. Of n steps it is n times the divergence
+    expected data: the losses of Graves et al. (2023) for continuous, discretised and discrete data
+    are this one in the states of ``paths.bayesian_flow``. Of n steps it is n times the divergence
     of one transmission, of all its coordinates together.
 
     Args:
