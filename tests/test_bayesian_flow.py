@@ -329,7 +329,7 @@ class Exact:
         if self.shared:
             logits = logits.sum(-1, keepdim=True).expand_as(logits)
         noise = torch.randn(x.shape, dtype=DOUBLE, generator=self.generator)
-        return self.likelihood.emit(logits + self.odds, noise, t == 1.0)
+        return self.likelihood.emit(logits + self.odds, noise, t > 1)
 
 
 def samples(path, field, n, shape):

@@ -12,7 +12,7 @@ from bayesdiff.machine.progress import evaluated
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import repeated
 from bayesdiff.paths.coefficient import is_one, is_zero
-from bayesdiff.solvers.step import Row, Step
+from bayesdiff.solvers.step import PREDICTED, Row, Step
 
 Observe = Callable[[Step, Tensor], None]
 Memory = tuple[Tensor, ...]  # what earlier steps kept, the latest first
@@ -95,8 +95,7 @@ class Field:
         Raises:
             UserError: where a likelihood draws and the field has no noise.
         """
-        # Only a path that does not end in data is evaluated where it ends: for the sample itself.
-        last = t == 1.0
+        last = t == PREDICTED
         if not self.likelihood.draws:
             return self.likelihood.emit(output, last=last)
         if self.noise is None:
