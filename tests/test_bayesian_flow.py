@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from bayesdiff.checks import UserError
+from bayesdiff.data.one_hot import embedded
 from bayesdiff.likelihoods import Bernoulli, Categorical, Classes, Gaussian
-from bayesdiff.likelihoods.classes import embedded
 from bayesdiff.models import BeliefNetwork, GenerativeModel
 from bayesdiff.models.objectives import BayesianFlowLoss
 from bayesdiff.networks import UNet

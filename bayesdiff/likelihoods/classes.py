@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesdiff.checks import at_least
+from bayesdiff.data.one_hot import embedded
 from bayesdiff.likelihoods.emission import PAIRS, Emission, draw, drawn_like, wide
 
 
@@ -18,7 +19,7 @@ class Classes(Emission):
 
     The embedding that makes the accuracy of a Bayesian flow network its path's signal-to-noise
     ratio: transmissions y ~ N(a (K e_x - 1), a K I) of Graves et al. (2023). States and
-    targets are of ``spaces.OneHot``; see ``Likelihood``.
+    targets are of ``data.one_hot.OneHot``; see ``Likelihood``.
 
     Args:
         sampled: see ``Emission``.
@@ -133,12 +134,6 @@ class Classes(Emission):
 
     def _embedded(self, index: Tensor) -> Tensor:
         return embedded(index, self.levels).flatten(1, 2)
-
-
-def embedded(index: Tensor, levels: int) -> Tensor:
-    """(K e_x - 1) / sqrt(K) of classes ``(B, C, ...)``, float32 ``(B, C, K, ...)``."""
-    one_hot = F.one_hot(index, levels).movedim(-1, 2).float()
-    return (levels * one_hot - 1) / math.sqrt(levels)
 
 
 def softmax_hessian(p: Tensor) -> Tensor:
