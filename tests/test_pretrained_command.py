@@ -11,17 +11,24 @@ from hydra.errors import InstantiationException
 
 pytest.importorskip("diffusers")
 
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    DDIMScheduler,
+    DDPMPipeline,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+)
 from pipelines import PIPELINES  # noqa: E402
 
 from bayesdiff.checks import UserError  # noqa: E402
 from bayesdiff.pipeline import prepare, run  # noqa: E402
 from bayesdiff.pretrained import command  # noqa: E402
 from bayesdiff.pretrained.bayesian_pipeline import BayesianPipeline  # noqa: E402
+from bayesdiff.solvers import SampleNoise  # noqa: E402
 from bayesdiff.storage.artefacts import read_arrays  # noqa: E402
 from bayesdiff.sweeps.plan.cells import look  # noqa: E402
 from bayesdiff.uncertainty import Ensemble  # noqa: E402
 
+EULER = "solver.scheduler=EulerDiscreteScheduler"
 SMALL = (
     "data=digits", "uncertainty=ensemble", "uncertainty.members=3", "uncertainty.num_images=6",
     "metrics.num_images=0", "solver.num_steps=3", "report.pdf=false",
@@ -112,6 +119,34 @@ def test_another_scheduler_is_examined_with_the_steps_that_it_gets(tmp_path, cap
         command.solver(str(tmp_path), 4, **trailing)
         command.solver(str(tmp_path), 4, **trailing)
     assert caplog.text.count("the first step, from time step 999") == 1
+
+
+def test_another_scheduler_starts_from_the_noise_that_it_asks_for(folder, tmp_path):
+    """DDPMPipeline scales neither noise nor states: in its loop these come out grey."""
+    made = read_arrays(run(configured(folder, tmp_path, EULER)).samples)
+    pipe = of_digits()
+    scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(3)
+    x = SampleNoise(0, range(6), (1, 8, 8))() * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            seen = scheduler.scale_model_input(x, t)
+            output = pipe.unet(seen, t, class_labels=torch.arange(6)).sample
+        x = scheduler.step(output, t, x).prev_sample
+    assert torch.allclose(made["images"], x, atol=1e-4)
+
+
+def test_a_score_network_runs_from_the_command_line(tmp_path):
+    PIPELINES["ncsnpp"]().save_pretrained(tmp_path / "ncsnpp")
+    images = np.random.default_rng(0).integers(0, 255, (24, 3, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "rgb.npz", images=images)
+    words = "data=array", f"data.root={tmp_path / 'rgb.npz'}"
+    cfg = configured(tmp_path / "ncsnpp", tmp_path / "out", *words)
+    made = read_arrays(run(cfg).samples)
+    assert made["variance"].shape == (6, 3, 8, 8) and bool((made["variance"] > 0).all())
+    bayes = BayesianPipeline.of(PIPELINES["ncsnpp"]()).fit(images)
+    out = bayes(num_images=6, num_inference_steps=3, uncertainty=Ensemble(members=3))
+    assert torch.allclose(out.samples.images, made["images"], atol=1e-3)
 
 
 def test_cells_of_one_process_keep_their_own_conditions(folder, tmp_path):

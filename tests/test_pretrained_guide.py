@@ -33,7 +33,7 @@ def test_its_lines_run_one_after_the_other(here):
         "my_network": Foreign().eval(),
     }  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/pretrained.md", "exec"), known)
     assert known["out"].images.shape == known["out"].variance.shape == (3, 1, 8, 8)

@@ -27,9 +27,9 @@ from bayesdiff.pretrained.coder import PipelineCoder
 from bayesdiff.pretrained.convention import Convention
 from bayesdiff.pretrained.doctor import Finding
 from bayesdiff.pretrained.followed import FollowedPipeline
-from bayesdiff.pretrained.output import Output
-from bayesdiff.pretrained.schedule import path_and_prediction, schedule_key
-from bayesdiff.pretrained.scheduled import scheduled
+from bayesdiff.pretrained.needs import Counts, Needs, needs_of_pipeline
+from bayesdiff.pretrained.output import Output, record_of
+from bayesdiff.pretrained.schedule import schedule_key
 from bayesdiff.pretrained.training_images import TrainingImages
 from bayesdiff.solvers import Solver
 from bayesdiff.solvers.step import check_finite, check_solver
@@ -124,6 +124,32 @@ class BayesianPipeline:
         return self
 
     @torch.no_grad()
+    def needs(
+        self,
+        num_inference_steps: int = 50,
+        uncertainty: Estimator | None = None,
+        *,
+        num_images: int = 1,
+        fitted_to: int = 1000,
+        batch_size: int = 32,
+        **kwargs: Any,
+    ) -> Needs:
+        """What posterior and maps take, by one evaluation of the network: print it.
+
+        Args:
+            num_inference_steps: see the call, as ``uncertainty`` and ``kwargs``.
+            uncertainty: see there.
+            num_images: that get a map.
+            fitted_to: images that the posterior is fitted to.
+            batch_size: see ``fit``.
+            kwargs: of the pipeline.
+        """
+        estimator = uncertainty or Ensemble(members=16)
+        check_kinds(estimator, None)
+        counts = Counts(num_inference_steps, num_images, fitted_to, batch_size)
+        return needs_of_pipeline(self.followed, estimator, counts, kwargs)
+
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -163,26 +189,11 @@ class BayesianPipeline:
         seed_of("seed", seed)
         check_kinds(estimator, solver)
         asked = [{**pipeline.asking_for(each), **kwargs} for each in (shown or [None])]
-        heard = [pipeline.heard(num_inference_steps, each) for each in asked]
-        if schedule_key(heard[0].scheduler) != self.schedule:
-            raise UserError(
-                f"the posterior is of another schedule or prediction than {pipeline.who}'s "
-                "scheduler has now; fit it again, or give back the scheduler's betas and "
-                "prediction_type"
-            )
-        # A clock shows over several steps; few may be asked for.
-        told = heard if num_inference_steps > 2 else [pipeline.heard(3, each) for each in asked]
-        known = [pipeline.convention(run, each) for run, each in zip(told, asked, strict=True)]
-        model, coder = pipeline.model_at(known[0], heard[0].scheduler, asked[0])
-        if isinstance(model.condition, Prompts):
-            model.condition.show(known)
-        if solver is None:
-            path, _ = path_and_prediction(heard[0].scheduler)
-            solver = scheduled(heard[0], path, known[0].guidance)
-        elif solver.guidance == 1:
-            solver = replace(solver, guidance=known[0].guidance)
+        model, coder, solver = pipeline.ready(asked, num_inference_steps, solver, self.schedule)
         samples = self._samples(model, coder, solver, estimator, seed, count)
-        return self._output(samples, solver, seed, asked)
+        record = {"pipeline": pipeline.who, "posterior": self.posterior.settings}
+        record |= {"weights": pipeline.key, **record_of(samples, solver, seed, asked)}
+        return Output.of(samples, record)
 
     def save(self, folder: str | Path) -> None:
         """Keep the posterior in a folder: its curvature and its settings.
@@ -270,28 +281,6 @@ class BayesianPipeline:
         batches = [batch.tolist() for batch in torch.arange(count).split(size)]
         made = [ready(start_of(b), posterior) for b in track(batches, "maps", "images", len)]
         return replace(Samples.join(made), numbers=torch.arange(count))
-
-    def _output(
-        self, samples: Samples, solver: Solver, seed: int, asked: Sequence[Mapping[str, Any]]
-    ) -> Output:
-        posterior = self.posterior
-        assert posterior is not None
-        record = {
-            "pipeline": self.followed.who,
-            "solver": getattr(solver, "called", solver.name),
-            "steps": solver.num_steps,
-            "guidance": solver.guidance,
-            "estimator": samples.estimator,
-            "nfe": samples.nfe,
-            "seed": seed,
-            "asked": [{name: str(value) for name, value in each.items()} for each in asked],
-            "posterior": posterior.settings,
-            "weights": self.followed.key,
-            "decoder": "none"
-            if samples.latents is None
-            else "once per image, and per member or direction",
-        }
-        return Output.of(samples, record)
 
 
 def _as_it_is(states: Tensor) -> Tensor:

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.models import GenerativeModel
-from bayesdiff.networks import Adapter
 from bayesdiff.options.spelling import near
 from bayesdiff.pretrained.call import Called, Prompts, Table
 from bayesdiff.pretrained.classes import check_classes, class_rows
 from bayesdiff.pretrained.coder import PipelineCoder, coder_of
 from bayesdiff.pretrained.convention import Convention, convention_of
 from bayesdiff.pretrained.doctor import Finding, diagnose, noise_finding
-from bayesdiff.pretrained.head import TIMES, gains, tapped
+from bayesdiff.pretrained.head import TIMES, check_tokens, gains, tapped
 from bayesdiff.pretrained.listening import Heard, listen, network_name, sharing_copy
 from bayesdiff.pretrained.loop_checks import OURS, check_start
 from bayesdiff.pretrained.parts import Parts, check_pipeline
 from bayesdiff.pretrained.schedule import path_and_prediction, schedule_key
 from bayesdiff.pretrained.scheduled import Scheduled, another_scheduler, scheduled
+from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of, weights_key
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,44 @@ class FollowedPipeline:
             self._models[key] = self._model(convention, scheduler, arguments)
         return self._models[key]
 
+    def ready(
+        self,
+        asked: Sequence[Arguments],
+        num_inference_steps: int,
+        solver: Solver | None = None,
+        schedule: str = "",
+    ) -> tuple[GenerativeModel, PipelineCoder, Solver]:
+        """Model, coder and solver for images that show these, in turn.
+
+        Args:
+            asked: arguments of one image each.
+            num_inference_steps: of the scheduler.
+            solver: in the scheduler's place, None for the scheduler.
+            schedule: that the posterior was fitted under; empty for any.
+
+        Raises:
+            UserError: for another schedule.
+        """
+        heard = [self.heard(num_inference_steps, each) for each in asked]
+        if schedule not in ("", schedule_key(heard[0].scheduler)):
+            raise UserError(
+                f"the posterior is of another schedule or prediction than {self.who}'s "
+                "scheduler has now; fit it again, or give back the scheduler's betas and "
+                "prediction_type"
+            )
+        # A clock shows over several steps; few may be asked for.
+        told = heard if num_inference_steps > 2 else [self.heard(3, each) for each in asked]
+        known = [self.convention(run, each) for run, each in zip(told, asked, strict=True)]
+        model, coder = self.model_at(known[0], heard[0].scheduler, asked[0])
+        if isinstance(model.condition, Prompts):
+            model.condition.show(known)
+        if solver is None:
+            path, _ = path_and_prediction(heard[0].scheduler)
+            solver = scheduled(heard[0], path, known[0].guidance)
+        elif solver.guidance == 1:
+            solver = replace(solver, guidance=known[0].guidance)
+        return model, coder, solver
+
     def _model(
         self, convention: Convention, scheduler: Any, arguments: Arguments
     ) -> tuple[GenerativeModel, PipelineCoder]:
@@ -169,25 +207,12 @@ class FollowedPipeline:
             if float((behind / behind[0] - 1).abs().max()) < 1e-3:
                 called.gain, prediction = path.noise_per_score, "noise"
         net = tapped(called, convention.shape, first)
-        self._check_tokens(net, convention)
+        if any(value.dim() > 2 for value in convention.given.values()):
+            check_tokens(net, type(self.network).__name__)
         condition = Prompts(table) if convention.given else None
         never = torch.optim.SGD  # it is trained already
         model = GenerativeModel(net, path, prediction, never, condition=condition)
         return model.eval().requires_grad_(False), coder
-
-    def _check_tokens(self, net: Adapter, convention: Convention) -> None:
-        """Refuse a last layer whose positions move with the length of a prompt.
-
-        Raises:
-            UserError: if it runs over the prompt's tokens as well.
-        """
-        text = any(value.dim() > 2 for value in convention.given.values())
-        if text and getattr(net._fold, "partial", False):
-            raise UserError(
-                f"the last layer of {type(self.network).__name__} runs over the tokens of the "
-                "prompt as well, so that the image's lie elsewhere for each; bayesdiff follows "
-                "networks whose last layer sees the image alone"
-            )
 
     def for_classes(
         self, shown: Sequence[Any], size: Arguments
@@ -241,8 +266,11 @@ class FollowedPipeline:
                     "betas and its prediction_type must stay"
                 )
         heard = other.heard(num_steps, other.asking_for())
-        made = scheduled(heard, path, guidance)
-        for finding in (*diagnose(heard.scheduler), *noise_finding(self.who, heard)):
+        # Another one's loop is ours, and what a pipeline would do to its noise is no matter.
+        own = other.pipe is self.pipe
+        made = scheduled(heard, path, guidance, own_noise=own)
+        findings = [*diagnose(heard.scheduler), *(noise_finding(self.who, heard) if own else ())]
+        for finding in findings:
             _warn_once(f"{made.called}: {finding.what}: {finding.why}; {finding.cure}")
         return made
 

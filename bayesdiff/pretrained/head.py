@@ -73,6 +73,24 @@ def tapped(module: nn.Module, shape: Sequence[int], given: Tensor | None = None)
     return adapter
 
 
+def check_tokens(adapter: Adapter, who: str) -> None:
+    """Refuse a last layer whose positions move with the length of a prompt.
+
+    Args:
+        adapter: from ``tapped``, of a network that reads a sequence of tokens beside its state.
+        who: name of the network.
+
+    Raises:
+        UserError: if it runs over these tokens as well.
+    """
+    if getattr(adapter._fold, "partial", False):
+        raise UserError(
+            f"the last layer of {who} runs over the tokens of the prompt as well, so that the "
+            "image's lie elsewhere for each; bayesdiff follows networks whose last layer sees the "
+            "image alone"
+        )
+
+
 def gains(module: nn.Module, shape: Sequence[int], given: Tensor | None = None) -> Tensor:
     """What outputs of the last layer are multiplied by behind it at ``TIMES``, of one of them."""
     probe = _Probe(module.eval(), shape, given)

@@ -1,6 +1,7 @@
 """What a Bayesian pipeline returns."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bayesdiff.checks import UserError
+from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import read_json, write_json
 from bayesdiff.uncertainty import Samples
 from bayesdiff.uncertainty.scores.of_maps_and_images import mean, top_mean, total
@@ -69,3 +71,27 @@ class Output:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
         export_samples(pictures, self.samples, (), path.name)
+
+
+def record_of(
+    samples: Samples, solver: Solver, seed: int, asked: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What samples were made with.
+
+    Args:
+        samples: of a pipeline.
+        solver: of them.
+        seed: of their noise.
+        asked: arguments of the pipeline, for one image each.
+    """
+    decoded = "none" if samples.latents is None else "once per image, and per member or direction"
+    return {
+        "solver": getattr(solver, "called", solver.name),
+        "steps": solver.num_steps,
+        "guidance": solver.guidance,
+        "estimator": samples.estimator,
+        "nfe": samples.nfe,
+        "seed": seed,
+        "asked": [{name: str(value) for name, value in each.items()} for each in asked],
+        "decoder": decoded,
+    }

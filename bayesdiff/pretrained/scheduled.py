@@ -94,17 +94,20 @@ def _for(step: Step, path: ProbabilityPath, prediction: str, takes: str) -> Step
     return replace(step, output=of(step.output), kept=tuple(map(of, step.kept)))
 
 
-def scheduled(heard: Heard, path: SchedulePath, guidance: float = 1.0) -> Scheduled:
+def scheduled(
+    heard: Heard, path: SchedulePath, guidance: float = 1.0, own_noise: bool = True
+) -> Scheduled:
     """The solver that the scheduler of a pipeline is, from the noise that the pipeline gives it.
 
     Args:
         heard: a run of the pipeline.
         path: of the network, which knows our time at those of the schedule.
         guidance: of the solver.
+        own_noise: whether it starts from the pipeline's noise though that is not what it asks for.
     """
     options = heard.steps[0].options
     first, *others = probed_steps(heard.scheduler, path.our_time, step_kwargs=options)
-    steps = (_from(first, heard.unscaled_by), *others)
+    steps = (_from(first, heard.unscaled_by) if own_noise else first, *others)
     called = type(heard.scheduler).__name__
     return Scheduled(len(steps), guidance, own=steps, called=called, takes=path.takes)
 

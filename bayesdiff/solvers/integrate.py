@@ -16,7 +16,7 @@ from bayesdiff.solvers.step import PREDICTED, Row, Step
 
 Observe = Callable[[Step, Tensor], None]
 Memory = tuple[Tensor, ...]  # what earlier steps kept, the latest first
-_CACHEFUL = 64
+CACHEFUL = 64  # inputs of a network at once, on a CPU
 # Tells the noise of a sampled emission apart from what else is drawn for the same samples.
 _EMISSION = 900_001
 
@@ -76,10 +76,10 @@ class Field:
     def _evaluate(self, x: Tensor, times: Tensor, given: Tensor | None) -> Tensor:
         """Features, on a CPU for a cacheful of images at a time: a quarter faster than at once."""
         evaluated(len(x))
-        if x.device.type != "cpu" or len(x) <= _CACHEFUL:
+        if x.device.type != "cpu" or len(x) <= CACHEFUL:
             return self.model.net.features(x, times, given)
-        parts = [values.split(_CACHEFUL) for values in (x, times)]
-        parts.append([None] * len(parts[0]) if given is None else given.split(_CACHEFUL))
+        parts = [values.split(CACHEFUL) for values in (x, times)]
+        parts.append([None] * len(parts[0]) if given is None else given.split(CACHEFUL))
         return torch.cat([self.model.net.features(*part) for part in zip(*parts, strict=True)])
 
     def output(self, features: Tensor) -> Tensor:

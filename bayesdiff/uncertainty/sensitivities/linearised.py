@@ -88,6 +88,20 @@ class Linearised(Estimator):
         noise = self.noise_draws if solver.stochastic else 0
         return 1 + noise + (_ROWS if self.draws == "all" else min(int(self.draws), _ROWS))
 
+    def evaluations(self, start: Start) -> float | None:
+        """Of image and products, at all evaluations but the first; unknown where some are skipped.
+
+        Products but differences repeat the image's own evaluation, and so do further turns.
+        """
+        if self.skip_interval > 1 or self.draws == "all":
+            return None
+        stochastic = any(step.stochastic for step in start.steps())
+        rows = int(self.draws) + (self.noise_draws if stochastic else 0)
+        turns, count = -(-int(self.draws) // _ROWS), evaluations(start)
+        again = 0 if self.derivative == "difference" else turns
+        each = start.nfe / count
+        return each * (turns * count + (count - 1) * (rows + again))
+
     @torch.no_grad()
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
         """With the rule for left-out products, where there are any."""
