@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdiff.pretrained.listening import Heard
 from bayesdiff.pretrained.loop import advance_of, input_scale, on_cpu, setting
 
 # Time steps are rounded to whole ones: a step may be one off, and of second order a little more.
@@ -221,24 +220,6 @@ def repeated_times(scheduler: Any) -> Iterator[Finding]:
                 "use use_karras_sigmas=False, or fewer steps",
             )
             return
-
-
-def noise_finding(who: str, heard: Heard) -> tuple[Finding, ...]:
-    """First noise that a pipeline does not scale as its scheduler asks for.
-
-    Args:
-        who: name of the pipeline.
-        heard: a run of it.
-    """
-    if (factor := heard.unscaled_by) == 1:
-        return ()
-    return (
-        Finding(
-            f"{who} starts from noise of sd 1",
-            f"its scheduler asks for {factor:.3g}, and images come out grey and smooth",
-            "give a scheduler with init_noise_sigma=1, such as DDIMScheduler",
-        ),
-    )
 
 
 def _alphas(scheduler: Any) -> Tensor | None:

@@ -2,10 +2,9 @@
 
 import copy
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -18,17 +17,15 @@ from bayesdiff.pretrained.call import Called, Prompts, Table
 from bayesdiff.pretrained.classes import check_classes, class_rows
 from bayesdiff.pretrained.coder import PipelineCoder, coder_of
 from bayesdiff.pretrained.convention import Convention, convention_of
-from bayesdiff.pretrained.doctor import Finding, diagnose, noise_finding
+from bayesdiff.pretrained.doctor import Finding, diagnose
 from bayesdiff.pretrained.head import TIMES, check_tokens, gains, tapped
 from bayesdiff.pretrained.listening import Heard, listen, network_name, sharing_copy
-from bayesdiff.pretrained.loop_checks import OURS, check_start
+from bayesdiff.pretrained.loop_checks import OURS, check_start, noise_finding, warn_once
 from bayesdiff.pretrained.parts import Parts, check_pipeline
 from bayesdiff.pretrained.schedule import path_and_prediction, schedule_key
 from bayesdiff.pretrained.scheduled import Scheduled, another_scheduler, scheduled
 from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of, weights_key
-
-log = logging.getLogger(__name__)
 
 Arguments = Mapping[str, Any]  # of a pipeline, for one image
 
@@ -271,7 +268,7 @@ class FollowedPipeline:
         made = scheduled(heard, path, guidance, own_noise=own)
         findings = [*diagnose(heard.scheduler), *(noise_finding(self.who, heard) if own else ())]
         for finding in findings:
-            _warn_once(f"{made.called}: {finding.what}: {finding.why}; {finding.cure}")
+            warn_once(f"{made.called}: {finding.what}: {finding.why}; {finding.cure}")
         return made
 
     def doctor(self, num_inference_steps: int = 20) -> tuple[Finding, ...]:
@@ -290,12 +287,6 @@ class FollowedPipeline:
         beside = {"class_labels": torch.tensor(given.pop("class_labels"))}
         given.pop("guidance_scale", None)
         return given | {"beside": beside}
-
-
-@cache
-def _warn_once(line: str) -> None:
-    """Into the log, once of a process: cells of a sweep have the same scheduler."""
-    log.warning("%s", line)
 
 
 def _digest(value: Any) -> str:

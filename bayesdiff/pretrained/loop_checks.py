@@ -1,5 +1,7 @@
 """Whether a pipeline's loop is one that can be followed: from noise, in whole, and alike."""
 
+import logging
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -7,7 +9,10 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError
+from bayesdiff.pretrained.doctor import Finding
 from bayesdiff.pretrained.listening import Heard
+
+log = logging.getLogger(__name__)
 
 # Arguments of pipelines that a Bayesian one has its own way for.
 OURS = {
@@ -21,6 +26,30 @@ OURS = {
     "callback_on_step_end": "leave it out, a callback may change the state",
     "callback": "leave it out, a callback may change the state",
 }
+
+
+def noise_finding(who: str, heard: Heard) -> tuple[Finding, ...]:
+    """First noise that a pipeline does not scale as its scheduler asks for.
+
+    Args:
+        who: name of the pipeline.
+        heard: a run of it.
+    """
+    if (factor := heard.unscaled_by) == 1:
+        return ()
+    return (
+        Finding(
+            f"{who} starts from noise of sd 1",
+            f"its scheduler asks for {factor:.3g}, and images come out grey and smooth",
+            "give a scheduler with init_noise_sigma=1, such as DDIMScheduler",
+        ),
+    )
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Into the log, once of a process: cells of a sweep have the same scheduler."""
+    log.warning("%s", line)
 
 
 def check_start(heard: Heard, generator: torch.Generator, who: str) -> None:
