@@ -29,13 +29,17 @@ def of_cell(folder: Path) -> dict[str, object]:
 
 
 def of_study(folder: Path) -> dict[str, object]:
-    """Within classes at the main share: z and gain in FID of every score over all seeds."""
+    """Within classes at the main share: z and gain in FID of every score.
+
+    Intervals are those over images where there is one seed, over seeds otherwise.
+    """
     results = json.loads((folder / "results.json").read_text())
     told = results["conditions"]
     found: dict[str, object] = {
         name: told[name] for name in ("num_images", "seeds", "main_keep", "members", "nfe")
     }
-    for row in results["over_seeds"]:
+    seeds = results["seeds"]
+    for row in results["over_seeds"] if len(seeds) > 1 else next(iter(seeds.values())):
         if (row["mode"], row["keep"]) != ("per_class", told["main_keep"]):
             continue
         for name in ("z", "fid_gain", "fid"):
