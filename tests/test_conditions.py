@@ -15,6 +15,7 @@ from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.coupled import groups_of
+from bayesdiff.laplace.objective import OfLikelihood
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.head import head_matrix
 from bayesdiff.laplace.training_draws import draws_of
@@ -216,7 +217,7 @@ def test_a_condition_that_a_network_needs_is_given_where_its_head_is_looked_at()
         AngleNet(1, 2), CondOT(), "data", torch.optim.SGD, condition=Embedding(torch.ones(3, 2)),
         likelihood=Bernoulli(),
     )  # fmt: skip
-    assert groups_of(model, (1, 8, 8)).tolist() == [[0]]
+    assert groups_of(model, (1, 8, 8), OfLikelihood(Bernoulli())).tolist() == [[0]]
 
 
 def test_weights_of_another_empty_vector_are_of_another_kind():

@@ -20,6 +20,7 @@ from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.coupled import check_coupled, groups_of
 from bayesdiff.laplace.curvature import batches, fit_curvature
 from bayesdiff.laplace.head import apply_head, head_matrix
+from bayesdiff.laplace.objective import OfLikelihood
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.likelihoods import Bernoulli, Categorical, Gaussian
@@ -354,7 +355,7 @@ def test_a_file_of_format_three_is_gaussian(tmp_path, monkeypatch):
     real = record.save_checked
 
     def older(path, kind, tensors, facts):
-        assert facts.pop("likelihood") == "gaussian"
+        assert facts.pop("likelihood") == "gaussian" and facts.pop("objective") == "likelihood"
         real(path, "bayesdiff-curvature-3", tensors, facts)
 
     monkeypatch.setattr(record, "save_checked", older)
@@ -397,10 +398,10 @@ def test_settings_of_a_gaussian_are_refused_before_any_work(settings, reason):
 
 
 def test_matrices_that_do_not_fit_are_refused():
-    assert check_coupled(Categorical(16), 16, 73) == 16 * 73
-    assert check_coupled(Gaussian(), 16, 73) == 73
+    assert check_coupled(OfLikelihood(Categorical(16)), 16, 73) == 16 * 73
+    assert check_coupled(OfLikelihood(Gaussian()), 16, 73) == 73
     with pytest.raises(UserError, match=r"categorical-256.*fewer model\.likelihood\.levels"):
-        check_coupled(Categorical(256), 768, 577)
+        check_coupled(OfLikelihood(Categorical(256)), 768, 577)
 
 
 def test_other_predictions_and_folds_that_mix_positions_are_refused():
@@ -418,9 +419,10 @@ def test_other_predictions_and_folds_that_mix_positions_are_refused():
         def fold(self, output):
             return torch.stack([super().fold(output)[:, 0], super().fold(output)[:, 1].mT], 1)
 
-    assert groups_of(model_of(Mixing(2), Categorical(2)), IMAGES.shape[1:]).tolist() == [[0, 1]]
+    shape, curved = IMAGES.shape[1:], OfLikelihood(Categorical(2))
+    assert groups_of(model_of(Mixing(2), Categorical(2)), shape, curved).tolist() == [[0, 1]]
     with pytest.raises(UserError, match="several positions"):
-        groups_of(model_of(Rolled(2), Categorical(2)), IMAGES.shape[1:])
+        groups_of(model_of(Rolled(2), Categorical(2)), shape, curved)
 
     class Twice(Tokens):
         def fold(self, output):

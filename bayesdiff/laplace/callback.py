@@ -15,6 +15,7 @@ from bayesdiff.laplace.block.fit import check_block, check_subset, factors_of, s
 from bayesdiff.laplace.block.posterior import BlockPosterior
 from bayesdiff.laplace.block.record import BlockFactors
 from bayesdiff.laplace.curvature import check_pass_of, fit_curvature
+from bayesdiff.laplace.objective import curved_objective
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.requirements import require_data, require_module
@@ -32,7 +33,9 @@ _OWN = (
     "path", "structure", "sigma_noise", "prior_precision", "n_eff", "rank", "subset", "probes",
     "folder", "context",
 )  # fmt: skip
-_PASS = ("draws", "num_images", "batch_size", "seed", "time_bins")  # options of fit_curvature
+# Options of fit_curvature, and those that make what there was without them.
+_PASS = ("draws", "num_images", "batch_size", "seed", "time_bins", "objective")
+_PLAIN = (("time_bins", 1), ("objective", "likelihood"))
 
 
 class LastLayerLaplace(Callback):
@@ -62,7 +65,8 @@ class LastLayerLaplace(Callback):
         folder: in place of ``path``, where the file has a name of its own, see ``file_name``.
         context: what the features depend on beside the weights, plain values; a kept curvature of
             another context is made again.
-        curvature: options of ``fit_curvature``: draws, num_images, batch_size, seed, time_bins.
+        curvature: options of ``fit_curvature``: draws, num_images, batch_size, seed, time_bins,
+            objective.
 
     Raises:
         UserError: for an option that there is not, or a value that cannot work.
@@ -97,6 +101,7 @@ class LastLayerLaplace(Callback):
         check_settings(**self.settings, time_bins=curvature.get("time_bins", 1))
         check_subset(subset, structure, sigma_noise, probes)
         self.pass_options, self.context = curvature, context
+        self.objective = str(curvature.get("objective", "likelihood"))
         self.path = None if path is None else Path(path)
         if folder is not None:
             self.path = folder / self.file_name
@@ -126,8 +131,8 @@ class LastLayerLaplace(Callback):
     def check(self, model: Any, images: int, shape: Sequence[int]) -> None:
         """Refuse a head, or images of a number and shape, that the settings do not go with."""
         structure, sigma, rank = (self.settings[k] for k in ("structure", "sigma_noise", "rank"))
-        likelihood = likelihood_of(model)
-        check_likelihood(likelihood.name, likelihood.scaled, structure, sigma, self.subset)
+        curved = curved_objective(model, self.objective)
+        check_likelihood(curved.said, curved.scaled, structure, sigma, self.subset)
         count, size = check_pass_of(model, images, shape, self.pass_options)
         check_structure(structure, rank, size, count)
         if self.subset == "last_block":
@@ -146,12 +151,12 @@ class LastLayerLaplace(Callback):
 
     @property
     def _pass(self) -> dict[str, Any]:
-        # Sums that are not kept apart are the same: one bin is no option of the pass.
-        return {k: v for k, v in self.pass_options.items() if (k, v) != ("time_bins", 1)}
+        return {k: v for k, v in self.pass_options.items() if (k, v) not in _PLAIN}
 
     @property
     def _block_pass(self) -> dict[str, Any]:
-        options = {k: v for k, v in self.pass_options.items() if k != "time_bins"}
+        apart = [name for name, _ in _PLAIN]
+        options = {k: v for k, v in self.pass_options.items() if k not in apart}
         return options | {"probes": self.probes}
 
     def discard_others(self, weights: str) -> None:
@@ -224,7 +229,7 @@ class LastLayerLaplace(Callback):
         return file.once(lambda: self._stored(source), make, lambda new: new.save(path))
 
     def _settled(self, model: Any, curvature: Curvature, factors: Any) -> HeadPosterior:
-        curvature.require_likelihood(likelihood_of(model).name)
+        curvature.require_likelihood(likelihood_of(model).name, self.objective)
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
         _remark(self.posterior)
         if factors is not None:
@@ -253,24 +258,18 @@ class LastLayerLaplace(Callback):
             return {}
         low, high = self.posterior.eigenvalue_range
         evidence = self.posterior.log_evidence() if self.posterior.has_evidence else None
-        distance = self.posterior.distance
+        distance, scaled = self.posterior.distance, self.posterior.curvature.scaled
         return {
             "laplace/eigenvalue_min": low,
             "laplace/eigenvalue_max": high,
             "laplace/effective_parameters": self.posterior.effective_parameters,
             "laplace/parameters": self.posterior.num_parameters,
             **({} if evidence is None else {"laplace/log_evidence": evidence}),
-            **self._noise(self.posterior),
+            **({"laplace/sigma_noise": self.posterior.sigma_noise} if scaled else {}),
             "laplace/prior_precision": self.posterior.prior_precision,
             "laplace/n_eff": self.posterior.n_eff,
             **({} if distance is None else {"laplace/distance_from_optimum": distance}),
         }
-
-    @staticmethod
-    def _noise(posterior: HeadPosterior) -> dict[str, float]:
-        """The noise level, where the likelihood has one."""
-        scaled = posterior.curvature.scaled
-        return {"laplace/sigma_noise": posterior.sigma_noise} if scaled else {}
 
     def _stored(self, source: str) -> Curvature | None:
         if self.path is None or not self.path.is_file():

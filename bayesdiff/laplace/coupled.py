@@ -1,4 +1,4 @@
-"""The GGN of a head whose likelihood bends: Gram matrices with a weight at every output.
+"""The GGN of a head whose objective bends: Gram matrices with a weight at every output.
 
 With H_p the Hessian of half the deviance in the K outputs of the value at p, the GGN of the head's
 weights is ``sum_p H_p (x) phi_p phi_p^T``, phi the k x k feature patch with a trailing 1: one
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.head import HeadGeometry
-from bayesdiff.likelihoods import Likelihood, likelihood_of
+from bayesdiff.laplace.objective import CurvedObjective
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import Network
 
@@ -31,19 +31,22 @@ _COPIES = 6
 
 
 @torch.no_grad()
-def groups_of(model: GenerativeModel, shape: Sequence[int]) -> Tensor | None:
+def groups_of(
+    model: GenerativeModel, shape: Sequence[int], curved: CurvedObjective
+) -> Tensor | None:
     """Which channels of the head say one value together, ``(G, K)``; None under the identity.
 
     Args:
         model: trained or not; left in the mode it was in.
         shape: of a state, ``(C, ...)``.
+        curved: what the curvature is of.
 
     Raises:
         UserError: if the network's ``fold`` mixes positions of the head within one value, or
             leaves channels out.
     """
-    net, likelihood, weight = model.net, likelihood_of(model), next(model.parameters())
-    if likelihood.hessian(torch.zeros(1, likelihood.channels(1))) is None:
+    net, weight = model.net, next(model.parameters())
+    if not bends(curved):
         return None
     x = torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
     condition, training = model.condition, model.training
@@ -54,17 +57,17 @@ def groups_of(model: GenerativeModel, shape: Sequence[int]) -> Tensor | None:
     count = output.shape[axis]
     numbers = torch.arange(output.numel(), dtype=torch.float64, device=output.device)
     place = numbers.view(output.movedim(axis, -1).shape).movedim(-1, axis)
-    folded = _by_value(net, place, likelihood.channels(1)).round().long()
+    folded = _by_value(net, place, curved.values).round().long()
     if bool((folded // count != folded[:, :1] // count).any()):
         raise UserError(
             f"{type(net).__name__}.fold puts outputs of several positions of the head into one "
-            f"value, which likelihood={likelihood.name} cannot have; fold whole groups of channels"
+            f"value, which {curved.said} cannot have; fold whole groups of channels"
         )
     groups = (folded % count).unique(dim=0).cpu()
     if groups.flatten().sort().values.tolist() != list(range(count)):
         raise UserError(
             f"{type(net).__name__}.fold uses some channels of the head not at all or for several "
-            f"values, which likelihood={likelihood.name} cannot have; give each value its own"
+            f"values, which {curved.said} cannot have; give each value its own"
         )
     return groups
 
@@ -77,15 +80,21 @@ def _by_value(net: Network, output: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def coupled_gram(
-    likelihood: Likelihood, head: nn.Module, features: Tensor, output: Tensor, groups: Tensor
+    curved: CurvedObjective,
+    head: nn.Module,
+    features: Tensor,
+    output: Tensor,
+    t: Tensor,
+    groups: Tensor,
 ) -> Tensor:
     """``sum_p H_p (x) phi_p phi_p^T`` of a batch, float64 ``(G, K P, K P)``.
 
     Args:
-        likelihood: gives H.
+        curved: gives H.
         head: the last layer; only its geometry is read.
         features: ``(B, D, h, w)``, or ``(B, ..., D)`` for a linear head.
         output: of the head, ``(B, C_out, h, w)`` or ``(B, ..., C_out)``.
+        t: times ``(B,)``.
         groups: ``(G, K)``, channels of the head.
     """
     geometry = HeadGeometry.of(head)
@@ -94,9 +103,13 @@ def coupled_gram(
     positions = output[0].numel() // output.shape[_axis(geometry)]
     # Of one image: weighted patches of one row of H, and H of all groups.
     images = max(1, _CHUNK // (count * max(size, groups.numel()) * positions))
-    for part, outputs in zip(features.split(images), output.split(images), strict=True):
+    for part, outputs, times in zip(
+        *(v.split(images) for v in (features, output, t)), strict=True
+    ):
         phi, rows = patches(part, geometry), outputs.movedim(_axis(geometry), -1).flatten(0, -2)
-        hessian = likelihood.hessian(rows[:, groups.flatten()].double())
+        hessian = curved.hessian(
+            rows[:, groups.flatten()].double(), times.repeat_interleave(positions)
+        )
         assert hessian is not None
         for group in range(len(groups)):
             for k in range(count):
@@ -124,24 +137,29 @@ def patches(features: Tensor, geometry: HeadGeometry) -> Tensor:
     return torch.cat([rows, rows.new_ones(len(rows), int(geometry.bias))], 1)
 
 
-def check_coupled(likelihood: Likelihood, outputs: int, size: int) -> int:
+def bends(curved: CurvedObjective) -> bool:
+    """Whether its matrix differs from output to output."""
+    return curved.hessian(torch.zeros(1, curved.values), torch.zeros(1)) is not None
+
+
+def check_coupled(curved: CurvedObjective, outputs: int, size: int) -> int:
     """Weights of the head that one matrix is about, if there is memory for all matrices.
 
     Args:
-        likelihood: of the model.
+        curved: what the curvature is of.
         outputs: C_out, channels of the head.
         size: P, weights of one of them.
 
     Raises:
         UserError: if there is none.
     """
-    count = likelihood.channels(1)
-    if likelihood.hessian(torch.zeros(1, count)) is None:
+    if not bends(curved):
         return size
+    count = curved.values
     needed = _COPIES * 8 * outputs // count * (count * size) ** 2
     if needed > _MOST_BYTES:
         raise UserError(
-            f"likelihood={likelihood.name} and this head need {outputs // count} matrices of "
+            f"{curved.said} and this head need {outputs // count} matrices of "
             f"{count * size} x {count * size} and {needed / 2**30:.0f} GiB for their posterior; "
             "take a narrower head (net.head_kernel=1, net.patch=1, net.channels), or fewer "
             "model.likelihood.levels"

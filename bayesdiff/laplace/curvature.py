@@ -13,9 +13,10 @@ from bayesdiff.laplace.coupled import check_coupled, coupled_gram, groups_of
 from bayesdiff.laplace.gradients import gradients, unfolded
 from bayesdiff.laplace.gram import gram
 from bayesdiff.laplace.head import HeadGeometry, head_matrix
+from bayesdiff.laplace.objective import CurvedObjective, curved_objective
 from bayesdiff.laplace.record import Curvature, TimeBins
 from bayesdiff.laplace.training_draws import Encode, draws_of
-from bayesdiff.likelihoods import Likelihood, likelihood_of
+from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.machine.ranks import total
 from bayesdiff.models import GenerativeModel
 
@@ -32,13 +33,14 @@ def fit_curvature(
     batch_size: int = 256,
     seed: int = 0,
     time_bins: int = 1,
+    objective: str = "likelihood",
     encode: Encode = to_model_range,
 ) -> Curvature:
     """Sum phi phi^T over images, pixels and (t, noise) draws, and divide by the draws.
 
     Squared residuals, gradients of every image and their squares are summed beside it. Of a
-    likelihood that bends, its deviance takes the place of these squares, and what ``coupled_gram``
-    says that of the matrix.
+    likelihood that bends, and of a bound, the deviance takes the place of these squares, and what
+    ``coupled_gram`` says that of the matrix.
 
     What the pass sees is told in ``draws_of``; any number of processes gives the same sums.
 
@@ -52,21 +54,22 @@ def fit_curvature(
         batch_size: images per network evaluation.
         seed: fixes subset and draws.
         time_bins: equal intervals of t whose sums are kept apart too; 1 for none.
+        objective: ``likelihood`` or ``elbo``, see ``curved_objective``.
         encode: of the images' space, see ``draws_of``.
     """
     check_pass(draws, num_images, batch_size, len(images), time_bins)
-    head, net, likelihood = model.net.head, model.net, likelihood_of(model)
+    head, net, curved = model.net.head, model.net, curved_objective(model, objective)
     count = num_images or len(images)
     training = model.training
     model.eval()
     shape = encode(images[:1]).shape[1:]
-    groups = groups_of(model, shape)
-    sums = _Sums(head, likelihood, groups, time_bins, next(model.parameters()).device)
+    groups = groups_of(model, shape, curved)
+    sums = _Sums(head, curved, groups, time_bins, next(model.parameters()).device)
     for seen in batches(model, images, labels, draws, count, batch_size, seed, encode):
         output = head(seen.features)
         folded = net.fold(output)
-        residual = unfolded(net, output, likelihood.residual(folded, seen.target))
-        sums.add(seen, output, likelihood.deviance(folded, seen.target), residual)
+        residual = unfolded(net, output, curved.residual(folded, seen.target, seen.time))
+        sums.add(seen, output, curved.deviance(folded, seen.target, seen.time), residual)
     model.train(training)
     bins = sums.over_processes(draws)
     return Curvature(
@@ -81,7 +84,8 @@ def fit_curvature(
         squared_gradients=bins.squared_gradients.sum(0),
         gradient=bins.gradient.sum(0),
         bins=bins if time_bins > 1 else None,
-        likelihood=likelihood.name,
+        likelihood=likelihood_of(model).name,
+        objective=objective,
         groups=groups,
     )
 
@@ -92,11 +96,13 @@ class Batch:
 
     Attributes:
         t: ``(B,)`` in [0, 1).
+        time: ``(B,)``, the same as the network takes it.
         features: ``(B, D, h, w)``, or ``(B, ..., D)`` for a linear head.
         target: ``(B, C, H, W)``, of the folded output.
     """
 
     t: Tensor
+    time: Tensor
     features: Tensor
     target: Tensor
 
@@ -136,7 +142,8 @@ def batches(
         seed=seed,
         encode=encode,
     ):
-        yield Batch(draw.t, model.net.features(draw.x_t, draw.time, draw.y), draw.target)
+        features = model.net.features(draw.x_t, draw.time, draw.y)
+        yield Batch(draw.t, draw.time, features, draw.target)
 
 
 class _Sums:
@@ -145,13 +152,13 @@ class _Sums:
     def __init__(
         self,
         head: nn.Module,
-        likelihood: Likelihood,
+        curved: CurvedObjective,
         groups: Tensor | None,
         bins: int,
         device: torch.device,
     ) -> None:
         self.head, self.geometry = head, HeadGeometry.of(head)
-        self.likelihood, self.groups = likelihood, groups
+        self.curved, self.groups = curved, groups
         size, channels = self.geometry.size, len(head_matrix(head))
 
         def zeros(*shape: int) -> Tensor:
@@ -168,7 +175,9 @@ class _Sums:
         for number in where.unique().tolist():
             # Without bins the batch stays whole: a copy of the features would cost time.
             chosen = slice(None) if len(self.gram) == 1 else where == number
-            self.gram[number] += self.matrix(seen.features[chosen], output[chosen])
+            self.gram[number] += self.matrix(
+                seen.features[chosen], output[chosen], seen.time[chosen]
+            )
         self.error.index_add_(0, where, deviance)
         values = deviance.new_full((len(deviance),), seen.target[0].numel())
         self.outputs.index_add_(0, where, values)
@@ -176,11 +185,11 @@ class _Sums:
         self.squares.index_add_(0, where, slopes.square())
         self.gradient.index_add_(0, where, slopes)
 
-    def matrix(self, features: Tensor, output: Tensor) -> Tensor:
+    def matrix(self, features: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """The Gram matrix of features, or those that the outputs weight."""
         if self.groups is None:
             return gram(self.head, features)
-        return coupled_gram(self.likelihood, self.head, features, output, self.groups)
+        return coupled_gram(self.curved, self.head, features, output, t, self.groups)
 
     def over_processes(self, draws: int) -> TimeBins:
         """The sums of all processes, divided by the draws."""
@@ -208,14 +217,14 @@ def check_pass_of(
     draws, count = options.get("draws", 1), options.get("num_images")
     bins = options.get("time_bins", 1)
     check_pass(draws, count, options.get("batch_size", 256), images, bins)
-    likelihood, head = likelihood_of(model), model.net.head
-    if bins > 1 and not likelihood.scaled:
+    curved, head = curved_objective(model, options.get("objective", "likelihood")), model.net.head
+    if bins > 1 and not curved.scaled:
         raise UserError(
-            f"laplace.time_bins={bins} is for noise levels over time, and likelihood="
-            f"{likelihood.name} has none; use laplace.time_bins=1"
+            f"laplace.time_bins={bins} is for noise levels over time, and {curved.said} has none; "
+            "use laplace.time_bins=1"
         )
-    size = check_coupled(likelihood, len(head_matrix(head)), HeadGeometry.of(head).size)
-    groups_of(model, shape)
+    size = check_coupled(curved, len(head_matrix(head)), HeadGeometry.of(head).size)
+    groups_of(model, shape, curved)
     return count or images, size
 
 

@@ -82,7 +82,7 @@ class HeadPosterior:
         """
         check_settings(structure, sigma_noise, prior_precision, n_eff, rank)
         check_structure(structure, rank, curvature.shape[1], curvature.num_images)
-        check_likelihood(curvature.likelihood, curvature.scaled, structure, sigma_noise)
+        check_likelihood(curvature.said, curvature.scaled, structure, sigma_noise)
         if sigma_noise == "mle_per_time":
             curvature = curvature.per_time()
         fitted = sigma_noise in FITTED

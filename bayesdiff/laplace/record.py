@@ -11,9 +11,12 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.head import HeadGeometry
+from bayesdiff.laplace.objective import said_of
 from bayesdiff.storage.checked_file import load_checked, save_checked
 
-_FORMAT = "bayesdiff-curvature-4"
+_FORMAT = "bayesdiff-curvature-5"
+# Of a likelihood alone, the only objective that there was.
+_OF_LIKELIHOOD = "bayesdiff-curvature-4"
 # Of a Gaussian likelihood, the only one there was.
 _GAUSSIAN = "bayesdiff-curvature-3"
 # Without sums that came later; read to be recognised, not to be used.
@@ -67,6 +70,7 @@ class Curvature:
             ``draws``; None where it was not computed.
         bins: the same sums apart for intervals of t, None where they were not asked for.
         likelihood: its name.
+        objective: ``likelihood``, or ``elbo`` where all this is of a bound, see ``objective``.
         groups: ``(G, K)``, channels of the head that say one value together, and have a matrix of
             their own; None where all channels are alike and apart, as under a Gaussian.
     """
@@ -83,6 +87,7 @@ class Curvature:
     gradient: Tensor | None = None
     bins: TimeBins | None = None
     likelihood: str = "gaussian"
+    objective: str = "likelihood"
     groups: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -112,6 +117,11 @@ class Curvature:
     def scaled(self) -> bool:
         """Whether sigma_noise scales the likelihood, as it does a Gaussian one."""
         return self.groups is None
+
+    @property
+    def said(self) -> str:
+        """How a user asks for what this is of."""
+        return said_of(self.likelihood, self.objective)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -201,12 +211,17 @@ class Curvature:
                 " the file to compute it again, or give another run_dir"
             )
 
-    def require_likelihood(self, name: str) -> None:
-        """Refuse to pair this curvature with a model of another likelihood.
+    def require_likelihood(self, name: str, objective: str = "likelihood") -> None:
+        """Refuse to pair this curvature with a model of another likelihood, or another objective.
 
         Raises:
-            UserError: if ``name`` is not that of its own.
+            UserError: if one is not its own.
         """
+        if self.objective != objective:
+            raise UserError(
+                f"the curvature is of laplace.objective={self.objective}, not of {objective}; "
+                "delete the file to compute it again, or give another run_dir"
+            )
         if self.likelihood != name:
             raise UserError(
                 f"the curvature is of a {self.likelihood} likelihood and the model has a {name} "
@@ -228,6 +243,7 @@ class Curvature:
             "num_outputs": self.num_outputs,
             "source": self.source,
             "likelihood": self.likelihood,
+            "objective": self.objective,
             "geometry": asdict(self.geometry),
         }
         save_checked(path, _FORMAT, tensors, facts)
@@ -245,7 +261,8 @@ class Curvature:
         if not Path(path).is_file():
             raise UserError(f"no curvature at {path}; run the curvature stage first")
         cure = "delete it and compute the curvature again"
-        return load_checked(path, [_FORMAT, _GAUSSIAN, *_OLDER], "a curvature", cure, cls._of)
+        kinds = [_FORMAT, _OF_LIKELIHOOD, _GAUSSIAN, *_OLDER]
+        return load_checked(path, kinds, "a curvature", cure, cls._of)
 
     @classmethod
     def _of(cls, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Curvature":

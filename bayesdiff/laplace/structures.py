@@ -193,12 +193,12 @@ def check_structure(name: str, rank: int | None, size: int, images: int) -> Stru
 
 
 def check_likelihood(
-    likelihood: str, scaled: bool, structure: str, sigma_noise: float | str, subset: str = "head"
+    said: str, scaled: bool, structure: str, sigma_noise: float | str, subset: str = "head"
 ) -> None:
     """Refuse settings that have a meaning for a Gaussian likelihood alone.
 
     Args:
-        likelihood: its name.
+        said: how a user asks for the likelihood, or for another objective.
         scaled: whether it has a noise level.
         structure: of the posterior.
         sigma_noise: asked for; without a noise level ``mle`` stands for none, that is 1.
@@ -211,18 +211,18 @@ def check_likelihood(
         return
     if sigma_noise not in ("mle", 1):
         raise UserError(
-            f"laplace.sigma_noise={sigma_noise} is of a Gaussian, likelihood={likelihood} has no "
+            f"laplace.sigma_noise={sigma_noise} is of a Gaussian, {said} has no "
             "noise level; leave it at mle"
         )
     if subset != "head":
         raise UserError(
-            f"laplace.subset={subset} is for a Gaussian likelihood, this one is {likelihood}; use "
+            f"laplace.subset={subset} is for a Gaussian likelihood, this is {said}; use "
             "laplace.subset=head"
         )
     if not STRUCTURES[structure].any_likelihood:
         raise UserError(
-            f"laplace.structure={structure} is for a Gaussian likelihood, this one is "
-            f"{likelihood}; use {', '.join(n for n, s in STRUCTURES.items() if s.any_likelihood)}"
+            f"laplace.structure={structure} is for a Gaussian likelihood, this is "
+            f"{said}; use {', '.join(n for n, s in STRUCTURES.items() if s.any_likelihood)}"
         )
 
 

@@ -23,16 +23,22 @@ def likelihood_of(model: object) -> Likelihood:
     return getattr(model, "likelihood", _GAUSSIAN)
 
 
-def check_noise_level(model: object, who: str) -> None:
+def check_noise_level(model: object, who: str, objective: str = "likelihood") -> None:
     """Refuse a model whose likelihood has no noise level.
 
     Args:
         model: trained or not.
         who: is about that, for the message.
+        objective: of the curvature; the likelihood alone has a noise level.
 
     Raises:
         UserError: if it has none.
     """
+    if objective != "likelihood":
+        raise UserError(
+            f"{who} is about a Gaussian with a sigma_noise, laplace.objective={objective} has "
+            "none; use laplace.objective=likelihood"
+        )
     likelihood = likelihood_of(model)
     if not likelihood.scaled:
         raise UserError(

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import at_least
+from bayesdiff.checks import UserError, at_least
 from bayesdiff.likelihoods import Likelihood
 from bayesdiff.paths import ProbabilityPath, convert
 from bayesdiff.paths.bayesian_flow import AccuracyPath, accuracy_path
@@ -137,6 +137,23 @@ class BayesianFlowLoss:
         p, q = convert(self.prediction, "data", self.path.coefficients(t))
         p, q = (c.to(output.dtype).view(-1, *[1] * (output.ndim - 1)) for c in (p, q))
         return p * x_t + q * output
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Of the output's squared error in twice the bound of continuous time, float64 ``(B,)``.
+
+        The error of the expected data is that of the output times dx_1 / d(output).
+
+        Raises:
+            UserError: for a bound of n steps, which is no squared error.
+        """
+        if self.n_steps is not None:
+            raise UserError(
+                f"laplace.objective=elbo is of the bound of continuous time, and model.objective."
+                f"n_steps={self.n_steps} trains on another; use null, or "
+                "laplace.objective=likelihood"
+            )
+        q = convert(self.prediction, "data", self.path.coefficients(t))[1]
+        return self.path.accuracy_rate(t) * q.double().square()
 
     @property
     def _axis(self) -> int:

@@ -86,7 +86,7 @@ def kinds_of(run: Run, solver: Solver, estimator: Estimator) -> dict[str, Kind]:
     # What an estimator prepares for all maps is not kept apart by all.
     apart = estimator.prepares or type(estimator).fit is Estimator.fit
     shown = plain(cfg.get("report")), plain(cfg.get("logger")), count, cfg.metrics.num_images
-    seen = [cfg.laplace.get(name) for name in ("draws", "batch_size", "time_bins")]
+    seen = [cfg.laplace.get(name) for name in ("draws", "batch_size", "time_bins", "objective")]
     part = cfg.laplace.get("num_images") or len(data.images)
     return {
         "training": Kind(_key(network, images, learning), run.length[0], "steps"),

@@ -77,7 +77,7 @@ class HeadChain(Study):
         Raises:
             UserError: for several noise levels, several processes, or more than memory holds.
         """
-        check_noise_level(run.model, "head_chain")
+        check_noise_level(run.model, "head_chain", run.cfg.laplace.get("objective", "likelihood"))
         there = len(run.data.data.images)
         if self.num_images > there:
             raise UserError(

@@ -41,7 +41,9 @@ class Ablation(GridOptions, Study):
 
     def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
         """Refuse a grid that memory does not hold, and a likelihood without a noise level."""
-        check_noise_level(run.model, "prior_ablation")
+        check_noise_level(
+            run.model, "prior_ablation", run.cfg.laplace.get("objective", "likelihood")
+        )
         self._at_once(run, solver)
 
     def make(self, at: Setup, place: Place) -> Report | None:
