@@ -118,7 +118,7 @@ def test_blocks_at_one_output():
 
 
 def test_with_v_the_bound_is_squared_error_of_one_size():
-    """-2 ln sigma_1 times what a Gaussian of sigma_noise = 1 has, its evidence but for a constant."""
+    """-2 ln sigma_1 times what a Gaussian has, its evidence but for a constant."""
     model, images = bfn(Gaussian(), "v", channels=2), pictures(4).expand(-1, 2, -1, -1)
     options = {"source": "a", "encode": encode_of(Gaussian())}
     plain = fit_curvature(model, images, None, **options)

@@ -15,9 +15,9 @@ from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.coupled import groups_of
-from bayesdiff.laplace.objective import OfLikelihood
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.head import head_matrix
+from bayesdiff.laplace.objective import OfLikelihood
 from bayesdiff.laplace.training_draws import draws_of
 from bayesdiff.likelihoods import Bernoulli
 from bayesdiff.models import GenerativeModel
