@@ -10,7 +10,14 @@ from torch import nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.one_hot import embedded
-from bayesdiff.likelihoods import Bernoulli, Categorical, Classes, Gaussian
+from bayesdiff.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Classes,
+    DiscretisedGaussian,
+    Gaussian,
+)
+from bayesdiff.likelihoods.discretised_gaussian import log_mass
 from bayesdiff.models import BeliefNetwork, GenerativeModel
 from bayesdiff.models.objectives import BayesianFlowLoss
 from bayesdiff.networks import UNet
@@ -421,7 +428,7 @@ def small(likelihood, path=None, residual=True, skip=True, channels=1, patch=1, 
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-@pytest.mark.parametrize("likelihood", [Bernoulli(), Classes(3)], ids=["binary", "classes"])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Classes(3), DiscretisedGaussian(levels=16)])
 def test_an_untrained_residual_network_repeats_the_belief(likelihood, patch):
     net = small(likelihood, patch=patch)
     x, t = torch.randn(4, net.net.stem.in_channels // patch**2, 8, 8), torch.rand(4)
@@ -429,7 +436,10 @@ def test_an_untrained_residual_network_repeats_the_belief(likelihood, patch):
     torch.testing.assert_close(net(x, t), likelihood.belief_logits(x, accuracy))
 
 
-@pytest.mark.parametrize("likelihood", [Bernoulli(), Classes(3), Categorical(4), Gaussian()])
+LAWS = [Bernoulli(), Classes(3), Categorical(4), Gaussian(), DiscretisedGaussian(levels=16)]
+
+
+@pytest.mark.parametrize("likelihood", LAWS)
 @pytest.mark.parametrize("skip", [True, False])
 def test_networks_say_as_much_as_the_likelihood_needs(likelihood, skip):
     net = small(likelihood, residual=False, skip=skip, channels=3)
@@ -475,3 +485,63 @@ def test_training_minimises_the_bound(n):
         return law.belief_logits(x_t, path.accuracy(times(t)).view(1, 1, 1, 1))
 
     assert abs(found - bound(path, law, repeats, 1.0, n)) < 0.03
+
+
+# Levels with the mass of a Gaussian (T11)
+
+
+def test_masses_of_levels_are_precise_in_the_tails():
+    def official(mu, spread, k, levels):
+        edges = [2 * j / levels - 1 for j in range(levels + 1)]
+        edges[0], edges[-1] = -math.inf, math.inf
+        return log_mass(
+            *(torch.tensor(v, dtype=DOUBLE) for v in (edges[k], edges[k + 1], mu, spread))
+        )
+
+    close(official(0.0, 10.0, 0, 16).exp(), 0.465137, 1e-6)
+    close(official(-0.9, 0.05, 243, 256), -651.3814, 1e-6)
+    for levels in (2, 16, 256):
+        law = DiscretisedGaussian(levels=levels)
+        values = torch.linspace(-1, 1, levels, dtype=DOUBLE).view(-1, 1, 1, 1)
+        for mu in (-5.0, 0.0, 0.3, 5.0):
+            for spread in (1e-3, 0.1, 10.0):
+                output = torch.tensor([mu, math.log(spread)], dtype=DOUBLE).view(1, 2, 1, 1)
+                p = law.log_prob(output.expand(levels, 2, 1, 1), values).exp()
+                close(p.sum(), 1.0), close(law.mean(output).flatten(), (p * values).sum(), 1e-12)
+
+
+def test_slopes_of_levels_against_autograd():
+    law, generator = DiscretisedGaussian(levels=7), torch.Generator().manual_seed(0)
+    output = torch.randn(5, 4, 2, 2, dtype=DOUBLE, generator=generator).requires_grad_()
+    target = law.values(torch.rand(5, 2, 2, 2, dtype=DOUBLE, generator=generator) * 2 - 1)
+    (slope,) = torch.autograd.grad(-law.log_prob(output, target).sum(), output)
+    close(law.residual(output.detach(), target), slope, 1e-9)
+    direction = torch.randn(output.shape, dtype=DOUBLE, generator=generator)
+    _, found = torch.func.jvp(law.mean, (output.detach(),), (direction,))
+    close(law.slope(output.detach(), direction), found, 1e-9)
+    values = torch.linspace(-1, 1, 7, dtype=DOUBLE)
+    truth = torch.zeros(5, 2, 2, 2, 2, 2, dtype=DOUBLE)
+    for value in values:
+        data = torch.full_like(target, float(value))
+        log_p = law.log_prob(output, data)
+        (g,) = torch.autograd.grad(log_p.sum(), output)
+        g = g.unflatten(1, (2, 2))
+        truth += log_p.detach().exp()[:, :, None, None] * g[:, :, :, None] * g[:, :, None]
+    close(law.hessian(output.detach()), truth, 1e-9)
+
+
+def test_sure_levels_cost_their_distance_whatever_the_steps():
+    law = DiscretisedGaussian(levels=16)
+    output = torch.tensor([1 / 15, math.log(1e-4)], dtype=DOUBLE).view(1, 2, 1, 1)
+    data, a = torch.full((1, 1, 1, 1), -3 / 15, dtype=DOUBLE), torch.tensor(3.0, dtype=DOUBLE)
+    found = law.step_divergence(output, data, a, torch.Generator().manual_seed(0))
+    close(found.flatten(), [3.0 / 2 * (4 / 15) ** 2], 1e-9)
+
+
+def test_eight_bits_of_a_sure_number_cost_nothing():
+    grey = torch.arange(256, dtype=DOUBLE).view(-1, 1, 1, 1) / 127.5 - 1
+    assert float(Gaussian().code_length(grey, grey, 1e-4).max()) < 1e-8
+    assert (
+        torch.equal(DiscretisedGaussian().values(grey).float(), grey.float())
+        or close(DiscretisedGaussian().values(grey), grey) is None
+    )

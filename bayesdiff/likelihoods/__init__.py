@@ -2,6 +2,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.likelihoods.bernoulli import Bernoulli
 from bayesdiff.likelihoods.categorical import Categorical
 from bayesdiff.likelihoods.classes import Classes
+from bayesdiff.likelihoods.discretised_gaussian import DiscretisedGaussian
 from bayesdiff.likelihoods.gaussian import Gaussian
 from bayesdiff.likelihoods.likelihood import Likelihood
 
@@ -9,6 +10,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Classes",
+    "DiscretisedGaussian",
     "Gaussian",
     "Likelihood",
     "check_noise_level",

@@ -87,6 +87,10 @@ class Bernoulli(Emission):
             )
         return total
 
+    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
+        """Minus the log-probability."""
+        return -self.log_prob(output, target)
+
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """2 p (1 - p) times the direction."""
         logits = wide(output)

@@ -115,6 +115,10 @@ class Categorical(Emission):
                 total -= (log_p + exponent).logsumexp(2) / (2 * PAIRS)
         return total
 
+    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
+        """Minus the log-probability."""
+        return -self.log_prob(output, target)
+
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """Covariance, under the probabilities, of levels and the direction's K numbers."""
         p = self._probabilities(output)

@@ -118,6 +118,10 @@ class Classes(Emission):
                 total -= (log_p + r).logsumexp(2) / (2 * PAIRS)
         return total
 
+    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
+        """Minus the log-probability."""
+        return -self.log_prob(output, target)
+
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """sqrt(K) (diag(p) - p p^T) times the direction's K numbers."""
         p = self._split(wide(output)).softmax(2)

@@ -54,15 +54,20 @@ class Emission:
         return self.final if last and self.final else "sample" if self.sampled else "mean"
 
 
-def uniform(noise: Tensor | None, like: Tensor) -> Tensor:
-    """Uniform numbers that standard normal noise stands for.
+def required(noise: Tensor | None) -> Tensor:
+    """The noise that a sampled emission needs.
 
     Raises:
         ValueError: if there is none.
     """
     if noise is None:
         raise ValueError("a sampled emission needs noise")
-    return torch.special.ndtr(noise.to(like))
+    return noise
+
+
+def uniform(noise: Tensor | None, like: Tensor) -> Tensor:
+    """Uniform numbers that standard normal noise stands for."""
+    return torch.special.ndtr(required(noise).to(like))
 
 
 def wide(output: Tensor) -> Tensor:

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayesdiff.likelihoods.discretised_gaussian import level_edges, log_mass
 from bayesdiff.likelihoods.emission import belief_mean, no_logits
 from bayesdiff.paths import PREDICTIONS
+
+# Of images as they are stored.
+_LEVELS = 256
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class Gaussian:
     ) -> Tensor:
         """Half the accuracy times the squared error; the output is all that data could be."""
         return accuracy / 2 * (output - target).square()
+
+    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
+        """Of 8-bit values: minus the log-mass of N(output, spread^2) around each of 256 levels."""
+        edges = level_edges(target, _LEVELS)
+        return -log_mass(*edges, output, torch.full_like(output, spread))
 
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """The direction itself."""

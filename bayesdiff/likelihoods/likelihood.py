@@ -121,6 +121,16 @@ class Likelihood(Protocol):
         """
         ...
 
+    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
+        """Nats that say every value, ``(B, C, ...)``, once all transmissions are over.
+
+        Args:
+            output: of the head at t = 1, in units of data.
+            target: data.
+            spread: of numbers whose likelihood has none: standard deviation around the output.
+        """
+        ...
+
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """Derivative of ``emit`` along directions ``(..., B, C K, ...)``."""
         ...

@@ -22,8 +22,10 @@ class BeliefNetwork(nn.Module):
         likelihood: whose beliefs they are.
         skip: whether the head sees the belief itself beside the features, so that it can repeat it
             late, when little is left to be said.
-        residual: whether the output starts from the belief's own logits, and the head from zero:
-            untrained, the output is then the exact posterior of independent, uniform values.
+        residual: whether the output starts from what the belief itself says, and the head from
+            zero: untrained, it is then the exact posterior of independent values. Of numbers, the
+            head sees its features in units of the belief's spread as well, as late corrections
+            are that small.
 
     Raises:
         UserError: for a path that is no Bayesian flow, or a residual of a likelihood of numbers.
@@ -45,6 +47,7 @@ class BeliefNetwork(nn.Module):
         self.net, self.likelihood = net, likelihood
         self.skip, self.residual = skip, residual
         self.patch = getattr(net, "patch", 1)
+        self.scaled = residual and not likelihood.discrete
         if residual:  # refuses a likelihood without
             likelihood.belief_logits(torch.zeros(1, likelihood.channels(1)), torch.zeros(1, 1))
         self.head = self._wider(net.head)
@@ -77,6 +80,8 @@ class BeliefNetwork(nn.Module):
         parts = [self.net.features(belief, t, y)]
         if self.skip:
             parts.append(self._unfold(belief))
+        if self.scaled:
+            parts += [part * (1 + accuracy).rsqrt() for part in parts]
         if self.residual:
             parts.append(self._unfold(self.likelihood.belief_logits(x, accuracy)))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -104,11 +109,12 @@ class BeliefNetwork(nn.Module):
         made: nn.Module
         if isinstance(head, nn.Conv2d):
             conv = CarryingConv2d if self.residual else nn.Conv2d
-            inputs, k = head.in_channels + seen, head.kernel_size[0]
+            inputs, k = (1 + self.scaled) * (head.in_channels + seen), head.kernel_size[0]
             made = conv(inputs, outputs, k, padding=k // 2, bias=bias)
         else:
             linear = CarryingLinear if self.residual else nn.Linear
-            made = linear(head.in_features + seen, outputs, bias)
+            inputs = (1 + self.scaled) * (head.in_features + seen)
+            made = linear(inputs, outputs, bias)
         if self.residual:
             for parameter in made.parameters():
                 nn.init.zeros_(parameter)
