@@ -507,7 +507,7 @@ def test_masses_of_levels_are_precise_in_the_tails():
             for spread in (1e-3, 0.1, 10.0):
                 output = torch.tensor([mu, math.log(spread)], dtype=DOUBLE).view(1, 2, 1, 1)
                 p = law.log_prob(output.expand(levels, 2, 1, 1), values).exp()
-                close(p.sum(), 1.0), close(law.mean(output).flatten(), (p * values).sum(), 1e-12)
+                close(p.sum(), 1.0), close(law.mean(output).sum(), (p * values).sum(), 1e-12)
 
 
 def test_slopes_of_levels_against_autograd():
@@ -541,7 +541,4 @@ def test_sure_levels_cost_their_distance_whatever_the_steps():
 def test_eight_bits_of_a_sure_number_cost_nothing():
     grey = torch.arange(256, dtype=DOUBLE).view(-1, 1, 1, 1) / 127.5 - 1
     assert float(Gaussian().code_length(grey, grey, 1e-4).max()) < 1e-8
-    assert (
-        torch.equal(DiscretisedGaussian().values(grey).float(), grey.float())
-        or close(DiscretisedGaussian().values(grey), grey) is None
-    )
+    close(DiscretisedGaussian().values(grey), grey)
