@@ -58,7 +58,7 @@ def test_numbers_of_a_wide_gaussian_cost_its_entropy_of_levels():
 
 def test_bounds_depend_on_seed_and_number_alone():
     model, states = model_of(Bernoulli()), torch.where(NOISE[:6] < 0.5, 1.0, -1.0)
-    whole, options = length(model, states), {"draws": 10, "seed": 0, "spread": 1.0}
+    whole, _options = length(model, states), {"draws": 10, "seed": 0, "spread": 1.0}
     parts = [
         nats_of(
             model, states[i : i + 2], None, [i, i + 1], (2, 50, None), draws=10, seed=0, spread=1.0
