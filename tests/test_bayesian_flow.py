@@ -14,10 +14,10 @@ from bayesdiff.likelihoods import (
     Bernoulli,
     Categorical,
     Classes,
-    DiscretisedGaussian,
+    Discretised,
     Gaussian,
 )
-from bayesdiff.likelihoods.discretised_gaussian import log_mass
+from bayesdiff.likelihoods.discretised import log_mass
 from bayesdiff.models import BeliefNetwork, GenerativeModel
 from bayesdiff.models.objectives import BayesianFlowLoss
 from bayesdiff.networks import UNet
@@ -428,7 +428,7 @@ def small(likelihood, path=None, residual=True, skip=True, channels=1, patch=1, 
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-@pytest.mark.parametrize("likelihood", [Bernoulli(), Classes(3), DiscretisedGaussian(levels=16)])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Classes(3), Discretised(levels=16)])
 def test_an_untrained_residual_network_repeats_the_belief(likelihood, patch):
     net = small(likelihood, patch=patch)
     x, t = torch.randn(4, net.net.stem.in_channels // patch**2, 8, 8), torch.rand(4)
@@ -436,7 +436,7 @@ def test_an_untrained_residual_network_repeats_the_belief(likelihood, patch):
     torch.testing.assert_close(net(x, t), likelihood.belief_logits(x, accuracy))
 
 
-LAWS = [Bernoulli(), Classes(3), Categorical(4), Gaussian(), DiscretisedGaussian(levels=16)]
+LAWS = [Bernoulli(), Classes(3), Categorical(4), Gaussian(), Discretised(levels=16)]
 
 
 @pytest.mark.parametrize("likelihood", LAWS)
@@ -501,7 +501,7 @@ def test_masses_of_levels_are_precise_in_the_tails():
     close(official(0.0, 10.0, 0, 16).exp(), 0.465137, 1e-6)
     close(official(-0.9, 0.05, 243, 256), -651.3814, 1e-6)
     for levels in (2, 16, 256):
-        law = DiscretisedGaussian(levels=levels)
+        law = Discretised(levels=levels)
         values = torch.linspace(-1, 1, levels, dtype=DOUBLE).view(-1, 1, 1, 1)
         for mu in (-5.0, 0.0, 0.3, 5.0):
             for spread in (1e-3, 0.1, 10.0):
@@ -511,7 +511,7 @@ def test_masses_of_levels_are_precise_in_the_tails():
 
 
 def test_slopes_of_levels_against_autograd():
-    law, generator = DiscretisedGaussian(levels=7), torch.Generator().manual_seed(0)
+    law, generator = Discretised(levels=7), torch.Generator().manual_seed(0)
     output = torch.randn(5, 4, 2, 2, dtype=DOUBLE, generator=generator).requires_grad_()
     target = law.values(torch.rand(5, 2, 2, 2, dtype=DOUBLE, generator=generator) * 2 - 1)
     (slope,) = torch.autograd.grad(-law.log_prob(output, target).sum(), output)
@@ -531,7 +531,7 @@ def test_slopes_of_levels_against_autograd():
 
 
 def test_sure_levels_cost_their_distance_whatever_the_steps():
-    law = DiscretisedGaussian(levels=16)
+    law = Discretised(levels=16)
     output = torch.tensor([1 / 15, math.log(1e-4)], dtype=DOUBLE).view(1, 2, 1, 1)
     data, a = torch.full((1, 1, 1, 1), -3 / 15, dtype=DOUBLE), torch.tensor(3.0, dtype=DOUBLE)
     found = law.step_divergence(output, data, a, torch.Generator().manual_seed(0))
@@ -541,4 +541,4 @@ def test_sure_levels_cost_their_distance_whatever_the_steps():
 def test_eight_bits_of_a_sure_number_cost_nothing():
     grey = torch.arange(256, dtype=DOUBLE).view(-1, 1, 1, 1) / 127.5 - 1
     assert float(Gaussian().code_length(grey, grey, 1e-4).max()) < 1e-8
-    close(DiscretisedGaussian().values(grey), grey)
+    close(Discretised().values(grey), grey)

@@ -7,7 +7,7 @@ import torch
 from test_bayesian_flow import small
 
 from bayesdiff.checks import UserError
-from bayesdiff.likelihoods import Bernoulli, Classes, DiscretisedGaussian, Gaussian
+from bayesdiff.likelihoods import Bernoulli, Classes, Discretised, Gaussian
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.objectives import BayesianFlowLoss
 from bayesdiff.paths import BayesianFlow
@@ -49,7 +49,7 @@ def test_independent_even_pixels_take_their_entropy(likelihood):
 def test_numbers_of_a_wide_gaussian_cost_its_entropy_of_levels():
     """N(0, 1/16) on 256 levels, ln(s sqrt(2 pi e) / gap), by a belief that expects N(0, 1)."""
     x = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(1)) / 4
-    law = DiscretisedGaussian(levels=256)
+    law = Discretised(levels=256)
     nats = length(model_of(law, sigma_1=1e-3), x, n_steps=(None,), draws=20)
     whole = float((nats["n=inf"] + nats["final"]).mean()) / 64
     entropy = math.log(0.25 * math.sqrt(math.tau * math.e) / (2 / 255))

@@ -17,9 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from bayesdiff.cli import explain
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.sources import digits
+from bayesdiff.data.spaces import in_space
 from bayesdiff.laplace.structures import check_settings
+from bayesdiff.likelihoods import Gaussian
 from bayesdiff.options.trainer import SUPPLIED
-from bayesdiff.paths import CondOT, VariancePreserving
+from bayesdiff.paths import CondOT, GeometricAccuracy, QuadraticAccuracy, VariancePreserving
 from bayesdiff.report.loggers import Loggers, check_loggers
 from bayesdiff.runs import build
 from bayesdiff.runs.callback_options import _named
@@ -58,9 +60,23 @@ def small_data() -> ImageDataModule:
 def test_models(name, small_data):
     cfg = composed(f"model={name}", "net=tiny")
     model = build.build_model(cfg, small_data)
-    assert {"flow": CondOT, "diffusion": VariancePreserving}[name] is type(model.path)
+    paths = {"flow": CondOT, "diffusion": VariancePreserving, "bfn": QuadraticAccuracy}
+    assert paths[name] is type(model.path)
     check_solver(instantiate(cfg.solver), model.path, conditional=True)
-    assert model.num_classes == 10
+    assert model.num_classes == (None if name == "bfn" else 10)
+
+
+@every("data_type")
+def test_data_types(name, small_data):
+    cfg = composed("model=bfn", f"data_type={name}", "net=tiny")
+    data = ImageDataModule(in_space(small_data.data, cfg.data.space), batch_size=64)
+    model = build.build_model(cfg, data)
+    accuracy = QuadraticAccuracy if name in ("binary", "discrete") else GeometricAccuracy
+    assert isinstance(model.path, accuracy)
+    x, _ = model.corrupt(
+        torch.randn(2, *data.space.shape), torch.randn(2, *data.space.shape), torch.rand(2)
+    )
+    assert model(x, torch.rand(2)).shape[1] == model.likelihood.channels(1)
 
 
 @every("likelihood")
@@ -97,7 +113,8 @@ def test_conditions(name):
 
 @every("path")
 def test_paths(name):
-    path = instantiate(composed(f"path={name}").path).for_shape((1, 8, 8))
+    path = instantiate(composed(f"path={name}").path)
+    path = path.for_likelihood(Gaussian()).for_shape((1, 8, 8))
     c = path.coefficients(torch.linspace(0, path.last_time, 9))
     assert (c.alpha.diff(dim=0) > 0).all() and (c.sigma.diff(dim=0) < 0).all()
 

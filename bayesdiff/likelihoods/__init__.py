@@ -2,7 +2,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.likelihoods.bernoulli import Bernoulli
 from bayesdiff.likelihoods.categorical import Categorical
 from bayesdiff.likelihoods.classes import Classes
-from bayesdiff.likelihoods.discretised_gaussian import DiscretisedGaussian
+from bayesdiff.likelihoods.discretised import Discretised
 from bayesdiff.likelihoods.gaussian import Gaussian
 from bayesdiff.likelihoods.likelihood import Likelihood
 
@@ -10,7 +10,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Classes",
-    "DiscretisedGaussian",
+    "Discretised",
     "Gaussian",
     "Likelihood",
     "check_noise_level",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesdiff.likelihoods.discretised_gaussian import level_edges, log_mass
+from bayesdiff.likelihoods.discretised import level_edges, log_mass
 from bayesdiff.likelihoods.emission import belief_mean, no_logits
 from bayesdiff.paths import PREDICTIONS
 

@@ -203,6 +203,12 @@ def likelihood_choice(cfg: DictConfig) -> str:
     return str(target).rpartition(".")[2].lower()
 
 
+def _of_model(choices: Mapping[str, str]) -> str:
+    """Name of the likelihood that a shipped model comes with."""
+    target = shipped(tuple(sorted(choices.items()))).get("model.likelihood._target_") or _USUAL
+    return str(target).rpartition(".")[2].lower()
+
+
 def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
     """Place of a training, named by what it is told apart by and found by its key.
 
@@ -214,14 +220,16 @@ def run_folder(cfg: DictConfig, data: str, family: str, key: str) -> Path:
     """
     damage = damage_of(cfg) or ""
     likelihood = likelihood_choice(cfg)
-    choices = {"data": str(cfg.data.get("name")), "model": family, "likelihood": likelihood}
+    choices = {"data": str(cfg.data.get("name")), "model": family}
+    if likelihood != _of_model(choices):
+        choices["likelihood"] = likelihood
     found = differences(cfg, **choices, corruption=damage)
     learnt = {f"trainer.{name}" for name in weighty(cfg.trainer, validated=True)}
     found = {k: v for k, v in found.items() if k in learnt or not k.startswith("trainer.")}
     if takes_weights(cfg):
         found = {k: v for k, v in found.items() if not LEARNT.fullmatch(k)}
     telling = {"corruption": damage} if damage else {}
-    telling |= {} if likelihood == _USUAL else {"likelihood": likelihood}
+    telling |= {"likelihood": likelihood} if "likelihood" in choices else {}
     space = OmegaConf.select(cfg, "data.space._target_")
     usual = shipped(tuple(sorted(choices.items()))).get("data.space._target_")
     telling |= {"space": str(space).rpartition(".")[2]} if space and space != usual else {}

@@ -23,7 +23,7 @@ _FAR = 1e7
 
 
 @dataclass(frozen=True)
-class DiscretisedGaussian(Emission):
+class Discretised(Emission):
     """K equally spaced values from -1 to 1, with the mass of N(mu, s^2) between their midpoints.
 
     The outermost values have all that lies beyond them (Salimans et al., "PixelCNN++", 2017; the
