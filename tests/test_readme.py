@@ -110,6 +110,8 @@ def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypat
     if "experiment=head_chain" in overrides:
         overrides += ["head_chain.num_images=20", "head_chain.chains=4", "head_chain.draws=12"]
         overrides.append("head_chain.warmup=2")
+    if "experiment=code_length" in overrides:
+        overrides += ["code_length.num_images=10", "code_length.draws=2"]
     if "data=mnist" in overrides and any(o.startswith("experiment=") for o in overrides):
         overrides.append("data.resize=8")
     if "ckpt_path=last" in overrides:
