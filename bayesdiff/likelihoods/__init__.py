@@ -1,19 +1,23 @@
+from typing import cast
+
 from bayesdiff.checks import UserError
 from bayesdiff.likelihoods.bernoulli import Bernoulli
 from bayesdiff.likelihoods.categorical import Categorical
 from bayesdiff.likelihoods.classes import Classes
 from bayesdiff.likelihoods.discretised import Discretised
 from bayesdiff.likelihoods.gaussian import Gaussian
-from bayesdiff.likelihoods.likelihood import Likelihood
+from bayesdiff.likelihoods.likelihood import ClassLikelihood, Likelihood
 
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "ClassLikelihood",
     "Classes",
     "Discretised",
     "Gaussian",
     "Likelihood",
     "check_noise_level",
+    "class_likelihood_of",
     "likelihood_of",
 ]
 
@@ -47,3 +51,22 @@ def check_noise_level(model: object, who: str, objective: str = "likelihood") ->
             f"{who} is about a Gaussian with a sigma_noise, likelihood={likelihood.name} has none;"
             " use likelihood=gaussian"
         )
+
+
+def class_likelihood_of(model: object, who: str) -> ClassLikelihood:
+    """The likelihood of a module, if it is one of classes.
+
+    Args:
+        model: trained or not.
+        who: is about classes, for the message.
+
+    Raises:
+        UserError: if it is of numbers.
+    """
+    likelihood = likelihood_of(model)
+    if not likelihood.discrete:
+        raise UserError(
+            f"{who} is about classes, likelihood={likelihood.name} is of numbers; use model=bfn "
+            "data_type=binary, or data_type=discrete"
+        )
+    return cast(ClassLikelihood, likelihood)

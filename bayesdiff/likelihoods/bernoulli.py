@@ -50,6 +50,14 @@ class Bernoulli(Emission):
         """Log-probability of every value."""
         return F.logsigmoid(torch.where(target > 0, output, -output))
 
+    def log_probabilities(self, output: Tensor) -> Tensor:
+        """Of black and of white, ``(B, C, 2, ...)``."""
+        return torch.stack([F.logsigmoid(-output), F.logsigmoid(output)], 2)
+
+    def index(self, target: Tensor) -> Tensor:
+        """0 for black, 1 for white."""
+        return (target > 0).long()
+
     def mean(self, output: Tensor) -> Tensor:
         """2 p - 1."""
         return (wide(output) / 2).tanh()

@@ -49,16 +49,16 @@ class Classes(Emission):
 
     def values(self, x_1: Tensor) -> Tensor:
         """The class of the largest channel."""
-        return self._embedded(self._index(x_1)).to(x_1)
+        return self._embedded(self.index(x_1)).to(x_1)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Mean negative log-probability, in nats per value."""
-        return F.cross_entropy(self._split(output).movedim(2, 1), self._index(target))
+        return F.cross_entropy(self._split(output).movedim(2, 1), self.index(target))
 
     def residual(self, output: Tensor, target: Tensor) -> Tensor:
         """Probabilities of the classes, minus 1 for the one that it is."""
         p = self._split(output).softmax(2)
-        return (p - F.one_hot(self._index(target), self.levels).movedim(-1, 2).to(p)).flatten(1, 2)
+        return (p - F.one_hot(self.index(target), self.levels).movedim(-1, 2).to(p)).flatten(1, 2)
 
     def hessian(self, output: Tensor) -> Tensor:
         """diag(p) - p p^T, ``(B, C, K, K, ...)``."""
@@ -70,8 +70,16 @@ class Classes(Emission):
 
     def log_prob(self, output: Tensor, target: Tensor, sigma_noise: float = 1.0) -> Tensor:
         """Log-probability of every value, ``(B, C, ...)`` without the axis of classes."""
-        index = self._index(target)[:, :, None]
-        return self._split(output).log_softmax(2).gather(2, index)[:, :, 0]
+        index = self.index(target)[:, :, None]
+        return self.log_probabilities(output).gather(2, index)[:, :, 0]
+
+    def log_probabilities(self, output: Tensor) -> Tensor:
+        """Of all classes, ``(B, C, K, ...)``."""
+        return self._split(output).log_softmax(2)
+
+    def index(self, target: Tensor) -> Tensor:
+        """The class of the largest channel."""
+        return self._split(target).argmax(2)
 
     def mean(self, output: Tensor) -> Tensor:
         """(K p - 1) / sqrt(K)."""
@@ -107,7 +115,7 @@ class Classes(Emission):
         The mixture over all K coordinates of a transmission together, never more than -ln p_x;
         five antithetic pairs of xi.
         """
-        log_p, index = self._split(output).log_softmax(2), self._index(target)[:, :, None]
+        log_p, index = self._split(output).log_softmax(2), self.index(target)[:, :, None]
         total = torch.zeros_like(log_p[:, :, 0])
         scale = (accuracy * self.levels)[:, None] if accuracy.ndim else accuracy * self.levels
         for _ in range(PAIRS):
@@ -132,9 +140,6 @@ class Classes(Emission):
 
     def _split(self, values: Tensor) -> Tensor:
         return values.unflatten(1, (-1, self.levels))
-
-    def _index(self, states: Tensor) -> Tensor:
-        return self._split(states).argmax(2)
 
     def _embedded(self, index: Tensor) -> Tensor:
         return embedded(index, self.levels).flatten(1, 2)

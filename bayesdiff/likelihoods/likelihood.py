@@ -134,3 +134,15 @@ class Likelihood(Protocol):
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """Derivative of ``emit`` along directions ``(..., B, C K, ...)``."""
         ...
+
+
+class ClassLikelihood(Likelihood, Protocol):
+    """A likelihood of classes, one that is ``discrete``."""
+
+    def log_probabilities(self, output: Tensor) -> Tensor:
+        """Of the K classes of every value, ``(B, C, K, ...)``."""
+        ...
+
+    def index(self, target: Tensor) -> Tensor:
+        """Classes that data values are of, int64 ``(B, C, ...)``."""
+        ...
