@@ -240,6 +240,15 @@ def test_experiments(name):
     instantiate(cfg.solver), instantiate(cfg.uncertainty), instantiate(cfg.path)
 
 
+@every("shift")
+def test_shifts(name):
+    """Other data compose for the study of beliefs, in the size of the run's own."""
+    cfg = composed("experiment=beliefs", "data=binary_digits", f"shift@beliefs.shift={name}")
+    found = OmegaConf.to_container(cfg.beliefs.shift, resolve=True)
+    assert found.get("resize", 16) == 16
+    assert found.get("_partial_") or found["dataset"]
+
+
 @every("space")
 def test_spaces(name, small_data):
     """A space composes and keeps what it is given."""

@@ -124,7 +124,7 @@ class Beliefs(Study):
             other = self._measured(at, place, teacher, moved, "shifted")
         times = [min(step.times[0], 1.0) for step in at.starts([0]).steps()]
         grid = self._on_grid(at, place, teacher, images, times)
-        frames = [min(range(len(times)), key=lambda k: abs(times[k] - t)) for t in self.times]
+        frames = nearest(times, self.times)
         sampled = self._sampled(at, place, teacher, times, frames)
         return None if rank() else self._report(at, held, other, grid, sampled, times, frames)
 
@@ -225,3 +225,8 @@ class Beliefs(Study):
             scalars=values,
             headlines={name: found[name] for name in _HEADLINES if name in found},
         )
+
+
+def nearest(times: Sequence[float], shown: Sequence[float]) -> list[int]:
+    """Places of the nearest times, each once and in order."""
+    return sorted({min(range(len(times)), key=lambda k: abs(times[k] - t)) for t in shown})

@@ -76,7 +76,8 @@ def calibration(record: Mapping[str, Any], conditions: str = "") -> "Figure":
     caption = (
         f"{about['num_images']} held-out images, one t in each interval. Reliability: pixels by "
         "the larger probability of their output, over all t. ECE: its mean distance from the "
-        f"diagonal; NLL in nats per pixel. Bands: {_BAND}. {conditions}"
+        "diagonal, which few images make larger; NLL in nats per pixel. "
+        f"Bands: {_BAND}. {conditions}"
     )
     figure, panels = chart(1500, 420, "Calibration of the output", caption, 1, 3)
     first = panels[0, 0]
@@ -105,8 +106,8 @@ def detection(record: Mapping[str, Any], conditions: str = "") -> "Figure":
     rows, about = record["bins"], record["conditions"]
     shift = about["shift"]
     more = (
-        f" Right: {about['num_images']} images of {shift} against as many held-out ones, by their "
-        "mean over pixels."
+        f" Right: do shifted images ({shift}, {about['num_images']} of them) have the higher mean "
+        "over pixels, against as many held-out ones."
         if shift
         else ""
     )

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 _ACROSS = 10  # samples beside each other
 _SHOWN = 4  # samples on their way
+_TOP, _APART = 6, 16  # pixels above the first row, and between rows
 _UNDECIDED = "0.75"  # grey, no colour of a map
 # Maps of a sample, by their names among the rows: title of the row and label of its scale.
 _MAPS = {
-    "accumulated": ("entropy\nof output,\nmean over t", "nats"),
-    "weighted": ("by accuracy\nof each step", "nats"),
+    "accumulated": ("entropy,\nmean over t", "nats"),
+    "weighted": ("entropy,\nby accuracy", "nats"),
     "commit": ("commit\ntime", "t"),
     "accumulated_epistemic": ("epistemic,\nmean over t", "nats"),
 }
@@ -55,7 +56,7 @@ def samples_and_maps(sampled: Rows, conditions: str = "") -> "Figure":
     """The first samples, none picked, above their maps; one scale for each kind of map."""
     images = sampled["images"][:_ACROSS].float() / 127.5 - 1
     width, height = cell_size(images, 84)
-    left, right = 96, 96 + len(images) * (width + GAP)
+    left, right = 108, 108 + len(images) * (width + GAP)
     caption = (
         f"The first {len(images)} of {len(sampled['images'])} samples. Entropy of the output in "
         "nats per pixel, averaged over the steps and, below, weighted by the accuracy that each "
@@ -64,13 +65,13 @@ def samples_and_maps(sampled: Rows, conditions: str = "") -> "Figure":
         f"which 0.1 % of the pixels exceed. {conditions}"
     )
     rows = 1 + len(_MAPS)
-    tall = rows * (height + GAP + 6)
-    figure, axes = sheet(right + 100, tall, "Samples, and what was uncertain on the way", caption)
-    _name(axes, "sample", left, height / 2)
+    tall = _TOP + rows * (height + _APART)
+    figure, axes = sheet(right + 104, tall, "Samples, and what was uncertain on the way", caption)
+    _name(axes, "sample", left, _TOP + height / 2)
     for column, image in enumerate(images):
-        put(axes, picture(image), left + column * (width + GAP), 0, (width, height))
+        put(axes, picture(image), left + column * (width + GAP), _TOP, (width, height))
     for row, (name, (title, unit)) in enumerate(_MAPS.items(), start=1):
-        y = row * (height + GAP + 6)
+        y = _TOP + row * (height + _APART)
         _name(axes, title, left, y + height / 2)
         maps = sampled[name][: len(images)].double().mean(1).numpy()
         maps = np.where(np.isfinite(maps), maps, np.nan)
@@ -102,6 +103,8 @@ def evolution(sampled: Rows, times: Sequence[float], conditions: str = "") -> "F
     for column, time in enumerate(times):
         middle = left + column * (width + GAP) + width / 2
         axes.text(middle, head - 8, f"t = {plain_number(time, 3)}", ha="center", size=9)
+    end = left + len(times) * (width + GAP) + 6
+    axes.text(end + width / 2, head - 8, "sample", ha="center", size=9)
     for row in range(len(images)):
         y = head + row * block
         for name in ("belief", "output", "entropy"):
@@ -113,7 +116,6 @@ def evolution(sampled: Rows, times: Sequence[float], conditions: str = "") -> "F
                 else:
                     put(axes, picture(values), x, y, size)
             y += height + GAP
-        end = left + len(times) * (width + GAP) + 6
         put(axes, picture(images[row]), end, head + row * block + height + GAP, size)
     _bar(figure, axes, drawn, (right + 8, head, 12, block - 12), "nats per pixel", False)
     return figure
