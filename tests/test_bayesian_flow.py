@@ -542,3 +542,18 @@ def test_eight_bits_of_a_sure_number_cost_nothing():
     grey = torch.arange(256, dtype=DOUBLE).view(-1, 1, 1, 1) / 127.5 - 1
     assert float(Gaussian().code_length(grey, grey, 1e-4).max()) < 1e-8
     close(Discretised().values(grey), grey)
+
+
+def test_grey_data_of_a_binary_model_are_refused_and_rounding_is_said(caplog):
+    grey = torch.linspace(-1, 1, 9).view(1, 1, 3, 3)
+    loss = BayesianFlowLoss(QuadraticAccuracy(), Bernoulli(), "data")
+    loss.check_data(grey.sign().where(grey != 0, torch.ones(())), "letters")
+    with pytest.raises(UserError, match=r"letters is not black and white.*data.binarise=dynamic"):
+        loss.check_data(grey, "letters")
+    path = GeometricAccuracy()
+    BayesianFlowLoss(path, Categorical(5), "data").check_data(grey, "letters")
+    assert "letters is told as categorical-5: values are off by up to 0.25" in caplog.text
+    caplog.clear()
+    for likelihood in (Categorical(9), Discretised(levels=9), Gaussian()):
+        BayesianFlowLoss(path, likelihood, "data").check_data(grey, "letters")
+    assert caplog.text == ""

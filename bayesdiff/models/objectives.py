@@ -1,5 +1,6 @@
 """What training minimises: the likelihood of the data, or the bound of a Bayesian flow network."""
 
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -10,12 +11,21 @@ from bayesdiff.likelihoods import Likelihood
 from bayesdiff.paths import ProbabilityPath, convert
 from bayesdiff.paths.bayesian_flow import AccuracyPath, accuracy_path
 
+log = logging.getLogger(__name__)
+
+# Of rounding to eight bits and back, no more.
+_EXACT = 1e-5
+
 
 class Objective(Protocol):
     """Loss of a batch of outputs, made for one model's path, likelihood and prediction."""
 
     def times(self, t: Tensor) -> Tensor:
         """Times in [0, 1) at which it is defined, for times that are spread evenly."""
+        ...
+
+    def check_data(self, states: Tensor, name: str) -> None:
+        """Refuse data, of which these are some and this is the name, that it is not about."""
         ...
 
     def __call__(
@@ -48,6 +58,9 @@ class LikelihoodLoss:
     def times(self, t: Tensor) -> Tensor:
         """All."""
         return t
+
+    def check_data(self, states: Tensor, name: str) -> None:
+        """Any data, as the likelihood knows them."""
 
     def __call__(
         self, output: Tensor, target: Tensor, x_t: Tensor, x_1: Tensor, t: Tensor
@@ -86,6 +99,24 @@ class BayesianFlowLoss:
         if n_steps is not None:
             at_least("model.objective.n_steps", n_steps)
         self.n_steps = n_steps
+
+    def check_data(self, states: Tensor, name: str) -> None:
+        """Refuse grey data of a likelihood of two values; of others, say what is rounded.
+
+        Raises:
+            UserError: where most of the data would be lost.
+        """
+        said = self.likelihood.values(states)
+        off = float((said - states).abs().max())
+        if off < _EXACT:
+            return
+        law = self.likelihood.name
+        if len(said.unique()) <= 2:
+            raise UserError(
+                f"{name} is not black and white, and likelihood={law} says nothing else; use "
+                "data.binarise=dynamic, or data_type=discretised (continuous for numbers)"
+            )
+        log.warning("%s is told as %s: values are off by up to %.2g of [-1, 1]", name, law, off)
 
     def times(self, t: Tensor) -> Tensor:
         """All, or the starts of the n steps."""

@@ -38,6 +38,8 @@ from bayesdiff.storage.same_kind import differences, kind_of
 
 log = logging.getLogger(__name__)
 
+_LOOKED_AT = 256  # images, for what a model says of its data
+
 
 @dataclass(frozen=True)
 class Run:
@@ -132,6 +134,8 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     ):
         given["condition"] = condition
     model = instantiate(options, net=net, path=path, **given, _convert_="all")
+    if hasattr(model, "objective"):  # a user's own model need not have one
+        model.objective.check_data(data.space.encode(images.images[:_LOOKED_AT]), images.name)
     data.given = condition.field if condition else "labels"
     require_module(model, "last-layer Laplace", "class_dropout")
     HeadGeometry.of(model.net.head)

@@ -129,10 +129,13 @@ class Filtering(ScoreOptions, Study):
                     f"filtering.maps.{name} is no estimator, got {other!r}; give its _target_, "
                     "such as bayesdiff.uncertainty.MCDropout"
                 )
-            other.check(solver)
-            other.check_run(run)
-            other.check_data(run.data.data)
-            images_at_once(other, solver, run.model, run.data.space.shape)
+            try:
+                other.check(solver)
+                other.check_run(run)
+                other.check_data(run.data.data)
+                images_at_once(other, solver, run.model, run.data.space.shape)
+            except UserError as error:
+                raise UserError(f"{error}; or leave it out: ~filtering.maps.{name}") from error
         check_scores(self, run)
 
     def made_from(self, at: Setup) -> list[Any]:
