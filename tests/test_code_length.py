@@ -7,6 +7,7 @@ import torch
 from test_bayesian_flow import small
 
 from bayesdiff.checks import UserError
+from bayesdiff.data.binarised import Intensities
 from bayesdiff.likelihoods import Bernoulli, Classes, Discretised, Gaussian
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.objectives import BayesianFlowLoss
@@ -80,6 +81,12 @@ def test_pixels_alone():
     p = (3 + 0.5) / 5
     truth = -(math.log(p) + math.log(1 - p)) / 2
     assert abs(independent_pixels(images, images[:2]) - truth) < 1e-12
+
+
+def test_no_model_says_the_binarisation_itself_with_less():
+    grey = torch.tensor([0, 255, 51, 51], dtype=torch.uint8).view(2, 1, 1, 2)
+    truth = -(0.2 * math.log(0.2) + 0.8 * math.log(0.8))
+    assert abs(Intensities(grey, grey).entropy() - truth) < 1e-12  # 0 and 2 h(0.2), on average
 
 
 def test_options_that_cannot_work_are_refused():

@@ -58,6 +58,11 @@ class Intensities:
         """
         return _whole(self._tests, _TESTS, at_least("draw", draw, 0))
 
+    def entropy(self) -> float:
+        """Nats per test image that the draw itself takes: no model says them with fewer."""
+        p = self._tests.double().flatten(1) / 255
+        return float((torch.special.entr(p) + torch.special.entr(1 - p)).sum(1).mean())
+
 
 def binarised(data: ImageData, mode: str | None) -> ImageData:
     """The data in black and white, with a fingerprint of both.

@@ -113,6 +113,8 @@ class CodeLength(Study):
         levels = {}
         if _black_and_white(data):
             levels["independent_pixels"] = independent_pixels(data.images, data.test_images)
+        if data.intensities is not None:
+            levels["binarisation_alone"] = data.intensities.entropy()
         whole = next(row for row in rows if row["n"] == "inf")
         results = {
             "images": len(nats["final"]), "test_draws": self.test_draws, "draws": self.draws,
