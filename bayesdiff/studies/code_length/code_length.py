@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _QUANTILE = 1.96  # of 95 %
+_NOT_OF_THE_NETWORK = (
+    *("solver.", "uncertainty.", "laplace"),
+    *("structure", "subset", "sigma_noise", "prior_precision", "n_eff"),
+)
+# Levels further from the curve than this are in the caption alone.
+_NEAR = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +126,11 @@ class CodeLength(Study):
             "images": len(nats["final"]), "test_draws": self.test_draws, "draws": self.draws,
             "rows": rows, "levels": levels,
         }  # fmt: skip
-        made_of = conditions(without(at.settings, "solver.", "uncertainty.", "laplace"))
+        made_of = conditions(without(at.settings, *_NOT_OF_THE_NETWORK))
+        known = "".join(f" {n.replace('_', ' ')}: {v:.1f} nats;" for n, v in levels.items())
         caption = (
             f"{len(nats['final'])} test images, {self.draws} evaluations of each for each point; "
-            f"bars: 95 % over images. {made_of}"
+            f"bars: 95 % over images;{known} {made_of}"
         )
         shown = {"nats_per_image": whole["nats"], "bits_per_dim": whole["bits_per_dim"]}
         return Report(
@@ -194,7 +201,7 @@ def by_steps(
     bars = [_QUANTILE * row["standard_error"] for row in rows]
     panel.errorbar(places, [row["nats"] for row in rows], bars, fmt="o-", capsize=3)
     for name, level in levels.items():
-        if level < 3 * max(row["nats"] for row in rows):
+        if level < _NEAR * max(row["nats"] for row in rows):
             panel.axhline(level, color="0.6", linestyle="--", linewidth=1)
             panel.annotate(
                 name.replace("_", " "), (places[-1], level), ha="right", va="bottom", color="0.4"
