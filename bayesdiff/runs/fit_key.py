@@ -75,12 +75,13 @@ def has_weights(cfg: DictConfig) -> bool:
 def model_options(cfg: DictConfig) -> dict[str, Any]:
     """Options of the model that weights depend on.
 
-    A Gaussian likelihood is none, as where there was no other; whether another one is sampled is
-    no matter of the training.
+    A Gaussian likelihood is none, as where there was no other; whether and where another one is
+    sampled is no matter of the training.
     """
     options = {n: v for n, v in plain(cfg.model).items() if (n, v) != ("likelihood", None)}
     if "likelihood" in options:
-        options["likelihood"] = {k: v for k, v in options["likelihood"].items() if k != "sampled"}
+        given = options["likelihood"].items()
+        options["likelihood"] = {k: v for k, v in given if k not in ("sampled", "final")}
     return options
 
 

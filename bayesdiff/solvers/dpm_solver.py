@@ -4,7 +4,8 @@ Sources: Lu et al., "DPM-Solver" (2022) and "DPM-Solver++" (2022). With lambda =
 and h = lambda_s - lambda_t for the step from t to s. Clean data has lambda = inf: there every
 method takes the data prediction, x' = x_1hat. That is what the first-order formulas tend to for
 h -> inf. Those of second order have no limit: their corrections extrapolate a slope in lambda over
-the infinite step.
+the infinite step. A step from noise alone, where lambda = -inf, is of first order for the same
+reason; there the formula is written as DDIM, whose terms stay finite.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError
 from bayesdiff.paths import Coefficient, ProbabilityPath
-from bayesdiff.paths.coefficient import expm1, level
+from bayesdiff.paths.coefficient import expm1, is_zero, level
 from bayesdiff.solvers.diffusion import DiffusionSolver, Node, Span, as_affine, nodes_at, spans
 from bayesdiff.solvers.snr import time_at
 from bayesdiff.solvers.step import Step
@@ -34,7 +35,7 @@ class DPMSolver1(DiffusionSolver):
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times."""
         return [
-            _to_data(span) if span.clean else span.step(*_first_order(span, span.end))
+            _long(span) if span.clean else span.step(*_first_order(span, span.end))
             for span in spans(path, prediction, times)
         ]
 
@@ -71,11 +72,11 @@ class DPMSolver2(DiffusionSolver):
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times."""
         found = spans(path, prediction, times)
-        inner = [level(s.start.lam + self.r1 * s.length) for s in found if not s.clean]
+        inner = [level(s.start.lam + self.r1 * s.length) for s in found if _finite(s)]
         between = iter(
             nodes_at(path, time_at(path, torch.tensor(inner, dtype=torch.float64)).tolist())
         )
-        return [_to_data(s) if s.clean else self._step(s, next(between)) for s in found]
+        return [self._step(s, next(between)) if _finite(s) else _long(s) for s in found]
 
     def _step(self, span: Span, middle: Node) -> Step:
         start = span.start
@@ -113,19 +114,28 @@ class DPMSolverPP2M(DiffusionSolver):
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
         """Coefficients of the steps between consecutive times."""
         return [
-            _to_data(span) if span.clean else _two_step(span)
+            _long(span) if span.clean else _two_step(span)
             for span in spans(path, prediction, times)
         ]
 
 
-def _to_data(span: Span) -> Step:
-    """The step to lambda = inf."""
-    return span.step(*span.affine(data=span.end.alpha, noise=0.0))
+def _finite(span: Span) -> bool:
+    """Whether lambda is finite at both ends."""
+    return not (span.clean or is_zero(span.start.alpha))
+
+
+def _long(span: Span) -> Step:
+    """A step to lambda = inf, or from -inf."""
+    if span.clean:
+        return span.step(*span.affine(data=span.end.alpha, noise=0.0))
+    return span.step(*_first_order(span, span.end))
 
 
 def _first_order(span: Span, end: Node) -> tuple[Coefficient, Coefficient]:
     """(a, b) of the step of DPM-Solver-1 from the span's start to ``end``."""
     start = span.start
+    if is_zero(start.alpha):
+        return as_affine(span.path, span.prediction, start.t, end.alpha, end.sigma)
     p, b = span.affine(data=0.0, noise=-end.sigma * expm1(end.lam - start.lam))
     return end.alpha / start.alpha + p, b
 

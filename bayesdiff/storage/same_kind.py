@@ -13,7 +13,7 @@ def kind_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the options that make weights what they are: another value, other images."""
     net = (f"net.{name}" for name in config["net"] if name != "dropout")
     likelihood = ("_target_", *(config["model"].get("likelihood") or {}))
-    law = (f"model.likelihood.{name}" for name in likelihood if name != "sampled")
+    law = (f"model.likelihood.{name}" for name in likelihood if name not in ("sampled", "final"))
     given = config["model"].get("condition") or {}
     # Its _target_ is left out: older checkpoints have none, and the network's arguments tell.
     condition = (f"model.condition.{name}" for name in given if name != "_target_")
