@@ -17,10 +17,7 @@ class Bernoulli(Emission):
     """Values -1 and 1 with log-odds that are the output; see ``Likelihood`` and ``Emission``."""
 
     name: ClassVar[str] = "bernoulli"
-    scaled: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
     discrete: ClassVar[bool] = True
-    predictions: ClassVar[tuple[str, ...]] = ("data",)
 
     def channels(self, data: int) -> int:
         """One logit per value."""
@@ -41,10 +38,6 @@ class Bernoulli(Emission):
     def hessian(self, output: Tensor) -> Tensor:
         """Variance p (1 - p), ``(B, C, 1, 1, ...)``."""
         return (output.sigmoid() * (-output).sigmoid())[:, :, None, None]
-
-    def deviance(self, output: Tensor, target: Tensor) -> Tensor:
-        """Minus twice the log-probability of every image, float64 ``(B,)``."""
-        return -2 * self.log_prob(output.double(), target).flatten(1).sum(1)
 
     def log_prob(self, output: Tensor, target: Tensor, sigma_noise: float = 1.0) -> Tensor:
         """Log-probability of every value."""
@@ -94,10 +87,6 @@ class Bernoulli(Emission):
                 log_p, log_q - 2 * accuracy + 2 * accuracy.sqrt() * node
             )
         return total
-
-    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
-        """Minus the log-probability."""
-        return -self.log_prob(output, target)
 
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """2 p (1 - p) times the direction."""

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesdiff.checks import at_least
 from bayesdiff.likelihoods.classes import softmax_hessian
 from bayesdiff.likelihoods.emission import (
     PAIRS,
-    Emission,
+    Levels,
     belief_mean,
     draw,
     drawn_like,
@@ -21,7 +20,7 @@ from bayesdiff.likelihoods.emission import (
 
 
 @dataclass(frozen=True)
-class Categorical(Emission):
+class Categorical(Levels):
     """K equally spaced values from -1 to 1 with a softmax of K logits; see ``Likelihood``.
 
     Args:
@@ -30,21 +29,8 @@ class Categorical(Emission):
         levels: K.
     """
 
-    levels: int = 16
-
-    scaled: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
+    kind: ClassVar[str] = "categorical"
     discrete: ClassVar[bool] = False  # numbers: near levels are alike
-    predictions: ClassVar[tuple[str, ...]] = ("data",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("model.likelihood.levels", self.levels, 2)
-
-    @property
-    def name(self) -> str:
-        """With the number of levels."""
-        return f"categorical-{self.levels}"
 
     def channels(self, data: int) -> int:
         """K logits per value."""
@@ -67,10 +53,6 @@ class Categorical(Emission):
     def hessian(self, output: Tensor) -> Tensor:
         """diag(p) - p p^T, ``(B, C, K, K, ...)``."""
         return softmax_hessian(self._split(output).softmax(2))
-
-    def deviance(self, output: Tensor, target: Tensor) -> Tensor:
-        """Minus twice the log-probability of every image, float64 ``(B,)``."""
-        return -2 * self.log_prob(output.double(), target).flatten(1).sum(1)
 
     def log_prob(self, output: Tensor, target: Tensor, sigma_noise: float = 1.0) -> Tensor:
         """Log-probability of every value."""
@@ -114,10 +96,6 @@ class Categorical(Emission):
                 exponent = -accuracy / 2 * steps.square() + sign * accuracy.sqrt() * steps * xi
                 total -= (log_p + exponent).logsumexp(2) / (2 * PAIRS)
         return total
-
-    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
-        """Minus the log-probability."""
-        return -self.log_prob(output, target)
 
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """Covariance, under the probabilities, of levels and the direction's K numbers."""

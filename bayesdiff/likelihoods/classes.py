@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayesdiff.checks import at_least
 from bayesdiff.data.one_hot import embedded
-from bayesdiff.likelihoods.emission import PAIRS, Emission, draw, drawn_like, wide
+from bayesdiff.likelihoods.emission import PAIRS, Levels, draw, drawn_like, wide
 
 
 @dataclass(frozen=True)
-class Classes(Emission):
+class Classes(Levels):
     """Classes e_x in K channels per value, as (K e_x - 1) / sqrt(K), with a softmax of K logits.
 
     The embedding that makes the accuracy of a Bayesian flow network its path's signal-to-noise
@@ -27,21 +26,8 @@ class Classes(Emission):
         levels: K.
     """
 
-    levels: int = 16
-
-    scaled: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
+    kind: ClassVar[str] = "classes"
     discrete: ClassVar[bool] = True
-    predictions: ClassVar[tuple[str, ...]] = ("data",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("model.likelihood.levels", self.levels, 2)
-
-    @property
-    def name(self) -> str:
-        """With the number of classes."""
-        return f"classes-{self.levels}"
 
     def channels(self, data: int) -> int:
         """K logits per value."""
@@ -63,10 +49,6 @@ class Classes(Emission):
     def hessian(self, output: Tensor) -> Tensor:
         """diag(p) - p p^T, ``(B, C, K, K, ...)``."""
         return softmax_hessian(self._split(output).softmax(2))
-
-    def deviance(self, output: Tensor, target: Tensor) -> Tensor:
-        """Minus twice the log-probability of every image, float64 ``(B,)``."""
-        return -2 * self.log_prob(output.double(), target).flatten(1).sum(1)
 
     def log_prob(self, output: Tensor, target: Tensor, sigma_noise: float = 1.0) -> Tensor:
         """Log-probability of every value, ``(B, C, ...)`` without the axis of classes."""
@@ -125,10 +107,6 @@ class Classes(Emission):
                 r = (sign * scale.sqrt() * steps - scale).scatter(2, index, 0.0)
                 total -= (log_p + r).logsumexp(2) / (2 * PAIRS)
         return total
-
-    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
-        """Minus the log-probability."""
-        return -self.log_prob(output, target)
 
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """sqrt(K) (diag(p) - p p^T) times the direction's K numbers."""

@@ -7,10 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import at_least
 from bayesdiff.likelihoods.emission import (
     PAIRS,
-    Emission,
+    Levels,
     belief_mean,
     drawn_like,
     required,
@@ -23,7 +22,7 @@ _FAR = 1e7
 
 
 @dataclass(frozen=True)
-class Discretised(Emission):
+class Discretised(Levels):
     """K equally spaced values from -1 to 1, with the mass of N(mu, s^2) between their midpoints.
 
     The outermost values have all that lies beyond them (Salimans et al., "PixelCNN++", 2017; the
@@ -37,19 +36,8 @@ class Discretised(Emission):
 
     levels: int = 256
 
-    scaled: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
+    kind: ClassVar[str] = "discretised"
     discrete: ClassVar[bool] = False
-    predictions: ClassVar[tuple[str, ...]] = ("data",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("model.likelihood.levels", self.levels, 2)
-
-    @property
-    def name(self) -> str:
-        """With the number of levels."""
-        return f"discretised-{self.levels}"
 
     @property
     def gap(self) -> float:
@@ -74,10 +62,6 @@ class Discretised(Emission):
         mu, spread = self._read(output)
         lower, upper = self._around(target.to(mu))
         return log_mass(lower, upper, mu, spread)
-
-    def deviance(self, output: Tensor, target: Tensor) -> Tensor:
-        """Minus twice the log-probability of every image, float64 ``(B,)``."""
-        return -2 * self.log_prob(output.double(), target).flatten(1).sum(1)
 
     def residual(self, output: Tensor, target: Tensor) -> Tensor:
         """Gradient of the negative log-probability in mu and ln s."""
@@ -151,10 +135,6 @@ class Discretised(Emission):
                     mixed = torch.logaddexp(mixed, log_p + exponent)
                 total -= mixed / (2 * PAIRS)
         return total
-
-    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
-        """Minus the log-probability."""
-        return -self.log_prob(output, target)
 
     def slope(self, output: Tensor, direction: Tensor) -> Tensor:
         """Derivative of the mean along changes of mu and ln s."""

@@ -1,11 +1,13 @@
-"""How a likelihood of classes emits: the expected value, or one that it draws."""
+"""What the likelihoods of countable values share: how they emit, and what their data cost."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import UserError
+from bayesdiff.checks import UserError, at_least
 
 # Antithetic pairs of draws where an expectation has no closed form.
 PAIRS = 5
@@ -13,8 +15,8 @@ _FINAL = (None, "sample", "mode", "mean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Emission:
-    """What solvers take of a law over classes.
+class Emission(ABC):
+    """A law over countable values, and what solvers take of it; see ``Likelihood``.
 
     Args:
         sampled: whether a step takes a value drawn from the law, and not its mean.
@@ -27,6 +29,10 @@ class Emission:
 
     sampled: bool = False
     final: str | None = None
+
+    scaled: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    predictions: ClassVar[tuple[str, ...]] = ("data",)
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampled, bool):
@@ -52,6 +58,42 @@ class Emission:
     def way(self, last: bool) -> str:
         """``sample``, ``mode`` or ``mean``."""
         return self.final if last and self.final else "sample" if self.sampled else "mean"
+
+    @abstractmethod
+    def log_prob(self, output: Tensor, target: Tensor, sigma_noise: float = 1.0) -> Tensor:
+        """Log-probability of every value, ``(B, C, ...)``; there is no sigma_noise here."""
+
+    def deviance(self, output: Tensor, target: Tensor) -> Tensor:
+        """Minus twice the log-probability of every image, float64 ``(B,)``."""
+        return -2 * self.log_prob(output.double(), target).flatten(1).sum(1)
+
+    def code_length(self, output: Tensor, target: Tensor, spread: float) -> Tensor:
+        """Minus the log-probability."""
+        return -self.log_prob(output, target)
+
+
+@dataclass(frozen=True)
+class Levels(Emission):
+    """A law over K levels of every value.
+
+    Args:
+        sampled: see ``Emission``.
+        final: see ``Emission``.
+        levels: K.
+    """
+
+    levels: int = 16
+
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("model.likelihood.levels", self.levels, 2)
+
+    @property
+    def name(self) -> str:
+        """With the number of levels."""
+        return f"{self.kind}-{self.levels}"
 
 
 def required(noise: Tensor | None) -> Tensor:
