@@ -58,11 +58,8 @@ def main():
     """Read every folder; a name is written as ``trained.NAME.*``."""
     path = HERE / "results.json"
     kept = json.loads(path.read_text())
-    results = {
-        name: value
-        for name, value in kept.items()
-        if not name.startswith("trained.") or name.startswith("trained.draws.")
-    }
+    given = tuple(f"trained.{word.partition('=')[0]}." for word in sys.argv[1:])
+    results = {name: value for name, value in kept.items() if not name.startswith(given)}
     cells = 0
     for word in sys.argv[1:]:
         name, folder = word.split("=", 1)
