@@ -112,6 +112,8 @@ def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypat
         overrides.append("head_chain.warmup=2")
     if "experiment=code_length" in overrides:
         overrides += ["code_length.num_images=10", "code_length.draws=2"]
+    if "experiment=beliefs" in overrides:
+        overrides += ["beliefs.num_images=4", "beliefs.num_samples=2", "beliefs.bootstrap=10"]
     if "data=mnist" in overrides and any(o.startswith("experiment=") for o in overrides):
         overrides.append("data.resize=8")
     if "ckpt_path=last" in overrides:
