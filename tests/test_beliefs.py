@@ -259,6 +259,9 @@ def test_auroc_is_that_of_scikit_learn():
     assert float(statistic(index)) == pytest.approx(
         bins[0]["entropy.auroc_wrong_pixels"], abs=3e-3
     )
+    ties, wrong = (4 * held["pixels.entropy"][:, 0]).round(), held["pixels.wrong"][:, 0]
+    statistic, index = results._pixels(ties, wrong)
+    assert float(statistic(index)) == pytest.approx(roc_auc_score(wrong.flatten(), ties.flatten()))
 
 
 def test_without_wrong_pixels_there_is_no_auroc():
