@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import CONFIGS, ROOT, smallest
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from bayesdiff.checks import UserError
 from bayesdiff.sweeps import report as report_sweep
@@ -118,3 +119,11 @@ def test_a_glob_stands_for_what_it_matches():
             sweep.expanded("solver=glob(zz*)")
         for word in ("solver=euler,heun", "+a=interval(0,1)", "~callbacks.samples", "b='x y'"):
             assert sweep.expanded(word) == word
+
+
+def test_whatever_fails_before_the_cells_ends_the_sweep_in_one_line():
+    """Hydra only warns of it: all cells would run, and leave no table."""
+    asked = {"overrides": {"task": []}}
+    config = OmegaConf.create({"hydra": asked, "output_dir": "${nowhere:out}"})
+    with pytest.raises(SystemExit, match="^error: .*nowhere.*output_dir"):
+        sweep.SweepReport().on_multirun_start(config)

@@ -182,6 +182,41 @@ def test_intervals_over_seeds_are_students(folder):
     assert 'alt="Metrics over prior"' in source and "Metrics over seed" not in source
 
 
+def test_means_over_seeds_are_on_the_screen_and_in_files(folder, capsys):
+    """Of every metric, also those that the screen has no room for; of failed cells none."""
+    rows = [
+        cell(folder, 3 * p + s, [f"prior={10**p}", f"seed={s}"])
+        for p in range(2)
+        for s in range(3)
+    ]
+    for row in rows:
+        row["metrics"] |= {
+            "recall@500/classifier": 0.1 * row["number"],
+            "own_low": 1.0,
+            "own": 2.0,
+        }
+    rows[5] = failed(5, ["prior=10", "seed=2"])
+    written(folder, rows)
+    first, second = csv.DictReader((folder / "over_seeds.csv").open())
+    values = [0.0, 0.1, 0.2]
+    ends = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    name = "recall@500/classifier"
+    found = [float(first[name + end]) for end in ("", "_low", "_high")]
+    np.testing.assert_allclose(found, [0.1, *ends])
+    assert (first["seeds"], second["seeds"], float(second["prior"])) == ("3", "2", 10)
+    assert float(second[FID]) == 13.5 and float(first["own_low"]) == 2  # of the seeds, no metric
+    low, high = stats.t.interval(0.95, 2, 11, stats.sem([10.0, 11.0, 12.0]))
+    text = f"11 [{low:.4g}, {high:.4g}]"
+    assert text in capsys.readouterr().out and text in (folder / "over_seeds.md").read_text()
+
+
+def test_without_seeds_or_anything_else_there_are_no_means_over_seeds(folder):
+    for keys in ("prior", "seed"):
+        there = folder / keys
+        page = written(there, [cell(there, i, [f"{keys}={i}"]) for i in range(2)])
+        assert not (there / "over_seeds.csv").exists() and "Over seeds" not in page.text
+
+
 def test_one_seed_has_no_interval_and_cells_apart_in_other_keys_are_no_seeds():
     rows = [{"prior": p, "seed": 0, "k": k, FID: 1.0 + k} for p in (1, 2) for k in range(12)]
     axes = sweep_figure(rows, ["prior", "k"], [FID], "prior").axes[0]

@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import quote
 
 from bayesdiff.machine.progress import duration
-from bayesdiff.metrics.seeds import mean_interval
 from bayesdiff.report import table
 from bayesdiff.report.series import SEED, finite, text_of
+from bayesdiff.sweeps.seeds import over_seeds, said
 
 Row = Mapping[str, Any]
 
@@ -88,7 +88,7 @@ def page(
     parts = [f"<h1>{escape(title)}</h1>"]
     parts += [f"<pre>{escape(command)}</pre>"] if command else []
     parts += [_conditions(rows, failed, conditions), _failures(rows, failed)]
-    parts += [_over_seeds(rows, keys, metrics)] if SEED in keys and len(keys) > 1 else []
+    parts += [_over_seeds(rows, keys, metrics)]
     parts += ["<h2>Cells</h2>", _cells(folder, rows, [*keys, *others], metrics)]
     parts += [
         '<p class="quiet">All metrics: <a href="sweep.csv">sweep.csv</a>. A number leads to its '
@@ -132,32 +132,26 @@ def _failures(rows: Sequence[Row], failed: Sequence[Row]) -> str:
 
 def _over_seeds(rows: Sequence[Row], keys: Sequence[str], metrics: Sequence[str]) -> str:
     """Means over seeds with Student's t intervals, a row for each setting."""
-    others = [key for key in keys if key != SEED]
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row["status"] == "done":
-            groups.setdefault(tuple(row[key] for key in others), []).append(row)
-    body = []
-    for values, cells in groups.items():
-        line = [_cell(value) for value in values] + [_cell(float(len(cells)))]
-        for metric in metrics:
-            given = [float(row[metric]) for row in cells if finite(row.get(metric))]
-            line.append(_interval(given))
-        body.append(f"<tr>{''.join(line)}</tr>")
-    if not body:
+    means = over_seeds(rows, keys, metrics)
+    if not means:
         return ""
-    heads = "".join(_head(name, rows) for name in [*others, "seeds", *metrics])
-    note = '<p class="quiet">Means over seeds with 95 % intervals of Student\'s t.</p>'
+    names = [*(key for key in keys if key != SEED), "seeds"]
+    body = []
+    for row in means:
+        cells = [*(_cell(row[name]) for name in names), *(_interval(row, m) for m in metrics)]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    heads = "".join(_head(name, rows) for name in [*names, *metrics])
+    note = (
+        '<p class="quiet">Means over seeds with 95 % intervals of Student\'s t. All metrics: '
+        '<a href="over_seeds.csv">over_seeds.csv</a>.</p>'
+    )
     return f"<h2>Over seeds</h2>{note}{_table(heads, body)}"
 
 
-def _interval(given: Sequence[float]) -> str:
-    if not given:
-        return '<td class="number" data-value=""></td>'
-    mean, low, high = mean_interval(given)
-    text = table.cell(mean)
-    text += f" <small>[{table.cell(low)}, {table.cell(high)}]</small>" if high > low else ""
-    return f'<td class="number" data-value="{mean!r}">{text}</td>'
+def _interval(row: Row, metric: str) -> str:
+    mean, _, ends = said(row, metric).partition(" ")
+    text = mean + (f" <small>{ends}</small>" if ends else "")
+    return f'<td class="number" data-value="{row.get(metric, "")!r}">{text}</td>'
 
 
 def _cells(folder: Path, rows: Sequence[Row], keys: Sequence[str], metrics: Sequence[str]) -> str:

@@ -43,8 +43,9 @@ _MOST_ROWS = 200  # of the table in TensorBoard
 def write(folder: Path, rows: list[Row], command: str = "", *, pdf: bool = True) -> None:
     """Everything that is said of a sweep.
 
-    The table on the screen and as ``sweep.csv``; where cells are done ``sweep.png``, pictures in
-    ``figures`` and events in ``report``; ``report.html`` always.
+    The table on the screen and as ``sweep.csv``; where seeds and more were swept their
+    means likewise, as ``over_seeds.csv`` and ``over_seeds.md``; where cells are done
+    ``sweep.png``, pictures in ``figures`` and events in ``report``; ``report.html`` always.
 
     Args:
         folder: of the sweep.
@@ -62,6 +63,7 @@ def write(folder: Path, rows: list[Row], command: str = "", *, pdf: bool = True)
     others = [MAPS_BY] if any(MAPS_BY in row for row in flat) else []
     columns = [*keys, *others, *metrics, "status"]
     table.show(f"sweep: {folder / 'sweep.csv'}", flat, columns)
+    _write_means(folder, flat, keys, metrics)
     pictures = draw(folder, rows, flat, keys, metrics, pdf)
     conditions = conditions_of(rows)
     text = page.page(folder, flat, keys, metrics, conditions, pictures, command, others)
@@ -71,6 +73,23 @@ def write(folder: Path, rows: list[Row], command: str = "", *, pdf: bool = True)
     said = f"`{command}`\n\n{listed}\n\n{shown}"
     board.write_sweep(folder / "report", flat, metrics, said, pictures)
     log.info("report: %s", folder / "report.html")
+
+
+def _write_means(
+    folder: Path, flat: Sequence[Row], keys: Sequence[str], metrics: Sequence[str]
+) -> None:
+    """Means over seeds: all on disk, those that fit on the screen."""
+    from bayesdiff.sweeps.seeds import averaged, over_seeds, said
+
+    every = averaged(flat, keys)
+    if not (means := over_seeds(flat, keys, every)):
+        return
+    table.write_csv(folder / "over_seeds.csv", means)
+    texts = [row | {name: said(row, name) for name in every} for row in means]
+    first = [*(key for key in keys if key in means[0]), "seeds"]
+    write_text(folder / "over_seeds.md", table.markdown(texts, [*first, *every]))
+    shown = [name for name in metrics if name in every]
+    table.show(f"over seeds: {folder / 'over_seeds.csv'}", texts, [*first, *shown])
 
 
 def command_of(task: Sequence[str], hydra: Sequence[str] = ()) -> str:

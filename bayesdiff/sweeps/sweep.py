@@ -78,6 +78,8 @@ class SweepReport(Callback):
 
         Rows stay: every cell writes its own anew, and another process may be at the same sweep.
         """
+        from bayesdiff.cli import explain
+
         try:
             settle(config)
             overrides = [expanded(str(o)) for o in config.hydra.overrides.task]
@@ -85,8 +87,8 @@ class SweepReport(Callback):
             if config.dry_run:
                 return dry_run.begin(config)
             check_writable(Path(config.output_dir))
-        except UserError as error:  # Hydra would warn of it and go on
-            sys.exit(f"error: {error}")
+        except Exception as error:  # Hydra would warn of it, and run the cells without a table
+            sys.exit(f"error: {explain(error)}")
         overrides += [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
         folder = Path(config.output_dir) / "sweeps" / key_of(sorted(overrides))[:8]
         os.environ[_FOLDER] = str(folder)  # workers have it from here
