@@ -129,9 +129,10 @@ class Moments(Estimator):
         """
         likelihood = likelihood_of(model)
         if not likelihood.linear:
+            others = "linearised or ensemble" if likelihood.differentiable else "ensemble"
             raise UserError(
                 f"uncertainty={self.name} needs a prediction linear in the head's weights, which "
-                f"likelihood={likelihood.name} has not; use uncertainty=linearised or ensemble"
+                f"likelihood={likelihood.name} has not; use uncertainty={others}"
             )
 
     def check_data(self, data: ImageData) -> None:
