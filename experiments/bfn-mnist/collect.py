@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).parent
 VALUES = 28 * 28
-# Beside this file: what other studies of the same training wrote.
+# Beside this file: what other studies wrote; their numbers are repeated, their curves are not.
 BESIDE = ("beliefs", "two_digit", "fast_solver")
 
 
@@ -17,6 +17,8 @@ def learning_curve(run: Path, batch: int) -> list[dict[str, float]]:
     """Transmitted nats per image of 1,024 test images after every epoch, continuous time."""
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
     events.Reload()
+    if "val/loss" not in events.Tags()["scalars"]:  # a training that ended within its first epoch
+        return []
     return [
         {"images_seen": (point.step + 1) * batch, "transmitted": point.value * VALUES}
         for point in events.Scalars("val/loss")
@@ -48,7 +50,8 @@ def main(outputs: list[str]) -> None:
     results = {"nats_per_image": longest["nats"], "runs": runs}
     for name in BESIDE:
         if (HERE / f"{name}.json").is_file():
-            results[name] = json.loads((HERE / f"{name}.json").read_text())
+            given = json.loads((HERE / f"{name}.json").read_text())
+            results |= {k: v for k, v in given.items() if isinstance(v, (int, float))}
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
