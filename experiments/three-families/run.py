@@ -134,15 +134,18 @@ def shown(lines: list[dict[str, Any]]) -> str:
 
 
 def differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Bayesian flow network minus each other family of the same seed, black and white both."""
-    own = {row["seed"]: row for row in rows if row["family"] == "bfn"}
+    """Of the same seed and black and white both: BFN minus the others, log-odds minus without."""
+    sharp = {(row["family"], row["seed"]): row for row in rows if not row["grey"]}
+    families = list(dict.fromkeys(family for family, _ in sharp))
+    compared = [("bfn", family) for family in families if family != "bfn"]
+    compared += [(f"{f}_bernoulli", f) for f in families if f"{f}_bernoulli" in families]
     found = []
-    for family in dict.fromkeys(row["family"] for row in rows if row["samples"] == "rounded"):
-        others = [r for r in rows if r["family"] == family and r["samples"] == "rounded"]
-        pairs = [(own[row["seed"]], row) for row in others if row["seed"] in own]
-        line: dict[str, Any] = {"family": f"bfn - {family}", "samples": "rounded"}
+    for one, other in compared:
+        seeds = [seed for family, seed in sharp if family == one and (other, seed) in sharp]
+        pairs = [(sharp[one, seed], sharp[other, seed]) for seed in seeds]
+        line: dict[str, Any] = {"family": f"{one} - {other}", "samples": "rounded"}
         for name in MEASURES:
-            ends = mean_interval([bfn[name] - other[name] for bfn, other in pairs])
+            ends = mean_interval([left[name] - right[name] for left, right in pairs])
             line |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
         found.append(line | {"seeds": len(pairs)})
     return found
