@@ -24,13 +24,8 @@ from torch.func import vmap  # noqa: E402
 from bayesdiff.checks import UserError  # noqa: E402
 from bayesdiff.laplace.gradients import gradients  # noqa: E402
 from bayesdiff.laplace.gram import gram, gram_diagonal  # noqa: E402
-from bayesdiff.laplace.head import (  # noqa: E402
-    CarryingConv2d,
-    CarryingLinear,
-    HeadGeometry,
-    apply_head,
-    head_matrix,
-)
+from bayesdiff.laplace.head import HeadGeometry, apply_head, head_matrix  # noqa: E402
+from bayesdiff.networks.carrying import CarryingConv2d, CarryingLinear  # noqa: E402
 from bayesdiff.networks.forward_mode import jvp  # noqa: E402
 from bayesdiff.pretrained.bayesian_pipeline import BayesianPipeline  # noqa: E402
 from bayesdiff.pretrained.head import tapped  # noqa: E402
