@@ -23,6 +23,8 @@ from bayesdiff.models.objectives import BayesianFlowLoss
 from bayesdiff.networks import UNet
 from bayesdiff.paths import BayesianFlow, CondOT, GeometricAccuracy, QuadraticAccuracy, convert
 from bayesdiff.solvers import BayesianUpdate, integrate, plan
+from bayesdiff.uncertainty import starts_of
+from bayesdiff.uncertainty.members.ensemble import Ensemble
 
 NODES, WEIGHTS = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(100))
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
@@ -557,3 +559,21 @@ def test_grey_data_of_a_binary_model_are_refused_and_rounding_is_said(caplog):
     for likelihood in (Categorical(9), Discretised(levels=9), Gaussian()):
         BayesianFlowLoss(path, likelihood, "data").check_data(grey, "letters")
     assert caplog.text == ""
+
+
+def test_states_of_another_number_of_classes_are_refused():
+    loss = BayesianFlowLoss(QuadraticAccuracy(), Classes(5), "data")
+    with pytest.raises(UserError, match="7 channels, and likelihood=classes-5 takes 5"):
+        loss.check_data(embedded(torch.zeros(1, 1, 2, 2, dtype=torch.long), 7).flatten(1, 2), "x")
+
+
+def test_the_sampler_noise_of_drawn_classes_is_that_of_other_draws():
+    """From one start, under fixed weights: the spread over noise members is that of whole runs."""
+    path, law = QuadraticAccuracy(9.0), Bernoulli(sampled=True)
+    net = small(law, residual=True)
+    model = GenerativeModel(net, path, "data", torch.optim.SGD, likelihood=law).eval()
+    start = starts_of(model, BayesianUpdate(2), 0, (1, 8, 8), torch.device("cpu"))([0, 1])
+    estimator = Ensemble(members=2, noise_members=400)
+    found = estimator._sampler_noise(start.field(), start, start.initial())
+    # Untrained, a pixel is drawn from even odds whatever came before: variance 1.
+    assert abs(float(found.mean()) - 1) < 0.03

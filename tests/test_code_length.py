@@ -96,3 +96,12 @@ def test_options_that_cannot_work_are_refused():
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"code_length.{named}"):
             CodeLength(**options)
+
+
+def test_models_of_few_transmissions_are_measured_in_continuous_time_as_well():
+    """Whatever bound they were trained on: untrained, all are the exact posterior."""
+    model, states = model_of(Bernoulli()), torch.where(NOISE[:100] < 0.5, 1.0, -1.0)
+    truth = length(model, states)
+    model.objective = BayesianFlowLoss(model.path, model.likelihood, "data", n_steps=2)
+    for name, value in length(model, states).items():
+        torch.testing.assert_close(value, truth[name])

@@ -106,15 +106,22 @@ class BayesianFlowLoss:
         Raises:
             UserError: where most of the data would be lost.
         """
+        count = self.likelihood.channels(1)
+        if self.likelihood.discrete and states.shape[1] % count:
+            raise UserError(
+                f"states of {name} have {states.shape[1]} channels, and likelihood="
+                f"{self.likelihood.name} takes {count} for each value; leave data.space as "
+                "data_type=discrete has it"
+            )
         said = self.likelihood.values(states)
         off = float((said - states).abs().max())
         if off < _EXACT:
             return
         law = self.likelihood.name
-        if len(said.unique()) <= 2:
+        if count == 1:
             raise UserError(
                 f"{name} is not black and white, and likelihood={law} says nothing else; use "
-                "data.binarise=dynamic, or data_type=discretised (continuous for numbers)"
+                "data.binarise=dynamic for grey images, or data_type=discretised or continuous"
             )
         log.warning("%s is told as %s: values are off by up to %.2g of [-1, 1]", name, law, off)
 
@@ -135,7 +142,6 @@ class BayesianFlowLoss:
         x_t: Tensor,
         x_1: Tensor,
         t: Tensor,
-        n_steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Nats of every image, ``(B,)``, whose expectation over t is the bound.
@@ -145,10 +151,9 @@ class BayesianFlowLoss:
             x_t: states.
             x_1: data.
             t: ``(B,)``, among ``times``.
-            n_steps: in place of the objective's own.
             generator: of the draws of a divergence without closed form.
         """
-        n_steps = n_steps or self.n_steps
+        n_steps = self.n_steps
         data = self.in_data(output, x_t, t)
         if n_steps is None:
             rate = self.path.accuracy_rate(t).to(data.dtype)

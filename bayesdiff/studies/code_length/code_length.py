@@ -83,8 +83,9 @@ class CodeLength(Study):
         """
         if not isinstance(run.model.objective, BayesianFlowLoss):
             raise UserError(
-                f"code_length is about Bayesian flow networks, this is a {run.model.path.family} "
-                "model; use model=bfn, or report.sorted_by=[likelihood.bits_per_dim] for others"
+                "code_length is about Bayesian flow networks by their bound, this is a "
+                f"{run.model.path.family} model with another loss; use model=bfn as it is, or "
+                "report.sorted_by=[likelihood.bits_per_dim] for others"
             )
         data, there = run.data.data, len(run.data.data.test_images)
         if (self.num_images or 0) > there:

@@ -43,7 +43,7 @@ def nats_of(
         seed: of noise and times.
         spread: see ``Likelihood.code_length``.
     """
-    objective: BayesianFlowLoss = model.objective  # type: ignore[assignment]
+    own = model.path, model.likelihood, model.prediction  # whatever bound it was trained on
     x_1 = model.likelihood.values(x_1)
     noise = SampleNoise(seed, numbers, x_1.shape[1:])
     places = SampleNoise(seed, numbers, (1,)).fork(_TIMES)
@@ -57,6 +57,7 @@ def nats_of(
 
     found = {}
     for n in n_steps:
+        objective = BayesianFlowLoss(*own, n_steps=n)
         count = draws if n is None else min(n, draws)
         # Whole steps where all are taken: a shift would leave one out.
         shift = torch.special.ndtr(places()[:, 0].double())
@@ -66,13 +67,11 @@ def nats_of(
             t = ((shift + draw) / count).to(x_1.device)
             t = t if n is None else (t * n + 1e-9).floor() / n
             out, x_t = output(t)
-            total += objective.per_image(
-                out.double(), x_t.double(), x_1.double(), t, n, transmitted
-            )
+            total += objective.per_image(out.double(), x_t.double(), x_1.double(), t, transmitted)
         found[f"n={n or 'inf'}"] = total / count
     end = torch.ones(len(x_1), dtype=torch.float64, device=x_1.device)
     out, x_t = output(end)
-    data = objective.in_data(out.double(), x_t.double(), end)
+    data = BayesianFlowLoss(*own).in_data(out.double(), x_t.double(), end)
     left = model.likelihood.code_length(data, x_1.double(), spread)
     found["final"] = left.flatten(1).sum(1)
     return found

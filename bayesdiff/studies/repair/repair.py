@@ -62,6 +62,11 @@ class Repair(RedrawOptions, Study):
                 "repair judges images by the class they were asked to show; use "
                 "model.num_classes=auto"
             )
+        if not run.model.path.ends_in_data and self.rewinding:
+            raise UserError(
+                "repair goes on from the middle of trajectories to data, and those of a "
+                f"{run.model.path.family} model end in a belief; use repair.ways=[fresh]"
+            )
         shape = run.data.space.shape
         self.check_size(*shape[1:])
         try_scores([*self.own_of_maps.values(), *self.own_of_images.values()], run)

@@ -154,9 +154,15 @@ class Members(Estimator):
         if not count or not any(step.stochastic for step in steps):
             return None
         fresh = start.noise.fork(self.seed)
+        # What a likelihood draws on the way is noise of the sampler as well.
+        own = [replaced(field, start.noise.fork(self.seed + 1 + m)) for m in range(count)]
 
         def outputs(x: Tensor, t: float) -> Tensor:
-            return field(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
+            if not field.likelihood.draws:
+                return field(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
+            output = field.output(field.features(x.flatten(0, 1), t)).unflatten(0, (len(x), -1))
+            every = output.expand(count, *output.shape[1:])
+            return torch.stack([one.emit(each, t) for one, each in zip(own, every, strict=True)])
 
         def noise() -> Tensor:
             return torch.stack([fresh() for _ in range(count)]).to(x_0)
@@ -223,6 +229,11 @@ class NetworkField:
         outputs = [field(own, t) for field, own in zip(self.fields, states, strict=True)]
         self.field.evaluations += sum(field.evaluations for field in self.fields) - before
         return torch.stack(outputs)
+
+
+def replaced(field: Field, noise: SampleNoise) -> Field:
+    """The field with other noise for what its likelihood draws."""
+    return Field(field.model, field.condition, field.batch, field.guidance, noise)
 
 
 def twin(model: GenerativeModel) -> GenerativeModel:

@@ -143,6 +143,11 @@ def check_likelihood(model: GenerativeModel, num_steps: int = 50) -> None:
     Raises:
         UserError: for no steps, a prediction that leaves the velocity open, or one that is drawn.
     """  # noqa: DOC502 - raised one level down
+    if not model.path.ends_in_data:
+        raise UserError(
+            "likelihood.bits_per_dim follows data from t = 1 on, where a "
+            f"{model.path.family} model has a belief; use experiment=code_length"
+        )
     check_derivative(model, "likelihood.bits_per_dim")
     _plan(model, num_steps, "rk4", "quadratic")
 
