@@ -37,8 +37,8 @@ class RungeKutta(Solver):
         if not path.smooth:
             raise UserError(
                 f"solver={self.name} needs a path that is smooth in time, as a flow's, and not "
-                "a discrete diffusion schedule or a belief about numbers; use solver=ddim, or pf_ode "
-                "for Euler's method"
+                "a discrete diffusion schedule or a belief about numbers; use solver=ddim, or "
+                "pf_ode for Euler's method"
             )
 
     def steps(self, path: ProbabilityPath, prediction: str, times: Sequence[float]) -> list[Step]:
