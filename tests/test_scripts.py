@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import QUICK_CLASSIFIER, ROOT, Trained, compose_list, smallest
 
 from bayesdiff.checks import UserError
@@ -263,3 +264,29 @@ def test_the_commands_of_a_study_add_to_its_results(study):
     for words in map(str.split, given):
         asked = Asked.of(words, words, "seed", "lpips")
         assert asked.kept(place / "results.json", "sets" if study == "distortions" else "models")
+
+
+def test_three_families(script):
+    """Means over seeds, differences of one seed, and scores of rounded samples."""
+    run = script("three-families")
+
+    def row(family, seed, fid, grey=0.0):
+        scores = {"fid": fid, "precision": 0.1 * seed, "recall": 0.5}
+        return {"family": family, "seed": seed, "samples": "rounded", "grey": grey, **scores}
+
+    rows = [row("flow", s, 8.0 + s) for s in (0, 1, 2)] + [row("bfn", s, 7.0) for s in (0, 1, 2)]
+    flow, bfn = run.over_seeds(rows)
+    assert (flow["fid"], bfn["fid"], flow["seeds"]) == (9.0, 7.0, 3)
+    assert flow["fid_low"] < 8 < 10 < flow["fid_high"] and bfn["fid_low"] == bfn["fid_high"] == 7
+    (difference,) = run.differences([*rows, row("flow", 3, 0.0, grey=0.5)])
+    assert (difference["family"], difference["fid"]) == ("bfn - flow", -2.0)
+    assert "| flow | rounded | 9 [" in run.shown([flow, bfn])
+    images = torch.tensor([0, 100, 200, 255], dtype=torch.uint8).view(1, 1, 2, 2)
+    assert run.rounded(images).flatten().tolist() == [0, 0, 255, 255]
+    made = {"fid@2/classifier": 1.0, "precision@2/classifier": 0.5, "recall@2/classifier": 0.25}
+    cell = {"metrics": {**made, "real/fid@2/classifier": 9.0}, "settings": {"family": "flow"}}
+    own = SimpleNamespace(cfg=SimpleNamespace(seed=4))
+    run.scores_of = lambda _: lambda _, given: dict.fromkeys(made, float(given.float().mean()))
+    grey, sharp = run.rows_of(cell, own, images)
+    assert (grey["fid"], grey["grey"], grey["seed"]) == (1.0, 0.5, 4)
+    assert (sharp["fid"], sharp["grey"], sharp["samples"]) == (127.5, 0.0, "rounded")
