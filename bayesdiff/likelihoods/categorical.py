@@ -10,18 +10,19 @@ from torch import Tensor
 from bayesdiff.likelihoods.classes import softmax_hessian
 from bayesdiff.likelihoods.emission import (
     PAIRS,
+    GaussianBelief,
     Levels,
-    belief_mean,
     draw,
     drawn_like,
-    no_logits,
     wide,
 )
 
 
 @dataclass(frozen=True)
-class Categorical(Levels):
+class Categorical(GaussianBelief, Levels):
     """K equally spaced values from -1 to 1 with a softmax of K logits; see ``Likelihood``.
+
+    Levels are transmitted as numbers.
 
     Args:
         sampled: see ``Emission``.
@@ -70,14 +71,6 @@ class Categorical(Levels):
             return self._mean(p)
         index = p.argmax(2) if way == "mode" else draw(p, noise)
         return (index * (2 / (self.levels - 1)) - 1).to(p)
-
-    def belief(self, x: Tensor, accuracy: Tensor) -> Tensor:
-        """Its mean: levels are transmitted as numbers."""
-        return belief_mean(x, accuracy)
-
-    def belief_logits(self, x: Tensor, accuracy: Tensor) -> Tensor:
-        """None: refused."""
-        return no_logits(self.name)
 
     def step_divergence(
         self, output: Tensor, target: Tensor, accuracy: Tensor, generator: torch.Generator | None

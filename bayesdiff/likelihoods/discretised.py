@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bayesdiff.likelihoods.emission import (
     PAIRS,
+    GaussianBelief,
     Levels,
-    belief_mean,
     drawn_like,
     required,
     wide,
@@ -22,7 +22,7 @@ _FAR = 1e7
 
 
 @dataclass(frozen=True)
-class Discretised(Levels):
+class Discretised(GaussianBelief, Levels):
     """K equally spaced values from -1 to 1, with the mass of N(mu, s^2) between their midpoints.
 
     The outermost values have all that lies beyond them (Salimans et al., "PixelCNN++", 2017; the
@@ -107,13 +107,9 @@ class Discretised(Levels):
         drawn = mu if way == "mode" else mu + spread * required(noise).to(mu)
         return self.values(drawn)
 
-    def belief(self, x: Tensor, accuracy: Tensor) -> Tensor:
-        """Its mean."""
-        return belief_mean(x, accuracy)
-
     def belief_logits(self, x: Tensor, accuracy: Tensor) -> Tensor:
         """Mean and logarithm of the spread of the belief, N(mu, 1 / (1 + beta))."""
-        mean = belief_mean(x, accuracy)
+        mean = self.belief(x, accuracy)
         log_spread = (-torch.log1p(accuracy) / 2).expand_as(mean)
         return torch.stack([mean, log_spread], 2).flatten(1, 2)
 

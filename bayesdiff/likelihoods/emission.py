@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
+from bayesdiff.likelihoods.likelihood import Likelihood
 
 # Antithetic pairs of draws where an expectation has no closed form.
 PAIRS = 5
@@ -96,6 +97,28 @@ class Levels(Emission):
         return f"{self.kind}-{self.levels}"
 
 
+class GaussianBelief:
+    """What likelihoods of numbers know before the network: a Gaussian of every value.
+
+    N(0, 1) at first, N(mu, 1 / (1 + beta)) after transmissions of accuracy beta in all.
+    """
+
+    def belief(self, x: Tensor, accuracy: Tensor) -> Tensor:
+        """Its mean."""
+        return (accuracy / (1 + accuracy)).sqrt() * x
+
+    def belief_logits(self: Likelihood, x: Tensor, accuracy: Tensor) -> Tensor:
+        """None, unless an output is a belief.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"model.belief.residual=true is for classes, likelihood={self.name} is of numbers; "
+            "use model.belief.residual=false"
+        )
+
+
 def required(noise: Tensor | None) -> Tensor:
     """The noise that a sampled emission needs.
 
@@ -115,23 +138,6 @@ def uniform(noise: Tensor | None, like: Tensor) -> Tensor:
 def wide(output: Tensor) -> Tensor:
     """Logits in single precision or more."""
     return output if output.dtype == torch.float64 else output.float()
-
-
-def no_logits(name: str) -> Tensor:
-    """What a likelihood of numbers says to ``Likelihood.belief_logits``.
-
-    Raises:
-        UserError: always.
-    """
-    raise UserError(
-        f"model.belief.residual=true is for classes, likelihood={name} is of numbers; use "
-        "model.belief.residual=false"
-    )
-
-
-def belief_mean(x: Tensor, accuracy: Tensor) -> Tensor:
-    """Mean of a Gaussian belief, N(0, 1) at first."""
-    return (accuracy / (1 + accuracy)).sqrt() * x
 
 
 def draw(p: Tensor, noise: Tensor | None) -> Tensor:

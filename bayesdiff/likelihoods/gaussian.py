@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayesdiff.likelihoods.discretised import level_edges, log_mass
-from bayesdiff.likelihoods.emission import belief_mean, no_logits
+from bayesdiff.likelihoods.emission import GaussianBelief
 from bayesdiff.paths import PREDICTIONS
 
 # Of images as they are stored.
@@ -17,7 +17,7 @@ _LEVELS = 256
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(GaussianBelief):
     """Values with a variance ``sigma_noise^2`` around the output; see ``Likelihood``."""
 
     name: ClassVar[str] = "gaussian"
@@ -64,14 +64,6 @@ class Gaussian:
     def emit(self, output: Tensor, noise: Tensor | None = None, last: bool = False) -> Tensor:
         """The output itself."""
         return output
-
-    def belief(self, x: Tensor, accuracy: Tensor) -> Tensor:
-        """Its mean."""
-        return belief_mean(x, accuracy)
-
-    def belief_logits(self, x: Tensor, accuracy: Tensor) -> Tensor:
-        """None: refused."""
-        return no_logits(self.name)
 
     def step_divergence(
         self, output: Tensor, target: Tensor, accuracy: Tensor, generator: torch.Generator | None
