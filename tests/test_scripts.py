@@ -290,3 +290,7 @@ def test_three_families(script):
     grey, sharp = run.rows_of(cell, own, images)
     assert (grey["fid"], grey["grey"], grey["seed"]) == (1.0, 0.5, 4)
     assert (sharp["fid"], sharp["grey"], sharp["samples"]) == (127.5, 0.0, "rounded")
+    tiles = torch.zeros(32, 1, 4, 4)
+    drawn = run.picture({"bfn": tiles, "flow_bernoulli": tiles, "mine": tiles})
+    titles = [panel.get_title() for panel in drawn.axes]
+    assert titles == ["Bayesian flow network", "Flow matching, log-odds", "mine", ""]

@@ -34,6 +34,13 @@ from bayesdiff.storage.artefacts import read_arrays, read_json, write_json, writ
 HERE = Path(__file__).parent
 TURNS, BATCH = 7, 50
 MEASURES = ("fid", "precision", "recall")
+TITLES = {
+    "flow": "Flow matching",
+    "diffusion": "Diffusion",
+    "bfn": "Bayesian flow network",
+    "flow_bernoulli": "Flow matching, log-odds",
+    "diffusion_bernoulli": "Diffusion, log-odds",
+}
 
 
 def cells(folder: Path) -> list[dict[str, Any]]:
@@ -153,16 +160,22 @@ def differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def picture(samples: dict[str, Tensor]) -> Any:
     """The first samples of every family, none picked."""
-    caption = "Samples 0 to 31 of seed 0, none picked, as the sampler leaves them."
-    figure, axes = chart(
-        466 * len(samples), 330, "Samples of three families", caption, 1, len(samples)
+    caption = (
+        "Samples 0 to 31 of seed 0, none picked, as the sampler leaves them; log-odds: the "
+        "network says how likely a pixel is white."
     )
-    for panel, (name, images) in zip(axes.flat, samples.items(), strict=True):
+    columns = min(2, len(samples))
+    rows = -(-len(samples) // columns)
+    figure, axes = chart(
+        450 * columns, 255 * rows, "Samples of three families", caption, rows, columns
+    )
+    for panel in axes.flat:
+        panel.set_axis_off()
+    for panel, (name, images) in zip(axes.flat, samples.items(), strict=False):
         tiles = torch.nn.functional.pad(images[:32, 0], (1, 1, 1, 1), value=110)
         tiles = tiles.reshape(4, 8, *tiles.shape[-2:]).permute(0, 2, 1, 3)
         panel.imshow(tiles.flatten(2).flatten(0, 1), cmap="gray", interpolation="nearest")
-        panel.set_title(name)
-        panel.set_axis_off()
+        panel.set_title(TITLES.get(name, name))
     return figure
 
 
