@@ -14,8 +14,8 @@ from bayesdiff.data.corruption import undertrained
 from bayesdiff.data.counters import below, keys_of, words
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
-from bayesdiff.data.points import moons
 from bayesdiff.data.spaces import Pixels, to_uint8
+from bayesdiff.data.toys import moons
 from bayesdiff.metrics.classifier import Classifier
 from bayesdiff.runs import build
 

@@ -13,9 +13,10 @@ from torch import nn
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.data.module import ImageDataModule
-from bayesdiff.data.points import PointData, moons
+from bayesdiff.data.points import PointData
 from bayesdiff.data.sources import digits
-from bayesdiff.data.spaces import Latents, Pixels, Plane, Rotation, to_model_range
+from bayesdiff.data.spaces import Latents, Pixels, Points, Rotation, to_model_range
+from bayesdiff.data.toys import moons
 from bayesdiff.laplace.curvature import batches, fit_curvature
 from bayesdiff.laplace.head import head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
@@ -68,19 +69,6 @@ def final(start: Start, weights: torch.Tensor) -> torch.Tensor:
     return integrate(field, start.steps(), start.draw(), start.draw)
 
 
-def test_moons_are_standard_points_of_their_seed():
-    data, again, other = moons(seed=1), moons(seed=1), moons(seed=2, labels=True)
-    assert data.images.shape == (8000, 2) and data.images.dtype == torch.float32
-    assert data.labels is None and other.num_classes == 2
-    every = torch.cat([data.images, data.test_images]).double()
-    torch.testing.assert_close(every.mean(0), torch.zeros(2).double(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(every.std(0, correction=0), torch.ones(2).double())
-    assert data.fingerprint == again.fingerprint != other.fingerprint
-    # The two moons are apart where they are labelled so.
-    means = [other.images[other.labels == k].mean(0) for k in (0, 1)]
-    assert means[0][0] < means[1][0] and means[0][1] > means[1][1]
-
-
 @pytest.mark.parametrize("wrong", ["dtype", "shape", "finite"])
 def test_points_are_refused_where_they_are_none(wrong):
     bad = {"dtype": torch.zeros(4, 2).double(), "shape": torch.zeros(4, 2, 1)}
@@ -123,7 +111,7 @@ def test_a_rotation_is_orthogonal_and_its_latents_are_what_batches_hold():
 
 def test_spaces_refuse_what_does_not_fit_them():
     with pytest.raises(UserError, match="points"):
-        Plane(digits())
+        Points(digits())
     with pytest.raises(UserError, match="size=10"):
         Latents(digits(), Rotation(10))
     with pytest.raises(UserError, match="no encode and no decode"):

@@ -1,4 +1,4 @@
-"""What a state of the model is to the data: pixels, points in the plane, latents of a coder."""
+"""What a state of the model is to the data: pixels, points, latents of a coder."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -93,28 +93,31 @@ class Pixels:
         return to_uint8(states)
 
 
-class Plane:
-    """States are points in the plane, as they are stored.
+class Points:
+    """States are points, as they are stored.
+
+    Those in the plane have maps over it beside the figures of all points.
 
     Args:
-        data: of float32 points ``(N, 2)``, about standardised: the noise is.
+        data: of float32 points ``(N, D)``, about standardised: the noise is.
 
     Raises:
         UserError: for data of another shape.
     """
 
     pictures, decoded = False, False
-    figures = "bayesdiff.report.plane.PlaneFigures"
     scores = "bayesdiff.runs.scores.PointScores"
     fingerprint = ""
 
     def __init__(self, data: "ImageData") -> None:
         self.shape = tuple(data.images.shape[1:])
-        if self.shape != (2,):
+        if len(self.shape) != 1:
             raise UserError(
-                f"data.space=Plane holds points (N, 2), {data.name} is "
+                f"data.space=Points holds points (N, D), {data.name} is "
                 f"{tuple(data.images.shape)}; leave data.space out"
             )
+        own = {(2,): "bayesdiff.report.plane.PlaneFigures"}
+        self.figures = own.get(self.shape, "bayesdiff.report.points.PointFigures")
 
     def encode(self, data: Tensor) -> Tensor:
         """The points."""

@@ -1,4 +1,4 @@
-"""Points in the plane: samples coloured by their variance, and the variance over the plane."""
+"""Points in the plane: what points have, and the variance over the plane."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdiff.checks import UserError
-from bayesdiff.report.charts import score_histogram, summed_over_time
 from bayesdiff.report.figures import ceiling
 from bayesdiff.report.layout import chart, class_name, map_conditions
-from bayesdiff.report.options import SUM, ReportOptions
-from bayesdiff.report.style import COLOURS, MAP_COLOURS, style
+from bayesdiff.report.points import PointFigures, square
+from bayesdiff.report.style import MAP_COLOURS, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,48 +28,12 @@ TIMES = (0.0, 0.25, 0.5, 0.75, 0.95)
 _MOST_CLASSES = 3
 _REACH = 3.0  # standard deviations of the starting noise, from 0 to an edge
 _AT_ONCE = 400
-UNITS = "points of sd 1"
 
 
-class PlaneFigures:
+class PlaneFigures(PointFigures):
     """Points as points; maps are pictures over the plane."""
 
     measures = True
-
-    def check(self, shown: ReportOptions) -> None:
-        """Refuse what is about pictures.
-
-        Raises:
-            UserError: for any score but the summed variance, or an order of pictures.
-        """
-        if shown.chosen_by != SUM or shown.sorted_by:
-            raise UserError(
-                f"report.chosen_by={shown.chosen_by} and sorted_by={list(shown.sorted_by)} choose "
-                f"among pictures, and points are all shown; leave them at {SUM} and []"
-            )
-
-    @style()
-    def grid(
-        self,
-        states: Tensor,
-        labels: Tensor | None,
-        classes: Sequence[str],
-        columns: int,
-        conditions: str,
-    ) -> "Figure":
-        """Points ``(B, 2)`` in the plane, in the colours of their classes."""
-        title, caption = "Samples", f"{len(states)} samples, unselected; {conditions}."
-        figure, panels = chart(560, 460, title, caption)
-        xy = states.detach().cpu().double().numpy()
-        kinds = np.zeros(len(xy), int) if labels is None else labels.cpu().numpy()
-        for kind in np.unique(kinds):
-            chosen, colour = xy[kinds == kind], COLOURS[int(kind) % len(COLOURS)]
-            name = None if labels is None else class_name(int(kind), classes)
-            panels[0, 0].scatter(*chosen.T, s=6, color=colour, linewidths=0, label=name)
-        if labels is not None:
-            panels[0, 0].legend(loc="upper right")
-        _plane(panels[0, 0])
-        return figure
 
     @torch.no_grad()
     def measure(
@@ -119,41 +81,14 @@ class PlaneFigures:
         }
 
     def every(self, seen: "Seen") -> Iterator[tuple[str, "Figure"]]:
-        """The figures of a set of points.
+        """The figures of a set of points, and the maps.
 
         Yields:
             Tag and figure.
         """
-        samples, classes, made = seen.samples, seen.classes, seen.conditions
-        few = samples.images, samples.labels, classes, 0, made
-        yield "samples/samples", self.grid(*few)
-        yield "uncertainty/samples_by_variance", samples_by_variance(seen)
+        yield from super().every(seen)
         yield "uncertainty/variance_of_output", variance_of_output(seen)
         yield "uncertainty/variance_over_starts", variance_over_starts(seen)
-        over = samples, classes, seen.settings, UNITS
-        yield "uncertainty/summed_over_time", summed_over_time(*over)
-        histogram = seen.scores[SUM], samples.labels, classes, made, f"summed variance ({UNITS})"
-        yield "uncertainty/scores", score_histogram(*histogram)
-
-
-@style()
-def samples_by_variance(seen: "Seen") -> "Figure":
-    """Samples where they ended, in the colour of their standard deviation."""
-    samples = seen.samples
-    caption = (
-        f"{len(samples.images)} samples where they ended; colour: standard deviation of a sample, "
-        "root of its variance's mean over both coordinates. Conditions: "
-        f"{map_conditions(samples, seen.settings)}."
-    )
-    figure, panels = chart(620, 480, "Samples and their uncertainty", caption)
-    spread = samples.variance.double().clamp(min=0).mean(1).sqrt().numpy()
-    xy = samples.images.double().numpy()
-    order = np.argsort(spread)  # the least certain on top
-    how: dict[str, Any] = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": ceiling(spread)}
-    drawn = panels[0, 0].scatter(*xy[order].T, c=spread[order], s=14, linewidths=0, **how)
-    _plane(panels[0, 0])
-    figure.colorbar(drawn, ax=panels[0, 0], label="standard deviation")
-    return figure
 
 
 @style()
@@ -168,13 +103,15 @@ def variance_of_output(seen: "Seen") -> "Figure":
         f"all. Conditions: {map_conditions(samples, seen.settings)}."
     )
     rows, columns = maps.shape[:2]
-    figure, panels = chart(180 * columns + 110, 190 * rows + 40, _OUTPUT, caption, rows, columns)
+    size, shared = (180 * columns + 110, 190 * rows + 40), {"sharex": True, "sharey": True}
+    figure, panels = chart(*size, _OUTPUT, caption, rows, columns, **shared)
     box = found["output_x"], found["output_y"]
     for row in range(rows):
         for column in range(columns):
             drawn = _map(panels[row, column], maps[row, column], *box, ceiling(maps))
             if not row:
                 panels[row, column].set_title(f"t = {float(found['times'][column]):.3g}")
+            panels[row, column].label_outer()
         panels[row, 0].set_ylabel(_of_kind(found["kinds"][row], seen.classes) + "$x_2$")
     figure.colorbar(drawn, ax=panels, label="standard deviation", fraction=0.03)
     return figure
@@ -209,16 +146,12 @@ def _of_kind(kind: Tensor, classes: Sequence[str]) -> str:
     return "" if int(kind) < 0 else f"{class_name(kind, classes)}, "
 
 
-def _plane(axes: "Axes") -> None:
-    axes.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-
-
 def _map(axes: "Axes", values: np.ndarray, x: Tensor, y: Tensor, top: float) -> Any:
     """A picture over the plane; rows of ``values`` go up."""
     half = [float(each[1] - each[0]) / 2 for each in (x, y)]
     across = float(x[0]) - half[0], float(x[-1]) + half[0]
     extent = *across, float(y[0]) - half[1], float(y[-1]) + half[1]
-    _plane(axes)
+    square(axes, "$x_1$", "$x_2$")
     axes.grid(visible=False)
     how: dict[str, Any] = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": top, "interpolation": "none"}
     return axes.imshow(values, origin="lower", extent=extent, **how)
