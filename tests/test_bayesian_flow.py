@@ -462,7 +462,7 @@ def test_the_first_evaluation_sees_nothing_of_the_noise():
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(UserError, match="residual=true is for classes"):
         small(Gaussian())
-    with pytest.raises(UserError, match="model.belief is about Bayesian flow networks"):
+    with pytest.raises(UserError, match="model.wrapper is about Bayesian flow networks"):
         small(Bernoulli(), path=CondOT())
     with pytest.raises(UserError, match="n_steps"):
         BayesianFlowLoss(QuadraticAccuracy(), Bernoulli(), "data", n_steps=0)

@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -22,7 +23,13 @@ from bayesdiff.data.spaces import in_space
 from bayesdiff.laplace.structures import check_settings
 from bayesdiff.likelihoods import Gaussian
 from bayesdiff.options.trainer import SUPPLIED
-from bayesdiff.paths import CondOT, GeometricAccuracy, QuadraticAccuracy, VariancePreserving
+from bayesdiff.paths import (
+    CondOT,
+    GeometricAccuracy,
+    Inflation,
+    QuadraticAccuracy,
+    VariancePreserving,
+)
 from bayesdiff.report.loggers import Loggers, check_loggers
 from bayesdiff.runs import build
 from bayesdiff.runs.callback_options import _named
@@ -62,11 +69,12 @@ def test_models(name, small_data):
     cfg = composed(f"model={name}", "net=tiny")
     # Of two values alone is what the usual Bayesian flow network can say.
     drawn = binarised(small_data.data, "frozen" if name == "bfn" else None)
-    model = build.build_model(cfg, ImageDataModule(drawn, batch_size=64))
+    data = ImageDataModule(in_space(drawn, cfg.data.space), batch_size=64)
+    model = build.build_model(cfg, data)
     paths = {"flow": CondOT, "diffusion": VariancePreserving, "bfn": QuadraticAccuracy}
-    assert paths[name] is type(model.path)
+    assert {**paths, "inflation": Inflation}[name] is type(model.path)
     check_solver(instantiate(cfg.solver), model.path, conditional=True)
-    assert model.num_classes == (None if name == "bfn" else 10)
+    assert model.num_classes == (None if name in ("bfn", "inflation") else 10)
 
 
 @every("data_type")
@@ -118,7 +126,8 @@ def test_conditions(name):
 @every("path")
 def test_paths(name):
     path = instantiate(composed(f"path={name}").path)
-    path = path.for_likelihood(Gaussian()).for_shape((1, 8, 8))
+    space = SimpleNamespace(shape=(1, 8, 8), variances=torch.rand(1, 8, 8) + 0.1)
+    path = path.for_likelihood(Gaussian()).for_space(space)
     c = path.coefficients(torch.linspace(0, path.last_time, 9))
     assert (c.alpha.diff(dim=0) > 0).all() and (c.sigma.diff(dim=0) < 0).all()
 
@@ -256,7 +265,8 @@ def test_shifts(name):
 @every("space")
 def test_spaces(name, small_data):
     """A space composes and keeps what it is given."""
-    cfg = composed(f"space={name}", "data.space.coder.size=64")
+    size = ["data.space.coder.size=64"] if name == "rotation" else []
+    cfg = composed(f"space={name}", *size)
     space = instantiate(cfg.data.space, small_data.data)
     images = small_data.data.images[:3]
     assert torch.equal(space.decode(space.encode(images)), images)

@@ -1,6 +1,7 @@
 """Schedules of their own for every pixel: against one pixel at a time, and by brute force."""
 
 import itertools
+from types import SimpleNamespace
 import math
 from dataclasses import replace
 
@@ -140,8 +141,8 @@ def test_the_centre_becomes_data_first():
     with pytest.raises(UserError, match="path.speeds"):
         VPPerPixel(speeds=torch.tensor([[[1.0, 0.0]]]))
     with pytest.raises(UserError, match=r"\(1, 2, 2\) and samples \(1, 8, 8\)"):
-        fitted_path(PATH, (1, 8, 8))
-    assert fitted_path(LINEAR, (1, 8, 8)) is LINEAR
+        fitted_path(PATH, SimpleNamespace(shape=(1, 8, 8)))
+    assert fitted_path(LINEAR, SimpleNamespace(shape=(1, 8, 8))) is LINEAR
 
 
 @pytest.mark.parametrize("prediction", ["v", "noise", "data", "velocity"])

@@ -26,7 +26,7 @@ class OneHot:
     """
 
     pictures, decoded = True, True
-    figures = "bayesdiff.report.pictures.DecodedPictures"
+    figures = decoded_figures = "bayesdiff.report.pictures.DecodedPictures"
     scores = "bayesdiff.runs.scores.FeatureScores"
     fingerprint = ""
 

@@ -41,6 +41,7 @@ class Space(Protocol):
         decoded: whether values are other than the states; what works pixel by pixel on states
             refuses that.
         figures: full name of what draws samples and maps, see ``report.pictures``.
+        decoded_figures: of what draws them where states are of another kind and decode to these.
         scores: full name of what compares samples with the data, see ``runs.scores``.
         fingerprint: changes with whatever states depend on beside data and options.
     """
@@ -49,6 +50,7 @@ class Space(Protocol):
     pictures: bool
     decoded: bool
     figures: str
+    decoded_figures: str
     scores: str
     fingerprint: str
 
@@ -74,6 +76,7 @@ class Pixels:
 
     pictures, decoded = True, False
     figures = "bayesdiff.report.pictures.Pictures"
+    decoded_figures = "bayesdiff.report.pictures.DecodedPictures"
     scores = "bayesdiff.runs.scores.FeatureScores"
     fingerprint = ""
 
@@ -106,6 +109,7 @@ class Points:
     """
 
     pictures, decoded = False, False
+    decoded_figures = "bayesdiff.report.points.PointFigures"
     scores = "bayesdiff.runs.scores.PointScores"
     fingerprint = ""
 
@@ -193,7 +197,7 @@ class Latents:
     """
 
     pictures, decoded = True, True
-    figures = "bayesdiff.report.pictures.DecodedPictures"
+    figures = decoded_figures = "bayesdiff.report.pictures.DecodedPictures"
     scores = "bayesdiff.runs.scores.FeatureScores"
 
     def __init__(self, data: "ImageData", coder: nn.Module) -> None:

@@ -114,8 +114,8 @@ class GaussianBelief:
             UserError: always.
         """
         raise UserError(
-            f"model.belief.residual=true is for classes, likelihood={self.name} is of numbers; "
-            "use model.belief.residual=false"
+            f"model.wrapper.residual=true is for classes, likelihood={self.name} is of numbers; "
+            "use model.wrapper.residual=false"
         )
 
 

@@ -42,8 +42,8 @@ class BeliefNetwork(nn.Module):
         super().__init__()
         for name, value in (("skip", skip), ("residual", residual)):
             if not isinstance(value, bool):
-                raise UserError(f"model.belief.{name} must be true or false, got {value!r}")
-        self.path: AccuracyPath = accuracy_path(path, "model.belief")
+                raise UserError(f"model.wrapper.{name} must be true or false, got {value!r}")
+        self.path: AccuracyPath = accuracy_path(path, "model.wrapper")
         self.net, self.likelihood = net, likelihood
         self.skip, self.residual = skip, residual
         self.patch = getattr(net, "patch", 1)

@@ -5,6 +5,7 @@ from bayesdiff.paths.bayesian_flow import (
     QuadraticAccuracy,
 )
 from bayesdiff.paths.coefficient import Coefficient
+from bayesdiff.paths.inflation import Inflation
 from bayesdiff.paths.per_pixel import VPPerPixel
 from bayesdiff.paths.prediction import PREDICTIONS, convert
 from bayesdiff.paths.probability_path import (
@@ -21,6 +22,7 @@ __all__ = [
     "Coefficient",
     "CondOT",
     "GeometricAccuracy",
+    "Inflation",
     "PathCoefficients",
     "ProbabilityPath",
     "QuadraticAccuracy",

@@ -1,6 +1,6 @@
-"""A path made ready for samples of one shape."""
+"""A path made ready for the states of one space."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -8,13 +8,13 @@ from bayesdiff.checks import UserError
 from bayesdiff.paths.probability_path import ProbabilityPath
 
 
-def fitted_path(path: ProbabilityPath, shape: Sequence[int]) -> ProbabilityPath:
-    """The path made ready for samples of this shape.
+def fitted_path(path: ProbabilityPath, space: Any) -> ProbabilityPath:
+    """The path made ready for the states of this space.
 
     Raises:
         UserError: if its coefficients do not broadcast against them.
     """
-    path = path.for_shape(shape)
+    path, shape = path.for_space(space), space.shape
     alpha = path.coefficients(torch.tensor(0.5, dtype=torch.float64)).alpha
     sizes = tuple(alpha.shape)
     fits = len(sizes) in (0, len(shape)) and all(

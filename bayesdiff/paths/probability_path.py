@@ -67,6 +67,10 @@ class ProbabilityPath(ABC):
         """The path made ready for data of this likelihood; most need nothing."""
         return self
 
+    def for_space(self, space: Any) -> Self:
+        """The path made ready for the states of this space; most need their shape at most."""
+        return self.for_shape(space.shape)
+
     def for_shape(self, shape: Sequence[int]) -> Self:
         """The path made ready for samples of this shape; most need nothing."""
         return self

@@ -31,6 +31,7 @@ from bayesdiff.runs.defaults import run_folder
 from bayesdiff.runs.fit_key import fit_key, has_weights, takes_weights
 from bayesdiff.runs.likelihood import build_likelihood
 from bayesdiff.runs.network import build_network as build_network
+from bayesdiff.runs.network import wrapped
 from bayesdiff.storage.artefacts import weights_key
 from bayesdiff.storage.atomic import check_writable
 from bayesdiff.storage.checkpoints import checkpoint_at, load_weights, note_of, read_checkpoint
@@ -116,18 +117,19 @@ def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
     condition = build_condition(cfg.model, images)
     torch.manual_seed(cfg.seed)
     likelihood = build_likelihood(cfg.model)
-    path = fitted_path(instantiate(cfg.path).for_likelihood(likelihood), data.space.shape)
+    path = fitted_path(instantiate(cfg.path).for_likelihood(likelihood), data.space)
     optimizer = fitting(cfg.model.optimizer, "model.optimizer", torch.optim.AdamW)
     # Below its name, which errors then give in full.
     # A user's own model need not know of a likelihood.
-    aside = {"condition", "belief"} | (
+    aside = {"condition", "wrapper"} | (
         {"likelihood"} if not cfg.model.get("likelihood") else set()
     )
     own = {name: value for name, value in plain(cfg.model).items() if name not in aside}
     options = OmegaConf.create({"model": own | {"optimizer": optimizer}}).model
     net = build_network(cfg.net, images, condition, likelihood)
-    if cfg.model.get("belief"):
-        net = instantiate(cfg.model.belief, _partial_=True)(net, path, likelihood)
+    net = wrapped(
+        cfg.model.get("wrapper"), net, path=path, likelihood=likelihood, space=data.space
+    )
     given: dict[str, Any] = {"num_classes": getattr(condition, "num_classes", None)}
     if condition is not None and "condition" in (
         arguments(str(options._target_)) or {"condition"}

@@ -60,6 +60,16 @@ def build_network(
     return net
 
 
+def wrapped(options: DictConfig | None, net: nn.Module, **context: Any) -> nn.Module:
+    """The network in ``model.wrapper``, which takes what it names of the context."""
+    if options is None:
+        return net
+    known = arguments(str(options.get("_target_")))
+    given = {name: value for name, value in context.items() if known is None or name in known}
+    made: nn.Module = instantiate(options, _partial_=True)(net, **given)
+    return made
+
+
 def size_of(images: ImageData) -> dict[str, Any]:
     """What a network can be told of the states of these data, as its arguments."""
     shape = images.space.shape

@@ -8,8 +8,9 @@ from torch import Tensor
 from bayesdiff.checks import UserError
 from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import ProbabilityPath
+from bayesdiff.paths.coefficient import is_one
 from bayesdiff.solvers.integrate import Field, integrate
-from bayesdiff.solvers.step import Solver, Step, check_finite, plan
+from bayesdiff.solvers.step import Solver, Step, check_finite, coefficients, plan
 from bayesdiff.solvers.step_checks import check_steps
 
 
@@ -77,7 +78,8 @@ def backward(solver: Solver, path: ProbabilityPath, prediction: str) -> list[Ste
     """The steps of a deterministic solver from data to noise.
 
     They visit its times in the other order. Data takes the place of the state at
-    ``path.last_time``, the least noise that the network has learnt, where that is before t = 1.
+    ``path.last_time``, the least noise that the network has learnt, where that is before t = 1;
+    on a path with noise left at t = 1, of the mean of the state there.
 
     Raises:
         UserError: for a solver that draws noise, or that the prediction leaves open at data.
@@ -92,7 +94,10 @@ def backward(solver: Solver, path: ProbabilityPath, prediction: str) -> list[Ste
     steps = solver.steps(path, prediction, times)
     check_steps(solver, times, steps)
     check_finite(solver, prediction, steps)
-    return steps
+    alpha = coefficients(path, [1.0])[0][0]
+    if is_one(alpha) or not path.ends_in_data:
+        return steps
+    return [steps[0].from_data(alpha), *steps[1:]]
 
 
 def _follow(

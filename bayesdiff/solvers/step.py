@@ -17,6 +17,7 @@ from bayesdiff.paths.coefficient import (
     at_times,
     have_tensors,
     is_finite,
+    is_one,
     is_zero,
     like,
 )
@@ -98,6 +99,20 @@ class Step:
             history=ready(self.history),
         )
 
+    def to_data(self, alpha: Coefficient) -> "Step":
+        """The step with its last state alpha x_1 divided by alpha."""
+        output, history = (tuple(c / alpha for c in row) for row in (self.output, self.history))
+        return replace(self, output=output, noise=self.noise / alpha, history=history)
+
+    def from_data(self, alpha: Coefficient) -> "Step":
+        """The step as it starts from data x_1 in the place of alpha x_1."""
+
+        def scaled(row: Row) -> Row:
+            return (row[0] * alpha, *row[1:])
+
+        inputs, kept = (tuple(map(scaled, rows)) for rows in (self.inputs, self.kept))
+        return replace(self, inputs=inputs, output=scaled(self.output), kept=kept)
+
     def numbers(self) -> list:
         """All that tells the step from another, as JSON can hold it."""
         sizes = [*map(len, self.inputs), *map(len, self.kept)]
@@ -118,11 +133,14 @@ class Solver(ABC):
         num_steps: steps from noise to data.
         guidance: classifier-free guidance scale, 1 for none.
         grid: how the times of the steps are spread, see ``time_grid``.
+        denoise: whether samples of a path with noise left at t = 1 end with one more prediction,
+            of the data from that state; otherwise that noise stays in them.
     """
 
     num_steps: int
     guidance: float = 1.0
     grid: Grid = "uniform"
+    denoise: bool = False
 
     name: ClassVar[str]
     stages: ClassVar[int] = 1
@@ -154,7 +172,8 @@ def plan(
 ) -> list[Step]:
     """Steps from noise to data, on every k-th of the solver's times.
 
-    Where the path does not end in data, a last one takes what the network predicts of them.
+    Where the path does not end in data, a last one takes what the network predicts of them; where
+    it leaves noise, that is for ``solver.denoise`` to say.
 
     Raises:
         UserError: for steps that cannot be followed, see ``check_steps``.
@@ -162,7 +181,10 @@ def plan(
     times = solver.times(path, skip_interval)
     steps = solver.steps(path, prediction, times)
     check_steps(solver, times, steps)
-    return steps if path.ends_in_data else [*steps, _predicted(path, prediction)]
+    alpha, sigma = coefficients(path, [1.0])[0]
+    if not path.ends_in_data or (solver.denoise and not is_zero(sigma)):
+        return [*steps, _predicted(path, prediction)]
+    return steps if is_one(alpha) else [*steps[:-1], steps[-1].to_data(alpha)]
 
 
 def _predicted(path: ProbabilityPath, prediction: str) -> Step:

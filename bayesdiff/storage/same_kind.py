@@ -17,7 +17,7 @@ def kind_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     given = config["model"].get("condition") or {}
     # Its _target_ is left out: older checkpoints have none, and the network's arguments tell.
     condition = (f"model.condition.{name}" for name in given if name != "_target_")
-    return ("model.prediction", "model.belief", *law, *condition, "path", "data.space", *net)
+    return ("model.prediction", "model.wrapper", *law, *condition, "path", "data.space", *net)
 
 
 def differences(

@@ -33,7 +33,7 @@ def code_length(folder: Path) -> dict[str, object]:
     stages = map(json.loads, (run / "stages.jsonl").read_text().splitlines())
     training = next(stage for stage in stages if stage["stage"] == "training")
     options = {
-        "beta_1": cfg.path.beta_1, "residual": cfg.model.belief.residual,
+        "beta_1": cfg.path.beta_1, "residual": cfg.model.wrapper.residual,
         "max_steps": cfg.trainer.max_steps, "epochs": cfg.trainer.max_epochs,
     }  # fmt: skip
     keep = {name: found[name] for name in ("images", "draws", "rows", "levels")}

@@ -1,0 +1,71 @@
+"""A network that sees states of an eigenbasis as the data lie: its pixels beside each other."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesdiff.checks import UserError
+
+
+class InDataCoordinates(nn.Module):
+    """forward = fold(head(features(x, t, y))), turned to the data's coordinates and back.
+
+    The features are the network's own of W x, and the outputs are turned by W^T, with the
+    eigenvectors W as columns: the loss, summed over a state, is the same in both coordinates, and
+    so is the posterior of the head.
+
+    Args:
+        net: of states as the data lie.
+        space: of states in an eigenbasis.
+
+    Raises:
+        UserError: for another space.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, net: Any, space: Any) -> None:
+        super().__init__()
+        basis = getattr(space, "basis", None)
+        if basis is None:
+            raise UserError(
+                "model.wrapper=InDataCoordinates turns states of an eigenbasis, and data.space="
+                f"{type(space).__name__} has none; use space=eigenbasis"
+            )
+        self.net, self.head = net, net.head
+        net.head = nn.Identity()
+        self.register_buffer("vectors", basis.vectors.float(), persistent=False)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of the network."""
+        return getattr(self.net, "num_classes", None)
+
+    @property
+    def embedding_size(self) -> int | None:
+        """Of the network."""
+        return getattr(self.net, "embedding_size", None)
+
+    @property
+    def last_block(self) -> nn.Module:
+        """Of the network."""
+        block: nn.Module = self.net.last_block
+        return block
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Prediction for states ``(B, *shape)`` at times ``t (B,)``: ``(B, *shape)``."""
+        return self.fold(self.head(self.features(x, t, y)))
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Input of the head."""
+        features: Tensor = self.net.features(self._turned(x, self.vectors.T), t, y)
+        return features
+
+    def fold(self, output: Tensor) -> Tensor:
+        """Outputs of the head as states of the eigenbasis."""
+        return self._turned(self.net.fold(output), self.vectors)
+
+    def _turned(self, x: Tensor, matrix: Tensor) -> Tensor:
+        turned = (x.flatten(1) @ matrix.to(x)).reshape(x.shape)
+        return turned.to(memory_format=torch.channels_last) if x.ndim == 4 else turned

@@ -1,0 +1,142 @@
+"""A trained run as an invertible map: data to latents, latents to data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf, open_dict, read_write
+from torch import Tensor
+
+from bayesdiff.checks import UserError
+from bayesdiff.data.spaces import Space
+from bayesdiff.models import GenerativeModel
+from bayesdiff.options.local_paths import settle
+from bayesdiff.runs.build import build
+from bayesdiff.runs.training import chosen, require_same_kind
+from bayesdiff.solvers import Solver, decode, encode
+from bayesdiff.storage.checked_file import load_checked, save_checked
+from bayesdiff.storage.checkpoints import load_weights, read_checkpoint
+
+_KIND = "bayesdiff-latents-1"
+_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class InvertibleFlow:
+    """Both ways along the deterministic solver of a trained model.
+
+        flow = InvertibleFlow.of("outputs/circles-inflation-...")
+        latents = flow.encode(data)
+        again = flow.decode(latents)
+
+    Latents are the states at t = 0, standard normal where the model is right; those of a flow, of
+    probability-flow diffusion and of an inflationary flow alike. Of the latter, coordinates lie in
+    the order of the data's eigenvectors, and ``model.path.latent_variance`` is what each has in
+    the units of the paper.
+
+    Attributes:
+        model: with its trained weights.
+        space: of its states.
+        solver: deterministic.
+        weights: key of the weights, which saved latents must share.
+    """
+
+    model: GenerativeModel
+    space: Space
+    solver: Solver
+    weights: str
+
+    @classmethod
+    def of(cls, folder: str | Path, solver: Solver | None = None) -> Self:
+        """The model of a run folder.
+
+        Args:
+            folder: with a finished training.
+            solver: None for the run's own.
+
+        Raises:
+            UserError: for a folder without a training, or a solver that draws noise.
+        """
+        file = Path(folder) / ".hydra" / "config.yaml"
+        if not file.is_file():
+            raise UserError(f"{folder} is no run folder, it has no .hydra/config.yaml; give one")
+        cfg: Any = OmegaConf.load(file)
+        with read_write(cfg), open_dict(cfg):
+            cfg.merge_with({"fit": False, "ckpt_path": "last", "run_dir": str(folder)})
+        settle(cfg)
+        run = build(cfg)
+        path = Path(folder) / "checkpoints" / chosen(run)
+        if not path.is_file():
+            raise UserError(f"{folder} has no finished training; train it, then call again")
+        checkpoint = read_checkpoint(path)
+        require_same_kind(run, path, checkpoint)
+        weights = load_weights(run.model, path, checkpoint)
+        solver = solver or instantiate(cfg.solver)
+        if solver.stochastic:
+            raise UserError(
+                f"solver={solver.name} draws noise and is no map; give another, such as Heun(50)"
+            )
+        return cls(run.model.to(run.device).eval(), run.data.space, solver, weights)
+
+    def encode(self, data: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Latents ``(N, *shape)`` of data as they are stored, ``(N, ...)``."""
+
+        def there(part: Tensor, given: Tensor | None) -> Tensor:
+            return encode(self.model, self.solver, self.space.encode(part), given)
+
+        return self._in_parts(there, data, condition)
+
+    def decode(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Values of latents, ``(N, ...)`` in the units of maps: images in [-1, 1], not clipped."""
+
+        def back(part: Tensor, given: Tensor | None) -> Tensor:
+            return self.space.values(decode(self.model, self.solver, part, given))
+
+        return self._in_parts(back, latents, condition)
+
+    def save(self, path: str | Path, latents: Tensor) -> None:
+        """Write latents, with the key of the weights that they belong to."""
+        facts = {"weights": self.weights, "solver": self._solver}
+        save_checked(path, _KIND, {"latents": latents}, facts)
+
+    def load(self, path: str | Path) -> Tensor:
+        """Latents that ``save`` wrote.
+
+        Raises:
+            UserError: for a file that cannot be read, or latents of another model or solver.
+        """
+
+        def built(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
+            mine = {"weights": self.weights, "solver": self._solver}
+            for name, value in mine.items():
+                if facts[name] != value:
+                    raise UserError(
+                        f"{path} has latents of {name} {facts[name]}, this flow has {value}; "
+                        "encode the data again"
+                    )
+            return tensors["latents"]
+
+        return load_checked(path, [_KIND], "latents", "encode the data again", built)
+
+    @property
+    def _solver(self) -> str:
+        return (
+            f"{self.solver.name}, {self.solver.num_steps} steps, guidance {self.solver.guidance}"
+        )
+
+    def _in_parts(
+        self,
+        function: Callable[[Tensor, Tensor | None], Tensor],
+        values: Tensor,
+        condition: Tensor | None,
+    ) -> Tensor:
+        device = next(self.model.parameters()).device
+        parts = []
+        for start in range(0, len(values), _AT_ONCE):
+            rows = slice(start, start + _AT_ONCE)
+            given = None if condition is None else condition[rows].to(device)
+            parts.append(function(values[rows].to(device), given).cpu())
+        return torch.cat(parts)
