@@ -1,9 +1,9 @@
 """Schedules of their own for every pixel: against one pixel at a time, and by brute force."""
 
 import itertools
-from types import SimpleNamespace
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch

@@ -107,7 +107,7 @@ class InvertibleFlow:
 
         Raises:
             UserError: for a file that cannot be read, or latents of another model or solver.
-        """
+        """  # noqa: DOC502 - raised one level down
 
         def built(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
             mine = {"weights": self.weights, "solver": self._solver}
