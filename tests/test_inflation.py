@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.eigenbasis import Basis, Eigenbasis
-from bayesdiff.data.points import moons
+from bayesdiff.data.toys import moons
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.exact import exact_model
 from bayesdiff.networks import InDataCoordinates
