@@ -83,7 +83,7 @@ def test_warm_up_adapts_step_and_mass(of_gaussian):
 @pytest.mark.parametrize("shared", [True, False])
 def test_moments_of_a_banana(shared):
     sampler = Hamiltonian(
-        draws=500, warmup=250, leapfrog_steps=16, target_acceptance=0.9, shared_step=shared
+        draws=400, warmup=200, leapfrog_steps=14, target_acceptance=0.9, shared_step=shared
     )
     chains = sampler.sample(banana, starts(16, 2), seeded(1))
     x, y = chains.draws.unbind(-1)
@@ -96,7 +96,7 @@ def test_moments_of_a_banana(shared):
 
 
 def test_moments_and_shares_of_a_mixture():
-    chains = Hamiltonian(draws=600, warmup=150, leapfrog_steps=8).sample(
+    chains = Hamiltonian(draws=300, warmup=120, leapfrog_steps=6).sample(
         mixture, starts(24, 1), seeded(2)
     )
     x = chains.draws
