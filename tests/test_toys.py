@@ -240,6 +240,7 @@ def test_points_of_any_dimensions_are_shown(dimensions, panels):
         (("experiment=filtering",), "filtering is about pictures"),
         (("data.flip=true",), "mirrors images"),
         (("net=unet28",), "net=mlp"),
+        (("space=rotation",), "decodes images, and s_curve has none"),
         (("path=vp_per_pixel", "model=diffusion"), "pixel"),
         (("metrics=inception",), "looks at pictures"),
         (("data.source.augment_to=1",), "fewer than the 3 dimensions"),

@@ -192,7 +192,7 @@ class Latents:
         coder: fixed; it is moved to where it is used.
 
     Raises:
-        UserError: for a coder without ``encode`` and ``decode``, or one that does not give back
+        UserError: for points, a coder without ``encode`` and ``decode``, or one that does not give back
             images of the size it is given.
     """
 
@@ -201,6 +201,10 @@ class Latents:
     scores = "bayesdiff.runs.scores.FeatureScores"
 
     def __init__(self, data: "ImageData", coder: nn.Module) -> None:
+        if data.images.ndim != 4:
+            raise UserError(
+                f"data.space=Latents decodes images, and {data.name} has none; leave space= out"
+            )
         missing = [n for n in ("encode", "decode") if not callable(getattr(coder, n, None))]
         if missing:
             raise UserError(

@@ -66,7 +66,8 @@ class PointFigures:
                 axes.scatter(x[chosen], y[chosen], **how)
             square(axes, across, up, _limits(views))
         if labels is not None:
-            panels[0, -1].legend(loc="upper right")
+            named = panels[0, 0].get_legend_handles_labels()
+            figure.legend(*named, loc="outside right upper", markerscale=3, handlelength=1)
         return figure
 
     def measure(
@@ -108,7 +109,7 @@ def samples_by_variance(seen: "Seen") -> "Figure":
     views = _views(samples.images)
     width, height = _size(views)
     title = "Samples and their uncertainty"
-    figure, panels = chart(width + 60, height + 20, title, caption, 1, len(views))
+    figure, panels = chart(width + 110, height, title, caption, 1, len(views))
     spread = samples.variance.double().clamp(min=0).mean(1).sqrt().numpy()
     order = np.argsort(spread)  # the least certain on top
     how: dict[str, Any] = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": ceiling(spread)}
