@@ -192,8 +192,8 @@ class Latents:
         coder: fixed; it is moved to where it is used.
 
     Raises:
-        UserError: for points, a coder without ``encode`` and ``decode``, or one that does not give back
-            images of the size it is given.
+        UserError: for points, a coder without ``encode`` and ``decode``, or one that does not give
+            back images of the size it is given.
     """
 
     pictures, decoded = True, True
