@@ -14,6 +14,8 @@ LogDensity = Callable[[Tensor], Tensor]
 
 # An error of the energy that only a leapfrog that left the typical set makes.
 _DIVERGENT = 1000.0
+# Step size before any warm-up.
+_START = 0.1
 # Dual averaging of Hoffman and Gelman (2014), section 3.2.1.
 _GAMMA, _T0, _KAPPA = 0.05, 10.0, 0.75
 # The step size settles for these shares of the warm-up before and after masses are fitted.
@@ -49,6 +51,10 @@ class Hamiltonian:
 
     The warm-up adapts the step size by dual averaging and one diagonal mass for all chains from
     the pooled variance of their draws, in windows that double.
+
+    A step that suits the bulk of a density may be too long for narrow tails: chains then hardly
+    enter them, and neither R-hat nor effective sample sizes say so. Where moments change with a
+    ``target_acceptance`` of 0.97, the smaller one was too low.
 
     Attributes:
         draws: kept of every chain.
@@ -206,7 +212,7 @@ class _Sampler:
     ) -> None:
         self.log_density, self.generator, self.most_steps = log_density, generator, steps
         self.point = Point.at(log_density, state)
-        self.step_size = torch.full_like(self.point.value, 0.1)
+        self.step_size = torch.full_like(self.point.value, _START)
         self.variance = torch.ones_like(state[0])
 
     def move(self) -> tuple[Tensor, Tensor]:
