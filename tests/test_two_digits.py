@@ -1,9 +1,12 @@
 """Two digits on a square: which, where and in which part, against digits that tell their place."""
 
+import importlib.util
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from conftest import compose_list
+from conftest import ROOT, compose_list
 from hydra.utils import instantiate
 from test_sources import write_idx
 
@@ -197,3 +200,50 @@ def test_a_digit_that_mnist_lacks_is_said(tmp_path):
     write_digits(tmp_path, tests=9)
     with pytest.raises(UserError, match="no image of the digit 9"):
         made(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def study():
+    place = ROOT / "experiments" / "bfn-mnist" / "two_digits.py"
+    spec = importlib.util.spec_from_file_location("two_digits_study", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_study_reads_each_half_alone(study, root):
+    data = made(root)
+    halves, digits = study.halves(data.images), study.digits(data.labels, data.classes)
+    for image, pair, labels in zip(data.images[:20], halves, digits, strict=False):
+        places = [place for place, _, _ in read(image, 1)]
+        assert [place % 10 for place in places] == labels.tolist()
+        assert torch.equal(torch.cat([*pair], -1), image)
+    data = replace(data, images=data.images[:64], labels=data.labels[:64])
+    classifier = study.reader(data, epochs=1)
+    probabilities = study.read(classifier, data.images[:3])
+    alone = classifier(data.images[1:2, ..., 32:]).softmax(1)[0]
+    torch.testing.assert_close(probabilities[1, 1], alone)
+    assert 0 <= classifier.test_accuracy <= 1
+
+
+def test_the_study_counts_confident_samples_and_held_out_numbers_among_them(study):
+    sure, vague = 0.95, 0.85
+
+    def half(digit, p):
+        return [p if k == digit else (1 - p) / 9 for k in range(10)]
+
+    shown = [((4, sure), (2, sure)), ((4, sure), (2, vague)), ((1, sure), (3, sure))]
+    shown.append(((0, sure), (7, sure)))
+    probabilities = torch.tensor([[half(*one) for one in pair] for pair in shown])
+    found = study.shares(probabilities, [7, 42])
+    assert found["two_confident_digits"] == 0.75 and found["two_confident_digits.of"] == 4
+    assert found["two_confident_digits.standard_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    assert found["held_out_share"] == pytest.approx(2 / 3) and found["held_out_share.of"] == 3
+    assert found["different_numbers"] == 3
+    none = study.shares(probabilities[1:2], [7], "_real")
+    assert none["two_confident_digits_real"] == 0 and "held_out_share_real" not in none
+
+
+def test_the_study_draws_samples_in_rows_of_eight(study):
+    figure = study.drawn(torch.zeros(10, 1, 64, 64))
+    assert len(figure.axes[0].images) == 10
