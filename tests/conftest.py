@@ -49,6 +49,7 @@ DRAWS = {
     "refined": ("uncertainty.train_images=24", "uncertainty.epochs=1"),
     "published": ("uncertainty.mc_samples=2",),
     "total_variance": ("uncertainty.mc_samples=2",),
+    "cross_covariance": ("uncertainty.members=2", "uncertainty.head_draws=4"),
 }
 
 

@@ -21,8 +21,8 @@ GROUPS: dict[str, list[str]] = {
     "path": ["cond_ot", "vp_cosine", "vp_linear", "vp_scaled_linear"],
     "solver": ("euler heun midpoint rk4 ddim ddpm dpm1 dpm2 dpmpp_2m pf_ode sde".split()),
     "uncertainty": (
-        "ensemble linearised refined published total_variance mc_dropout deep_ensemble "
-        "checkpoints swag".split()
+        "ensemble linearised refined published total_variance cross_covariance mc_dropout "
+        "deep_ensemble checkpoints swag".split()
     ),
     "laplace": (
         "full diag kron empirical_fisher empirical_fisher_published hessian_free prior_only "

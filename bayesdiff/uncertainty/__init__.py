@@ -4,6 +4,7 @@ from bayesdiff.uncertainty.members.dropout import MCDropout
 from bayesdiff.uncertainty.members.ensemble import Ensemble
 from bayesdiff.uncertainty.members.snapshots import Snapshots
 from bayesdiff.uncertainty.members.swag import Checkpoints, Swag
+from bayesdiff.uncertainty.recursion.cross_covariance import CrossCovariance
 from bayesdiff.uncertainty.recursion.moments import Published, TotalVariance
 from bayesdiff.uncertainty.samples import Samples
 from bayesdiff.uncertainty.sensitivities.linearised import Linearised
@@ -12,6 +13,7 @@ from bayesdiff.uncertainty.start import Start, Starts, starts_of
 
 __all__ = [
     "Checkpoints",
+    "CrossCovariance",
     "DeepEnsemble",
     "Ensemble",
     "Estimator",

@@ -62,8 +62,15 @@ class MemberField:
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Outputs ``(M, B, C, H, W)``."""
+        return self.emitted(self.features(x, t), t)
+
+    def features(self, x: Tensor, t: float) -> Tensor:
+        """What the heads see, ``(m, B, D, h, w)``."""
+        return self.field.features(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
+
+    def emitted(self, features: Tensor, t: float) -> Tensor:
+        """Outputs ``(M, B, C, H, W)`` of features of these states, or of one state for all."""
         net = self.field.model.net
-        features = self.field.features(x.flatten(0, 1), t).unflatten(0, (len(x), -1))
         output = apply_head(net.head, features, self.weights)
         emitted = self.field.emit(net.fold(output.flatten(0, 1)), t)
         return emitted.unflatten(0, (len(output), -1))

@@ -82,25 +82,38 @@ def propagate(
     Returns:
         The same two of s'; a correlation never exceeds one.
     """
-    linear = _linear(step, len(mean), held).to(mean)
+    linear = linear_part(step, len(mean), held).to(mean)
     moved = len(linear) - len(outputs.mean)
     whole = covariance[0, 0].sum(0)
     positive = whole > 0
     slope = torch.where(positive, outputs.with_x / whole, 0)
     share = torch.where(positive, covariance[0, 0] / whole, _image_share(covariance[0, 0]))
     with_outputs = covariance[0][:, None] * slope[None, :, None]
-    cross = product("oi", "iq...->oq...", linear, with_outputs)
-    new = _both_sides(linear, covariance)
-    within, head, added = outputs.within, outputs.head, outputs.mean
-    if moved:
-        cross = _padded(cross, moved, 1)
-        within, head = (_padded(_padded(each, moved, 0), moved, 1) for each in (within, head))
-        added = _padded(added, moved, 0)
-    new = new + cross + cross.transpose(0, 1) + share * within[:, :, None]
-    new[:, :, 0] += head
+    of_outputs = share * outputs.within[:, :, None]
+    of_outputs[:, :, 0] += outputs.head
+    new = carried(linear, covariance, with_outputs, of_outputs)
     if step.stochastic:
         new[0, 0, 1] += step.noise**2
+    added = _padded(outputs.mean, moved, 0) if moved else outputs.mean
     return product("oi", "i...->o...", linear, mean) + added, bounded(new)
+
+
+def carried(
+    linear: Tensor, covariance: Tensor, with_outputs: Tensor, of_outputs: Tensor
+) -> Tensor:
+    """L Cov(s) L^T + L D + (L D)^T + Cov(G), ``(n', n', ...)``.
+
+    Args:
+        linear: L, see ``linear_part``.
+        covariance: of s, ``(n, n, ...)``.
+        with_outputs: D = Cov(s, G), ``(n, R, ...)``.
+        of_outputs: Cov(G), ``(R, R, ...)``; what only moves on has a G of 0.
+    """
+    cross = product("oi", "iq...->oq...", linear, with_outputs)
+    if moved := len(linear) - len(of_outputs):
+        cross = _padded(cross, moved, 1)
+        of_outputs = _padded(_padded(of_outputs, moved, 0), moved, 1)
+    return _both_sides(linear, covariance) + cross + cross.transpose(0, 1) + of_outputs
 
 
 def _both_sides(linear: Tensor, covariance: Tensor) -> Tensor:
@@ -150,7 +163,7 @@ def without_negative(covariance: Tensor) -> Tensor:
     return bounded(torch.stack([torch.stack(row) for row in rows]))
 
 
-def _linear(step: Step, size: int, held: int) -> Tensor:
+def linear_part(step: Step, size: int, held: int) -> Tensor:
     """L, ``(n', size)`` with n' the state and the combinations that are held after the step."""
     count = 1 + len(step.times)
     rows = [(step.output[0], *step.history)]
