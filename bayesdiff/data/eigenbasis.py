@@ -69,7 +69,7 @@ class Basis(nn.Module):
         if singular and not floor:
             raise UserError(
                 f"space=eigenbasis is singular: the data do not vary in {singular} of "
-                f"{len(variances)} directions; give data.space.floor=1e-6 or so"
+                f"{len(variances)} directions; give data.space.floor=1e-3 or so"
             )
         return cls(mean, vectors, variances.clamp(min=floor * float(variances[0])))
 
@@ -91,7 +91,8 @@ class Eigenbasis:
 
     Args:
         data: images or points.
-        floor: least variance, as a share of the largest.
+        floor: least variance, as a share of the largest: a pixel that few images use would be far
+            out in units of its own variance, and rule the loss.
         rows: training data that the basis is of, the first so many.
 
     Raises:
@@ -101,10 +102,10 @@ class Eigenbasis:
     decoded = True
     fingerprint = ""
 
-    def __init__(self, data: "ImageData", floor: float = 1e-6, rows: int = 20000) -> None:
+    def __init__(self, data: "ImageData", floor: float = 1e-3, rows: int = 20000) -> None:
         number = isinstance(floor, (int, float)) and not isinstance(floor, bool)
         if not number or not 0 <= floor < 1:
-            raise UserError(f"data.space.floor must be in [0, 1), got {floor!r}; 1e-6 is usual")
+            raise UserError(f"data.space.floor must be in [0, 1), got {floor!r}; 1e-3 is usual")
         self.inner: Space = data.space
         self.shape = self.inner.shape
         self.pictures, self.scores = self.inner.pictures, self.inner.scores

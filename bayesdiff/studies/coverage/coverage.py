@@ -56,8 +56,6 @@ class RegionCoverage(Study):
         radii = listed("coverage.radii", self.radii, "[0.5,1,2]")
         for radius in radii:
             positive("coverage.radii", radius)
-        if not radii:
-            raise UserError("coverage.radii has no radius; give some, as in [0.5,1,2]")
         at_least("coverage.points", self.points, 2)
         if self.held_out is not None:
             at_least("coverage.held_out", self.held_out, 2)
@@ -100,7 +98,9 @@ class RegionCoverage(Study):
         if rank():
             return None
         size = at.run.data.space.shape[0]
-        unit = geometry.circle(self.vertices) if size == 2 else geometry.icosphere(self.subdivisions)
+        unit = (
+            geometry.circle(self.vertices) if size == 2 else geometry.icosphere(self.subdivisions)
+        )
         radii = torch.tensor(list(self.radii), dtype=torch.float64)
         boundary = geometry.spheres(unit, radii, torch.ones(size))
         generator = torch.Generator().manual_seed(self.seed)

@@ -50,9 +50,9 @@ def curves(results: Mapping[str, Any], conditions: str = "") -> "Figure":
     counts = results["conditions"]
     caption = (
         f"Share inside of spheres of Mahalanobis radius r and of what the flow makes of them: "
-        f"{counts['points']} latents on their way to the data, {counts['held_out']} held-out data. "
-        f"Bars: two binomial standard errors. {results['changed_sides']} changes of side in all. "
-        f"{conditions}"
+        f"{counts['points']} latents on their way to the data, {counts['held_out']} held-out "
+        f"data. Bars: two binomial standard errors. {results['changed_sides']} changes of side in "
+        f"all. {conditions}"
     )
     figure, panels = chart(900, 380, "Coverage of regions", caption, 1, 2)
     radius, nominal = ([row[name] for row in rows] for name in ("radius", "nominal"))
@@ -92,8 +92,8 @@ def regions(
     radii = [row["radius"] for row in results["rows"]]
     caption = (
         f"Boundaries of radius {', '.join(f'{r:g}' for r in radii)}: around latents, drawn from a "
-        "standard normal (above), and what the flow makes of them around held-out data (below), in "
-        f"states of the model. {conditions}"
+        "standard normal (above), and what the flow makes of them around held-out data (below), "
+        f"in states of the model. {conditions}"
     )
     size = 380
     title = "Regions that the flow carries along"
