@@ -1,13 +1,14 @@
 """Hamiltonian Monte Carlo with many chains as one batched computation."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, share
+from bayesdiff.studies.inference.warm_up import DualAverage, shrunk_variance, windows
 
 # Of a batch of states (C, P) -> (C,), up to a constant; differentiable, each row by itself.
 LogDensity = Callable[[Tensor], Tensor]
@@ -16,10 +17,6 @@ LogDensity = Callable[[Tensor], Tensor]
 _DIVERGENT = 1000.0
 # Step size before any warm-up.
 _START = 0.1
-# Dual averaging of Hoffman and Gelman (2014), section 3.2.1.
-_GAMMA, _T0, _KAPPA = 0.05, 10.0, 0.75
-# The step size settles for these shares of the warm-up before and after masses are fitted.
-_FIRST, _LAST = 0.15, 0.2
 
 
 @dataclass(frozen=True)
@@ -124,14 +121,14 @@ class Hamiltonian:
         )
 
     def _warm_up(self, chain: "_Sampler") -> None:
-        for place, (length, fits_mass) in enumerate(_windows(self.warmup)):
+        for place, (length, fits_mass) in enumerate(windows(self.warmup)):
             settles = place > 0 and not fits_mass
             if settles:
                 chain.step_size = self._pooled(chain.step_size)
             else:
                 chain.reasonable_step()
             # Later acceptances would have to make up for those of a bold last start.
-            average = _DualAverage(chain.step_size, self.target_acceptance, 1 if settles else 10)
+            average = DualAverage(chain.step_size, self.target_acceptance, 1 if settles else 10)
             visited = []
             for _ in range(length):
                 probability, _ = chain.move()
@@ -142,7 +139,7 @@ class Hamiltonian:
                 visited.append(chain.point.state)
             chain.step_size = average.final
             if fits_mass:
-                chain.variance = _shrunk_variance(torch.stack(visited))
+                chain.variance = shrunk_variance(torch.stack(visited))
         chain.step_size = self._pooled(chain.step_size)
 
     def _pooled(self, step_size: Tensor) -> Tensor:
@@ -253,49 +250,3 @@ class _Sampler:
         kinetic = [(self.variance * m.square()).sum(1) / 2 for m in (momentum, last)]
         error = (self.point.value - kinetic[0]) - (end.value - kinetic[1])
         return end, torch.nan_to_num(error, nan=math.inf)
-
-
-class _DualAverage:
-    """Step sizes whose acceptance averages to a target."""
-
-    def __init__(self, step_size: Tensor, target: float, boldness: float) -> None:
-        self.target, self.count = target, 0
-        self.centre = (boldness * step_size).log()
-        self.error = torch.zeros_like(step_size)
-        self.average = step_size.log()
-
-    def update(self, probability: Tensor) -> Tensor:
-        self.count += 1
-        rate = 1 / (self.count + _T0)
-        self.error = (1 - rate) * self.error + rate * (self.target - probability)
-        log_step = self.centre - math.sqrt(self.count) / _GAMMA * self.error
-        weight = self.count**-_KAPPA
-        self.average = weight * log_step + (1 - weight) * self.average
-        return log_step.exp()
-
-    @property
-    def final(self) -> Tensor:
-        return self.average.exp()
-
-
-def _windows(warmup: int) -> Iterator[tuple[int, bool]]:
-    """Lengths, and whether masses are fitted after them."""
-    first, last = math.ceil(_FIRST * warmup), math.ceil(_LAST * warmup)
-    left, length = warmup - first - last, 25
-    if left < length:
-        yield from [(warmup, False)] if warmup else []
-        return
-    yield first, False
-    while left:
-        # What would be left over joins the last window.
-        length = left if left < 3 * length else length
-        yield length, True
-        left, length = left - length, 2 * length
-    yield last, False
-
-
-def _shrunk_variance(states: Tensor) -> Tensor:
-    """Of all chains' visits ``(N, C, P)``, pulled slightly to 1e-3 as few visits demand."""
-    count = states.shape[0] * states.shape[1]
-    variance = states.flatten(0, 1).var(0, correction=0)
-    return (count * variance + 5e-3) / (count + 5)
