@@ -58,7 +58,7 @@ def windows(warmup: int) -> Iterator[tuple[int, bool]]:
 
 
 def shrunk_variance(states: Tensor) -> Tensor:
-    """Variance of all chains' visits ``(N, C, P)``, pulled slightly to 1e-3 as few visits demand."""
+    """Variance of all visits ``(N, C, P)``, pulled slightly to 1e-3 as few visits demand."""
     count = states.shape[0] * states.shape[1]
     variance = states.flatten(0, 1).var(0, correction=0)
     return (count * variance + 5e-3) / (count + 5)
