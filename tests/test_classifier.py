@@ -44,7 +44,7 @@ def dataset(**changes):
         test_labels=test_labels,
         num_classes=2,
         name="toy",
-        fingerprint="abc",
+        images_fingerprint="abc",
     )
     return SimpleNamespace(**{**record, **changes})
 
@@ -108,7 +108,7 @@ def test_cache_gives_the_same_network_without_training(tmp_path, monkeypatch):
     cached = load_or_train(tmp_path, data, 0, epochs=2)
     assert torch.equal(weights(cached), weights(trained))
     assert cached.test_accuracy == trained.test_accuracy and not cached.training
-    for changed in (dataset(fingerprint="abd"), data):
+    for changed in (dataset(images_fingerprint="abd"), data):
         with pytest.raises(AssertionError, match="trained again"):
             load_or_train(tmp_path, changed, 0 if changed is not data else 1, epochs=2)
 

@@ -34,6 +34,7 @@ class ImageData:
         intensities: what training draws its images from anew in every epoch, see ``binarised``;
             None where it sees ``images``.
         unseen: test images of classes that no training image has, beside ``test_images``.
+        stored: fingerprint of the images themselves, where the other one is of a space as well.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ImageData:
     states: Space | None = field(default=None, repr=False)
     intensities: "Intensities | None" = field(default=None, repr=False)
     unseen: "Unseen | None" = None
+    stored: str = ""
 
     @classmethod
     def build(
@@ -89,6 +91,11 @@ class ImageData:
             _check_embeddings(f"data set {name}", embeddings, (len(images), len(test_images)))
         fingerprint = fingerprint_of((*parts, *(embeddings or ())), classes)
         return cls(name, *parts, classes, fingerprint, *vectors)
+
+    @property
+    def images_fingerprint(self) -> str:
+        """Of the images themselves, whatever states a model makes of them."""
+        return self.stored or self.fingerprint
 
     @property
     def space(self) -> Space:

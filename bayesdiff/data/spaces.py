@@ -164,7 +164,7 @@ def in_space(data: "ImageData", options: DictConfig | None) -> "ImageData":
     settings = plain(options)
     parts = settings, code_of(settings), space.fingerprint
     fingerprint = key_of(data.fingerprint, *parts)
-    return replace(data, states=space, fingerprint=fingerprint)
+    return replace(data, states=space, fingerprint=fingerprint, stored=data.images_fingerprint)
 
 
 def space_of(data: Any) -> Space:

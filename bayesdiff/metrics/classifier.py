@@ -121,7 +121,7 @@ def load_or_train(
     Args:
         cache_dir: folder of the ``classifier-<hash>.safetensors`` files.
         data: record with ``images``, ``labels``, ``test_images``, ``test_labels``,
-            ``num_classes``, ``name`` and ``fingerprint``.
+            ``num_classes``, ``name`` and ``images_fingerprint``.
         seed: see `train_classifier`; part of the cache key.
         epochs: passes over the images; None chooses by their number.
         device: where to train, and where the result lies.
@@ -134,7 +134,7 @@ def load_or_train(
     """  # noqa: DOC502 - raised one level down
     check_classifiable(data, "set metrics.features=inception or give it labels")
     epochs = _epochs(len(data.images)) if epochs is None else epochs
-    path = cache_path(cache_dir, data.fingerprint, seed, epochs)
+    path = cache_path(cache_dir, data.images_fingerprint, seed, epochs)
     with alone(path):
         cached = _read_cache(path)
         if cached is not None:
@@ -144,7 +144,7 @@ def load_or_train(
         with making("classifier"):
             network = train_classifier(*given, seed=seed, epochs=epochs, device=device)
         log.info("classifier of %s: held-out accuracy %.4f", data.name, network.test_accuracy)
-        save_classifier(network, path, data=data.name, fingerprint=data.fingerprint)
+        save_classifier(network, path, data=data.name, fingerprint=data.images_fingerprint)
     return network
 
 
@@ -157,7 +157,7 @@ def cache_path(cache_dir: Path | str, fingerprint: str, seed: int, epochs: int) 
 
 def kept_classifier(cache_dir: Path | str, data: Any, seed: int) -> tuple[Path, bool]:
     """File of the classifier that ``load_or_train`` would give, and whether it is there, whole."""
-    path = cache_path(cache_dir, data.fingerprint, seed, _epochs(len(data.images)))
+    path = cache_path(cache_dir, data.images_fingerprint, seed, _epochs(len(data.images)))
     return path, _read_cache(path) is not None
 
 

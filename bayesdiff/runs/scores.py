@@ -172,7 +172,7 @@ def judge(
     )
     reference = reference_statistics(
         lambda: extract(extractor, data.images, cfg.batch_size, shared=shared),
-        key=f"{data.fingerprint}-{weights_hash(extractor)}",
+        key=f"{data.images_fingerprint}-{weights_hash(extractor)}",
         cache_dir=cache,
         seed=cfg.seed,
         shared=shared,

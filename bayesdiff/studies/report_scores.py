@@ -131,7 +131,7 @@ def scores_key(run: Run, maps: str) -> str:
     options = {
         "members": shown.members if kinds & {*OF_POOL} else 0,
         "likelihood_steps": shown.likelihood_steps if "likelihood" in kinds else 0,
-        "judge": [scored(run), run.data.data.fingerprint] if kinds & {*JUDGED} else None,
+        "judge": [scored(run), run.data.data.images_fingerprint] if kinds & {*JUDGED} else None,
     }
     return key_of(maps, shown.scores, options, *source_of(run.cfg, shown.scores))
 
