@@ -157,9 +157,18 @@ class Inflation(ProbabilityPath):
         v_i = (xi_i + gamma_i(T)) / (xi_* + gamma_*(T)), whatever the data's distribution: those of
         kept dimensions are near 1, the others' the number that the paper calls epsilon.
         """
-        xi = self._known
-        total = xi + self.log_gamma(torch.zeros((), dtype=torch.float64, device=xi.device)).exp()
-        return total / total.flatten()[0]
+        t = torch.zeros((), dtype=torch.float64, device=self._known.device)
+        return self.scale(t).square()
+
+    def scale(self, t: Tensor) -> Tensor:
+        """Factor from a state at times ``t`` to the paper's scaled one: ``(*t.shape, *state)``.
+
+        sqrt((xi_i + gamma_i) / (xi_* + gamma_*)): whitened states have variance 1 at all times,
+        scaled ones that of their share in the largest.
+        """
+        total = self._known.to(t.device) + self.log_gamma(t).exp()
+        largest = total.flatten(t.ndim)[..., :1]
+        return (total / largest.view(*t.shape, *[1] * self._known.ndim)).sqrt()
 
     def coefficients(self, t: Tensor) -> PathCoefficients:
         """Coefficients at times ``t``: ``(*t.shape, *state)`` in float64."""

@@ -54,9 +54,9 @@ class PointFigures:
         conditions: str,
     ) -> "Figure":
         """Points ``(B, D)``, in the colours of their classes."""
-        views = _views(states)
-        caption = f"{len(states)} samples, unselected{_left_out(states)}; {conditions}."
-        figure, panels = chart(*_size(views), "Samples", caption, 1, len(views))
+        views = views_of(states)
+        caption = f"{len(states)} samples, unselected{left_out(states)}; {conditions}."
+        figure, panels = chart(*body_size(views), "Samples", caption, 1, len(views))
         kinds = np.zeros(len(states), int) if labels is None else labels.cpu().numpy()
         for axes, (x, y, across, up) in zip(panels[0], views, strict=True):
             for kind in np.unique(kinds):
@@ -64,7 +64,7 @@ class PointFigures:
                 name = None if labels is None else class_name(int(kind), classes)
                 how: dict[str, Any] = {"s": 6, "color": colour, "linewidths": 0, "label": name}
                 axes.scatter(x[chosen], y[chosen], **how)
-            square(axes, across, up, _limits(views))
+            square(axes, across, up, limits_of(views))
         if labels is not None:
             named = panels[0, 0].get_legend_handles_labels()
             figure.legend(*named, loc="outside right upper", markerscale=3, handlelength=1)
@@ -102,12 +102,12 @@ def samples_by_variance(seen: "Seen") -> "Figure":
     """Samples where they ended, in the colour of their standard deviation."""
     samples = seen.samples
     caption = (
-        f"{len(samples.images)} samples where they ended{_left_out(samples.images)}; colour: "
+        f"{len(samples.images)} samples where they ended{left_out(samples.images)}; colour: "
         "standard deviation of a sample, root of its variance's mean over all coordinates. "
         f"Conditions: {map_conditions(samples, seen.settings)}."
     )
-    views = _views(samples.images)
-    width, height = _size(views)
+    views = views_of(samples.images)
+    width, height = body_size(views)
     title = "Samples and their uncertainty"
     figure, panels = chart(width + 110, height, title, caption, 1, len(views))
     spread = samples.variance.double().clamp(min=0).mean(1).sqrt().numpy()
@@ -116,7 +116,7 @@ def samples_by_variance(seen: "Seen") -> "Figure":
     how |= {"c": spread[order], "s": 14, "linewidths": 0}
     for axes, (x, y, across, up) in zip(panels[0], views, strict=True):
         drawn = axes.scatter(x[order], y[order], **how)
-        square(axes, across, up, _limits(views))
+        square(axes, across, up, limits_of(views))
     bar: dict[str, Any] = {"fraction": 0.15 / len(views), "label": "standard deviation"}
     figure.colorbar(drawn, ax=list(panels[0]), **bar)
     return figure
@@ -129,10 +129,10 @@ def square(axes: "Axes", across: str, up: str, limits: tuple[float, float] | Non
         axes.set(xlim=limits, ylim=limits)
 
 
-_View = tuple[np.ndarray, np.ndarray, str, str]
+View = tuple[np.ndarray, np.ndarray, str, str]
 
 
-def _views(states: Tensor) -> list[_View]:
+def views_of(states: Tensor) -> list[View]:
     """Values and names along both axes of each panel."""
     x = states.detach().cpu().double().numpy().T
     if len(x) == 1:  # side by side, so that they can be told apart
@@ -141,7 +141,7 @@ def _views(states: Tensor) -> list[_View]:
     return [(x[i], x[j], f"$x_{i + 1}$", f"$x_{j + 1}$") for i, j in pairs]
 
 
-def _limits(views: Sequence[_View]) -> tuple[float, float]:
+def limits_of(views: Sequence[View]) -> tuple[float, float]:
     """Ends of all axes, a little beyond the finite points."""
     values = np.concatenate([part for x, y, _, _ in views for part in (x, y)])
     values = np.append(values[np.isfinite(values)], (-1, 1))
@@ -149,12 +149,12 @@ def _limits(views: Sequence[_View]) -> tuple[float, float]:
     return float(values.min()) - margin, float(values.max()) + margin
 
 
-def _size(views: Sequence[_View]) -> tuple[int, int]:
+def body_size(views: Sequence[View]) -> tuple[int, int]:
     """Width and height of a figure's body in pixels."""
     return (560, 460) if len(views) == 1 else (380 * len(views), 370)
 
 
-def _left_out(states: Tensor) -> str:
+def left_out(states: Tensor) -> str:
     """A few words for a caption where points have more coordinates than are shown."""
     dimensions = states.shape[1]
     return f", {_SHOWN} of {dimensions} coordinates" if dimensions > _SHOWN else ""

@@ -99,8 +99,7 @@ class InvertibleFlow:
 
     def save(self, path: str | Path, latents: Tensor) -> None:
         """Write latents, with the key of the weights that they belong to."""
-        facts = {"weights": self.weights, "solver": self._solver}
-        save_checked(path, _KIND, {"latents": latents}, facts)
+        save_latents(path, latents, self.weights, self.solver)
 
     def load(self, path: str | Path) -> Tensor:
         """Latents that ``save`` wrote.
@@ -110,8 +109,7 @@ class InvertibleFlow:
         """  # noqa: DOC502 - raised one level down
 
         def built(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Tensor:
-            mine = {"weights": self.weights, "solver": self._solver}
-            for name, value in mine.items():
+            for name, value in _facts(self.weights, self.solver).items():
                 if facts[name] != value:
                     raise UserError(
                         f"{path} has latents of {name} {facts[name]}, this flow has {value}; "
@@ -120,12 +118,6 @@ class InvertibleFlow:
             return tensors["latents"]
 
         return load_checked(path, [_KIND], "latents", "encode the data again", built)
-
-    @property
-    def _solver(self) -> str:
-        return (
-            f"{self.solver.name}, {self.solver.num_steps} steps, guidance {self.solver.guidance}"
-        )
 
     def _in_parts(
         self,
@@ -140,3 +132,21 @@ class InvertibleFlow:
             given = None if condition is None else condition[rows].to(device)
             parts.append(function(values[rows].to(device), given).cpu())
         return torch.cat(parts)
+
+
+def save_latents(path: str | Path, latents: Tensor, weights: str, solver: Solver) -> None:
+    """Write latents as ``InvertibleFlow.load`` reads them.
+
+    Args:
+        path: of the safetensors file.
+        latents: ``(N, *shape)``.
+        weights: key of the model's.
+        solver: that they were found with.
+    """
+    save_checked(path, _KIND, {"latents": latents}, _facts(weights, solver))
+
+
+def _facts(weights: str, solver: Solver) -> dict[str, str]:
+    """What the latents of one set of data depend on."""
+    steps = f"{solver.name}, {solver.num_steps} steps, guidance {solver.guidance}"
+    return {"weights": weights, "solver": steps}
