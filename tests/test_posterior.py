@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.gram import gram
 from bayesdiff.laplace.head import HeadGeometry, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
+from bayesdiff.models import GenerativeModel
+from bayesdiff.paths import CondOT
 
 
 def patches(head, features):
@@ -266,6 +269,56 @@ def test_evidence_is_the_integral_over_the_weights():
     covariance = sigma**2 * torch.eye(len(flat), dtype=torch.float64) + rows @ rows.T / tau
     normal = torch.distributions.MultivariateNormal(torch.zeros_like(flat), covariance)
     assert posterior.log_evidence() == pytest.approx(float(normal.log_prob(flat)), rel=1e-12)
+
+
+class Regression(GenerativeModel):
+    """States are features beside what is to be predicted from them; nothing is corrupted."""
+
+    def corrupt(self, x_1, x_0, t):
+        return x_1, x_1
+
+
+class Frozen(nn.Module):
+    """The first values of a state are the features."""
+
+    def __init__(self, width, outputs):
+        super().__init__()
+        self.head = nn.Linear(width, outputs).double()
+
+    def features(self, x, t, y=None):
+        return x[:, : self.head.in_features]
+
+    def fold(self, output):
+        return output
+
+
+def test_intervals_of_a_regression_cover_the_weights_that_made_its_data():
+    """Features that are frozen: the ridge's closed form, and 95 % intervals over 2000 data sets.
+
+    Each output channel is a data set of its own, with weights drawn from the prior.
+    """
+    torch.manual_seed(0)
+    images, width, repeats, tau, sigma = 40, 5, 2000, 1.7, 0.8
+    phi = torch.randn(images + 3, width, dtype=torch.float64)
+    rows = torch.cat([phi, torch.ones_like(phi[:, :1])], 1)
+    truth = torch.randn(repeats, width + 1, dtype=torch.float64) / math.sqrt(tau)
+    clean = rows @ truth.T
+    noisy = clean + sigma * torch.randn_like(clean)
+    states = torch.cat([phi, noisy], 1)[:images]
+    model = Regression(Frozen(width, width + repeats), CondOT(), "velocity", torch.optim.SGD)
+    curvature = fit_curvature(model, states, None, source="regression", encode=lambda x: x)
+    posterior = HeadPosterior.fit(curvature, sigma_noise=sigma, prior_precision=tau)
+    seen = rows[:images]
+    precision = seen.T @ seen / sigma**2 + tau * torch.eye(width + 1, dtype=torch.float64)
+    ridge = torch.linalg.solve(precision, seen.T @ noisy[:images] / sigma**2).T
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(posterior.optimum[width:], ridge, **close)
+    torch.testing.assert_close(posterior.covariance, torch.linalg.inv(precision), **close)
+    of_weights = posterior.covariance.diagonal().sqrt()
+    of_outputs = posterior.predictive_variance(phi[images:]).sqrt()  # where no data were
+    away = (ridge - truth).abs() / of_weights, (rows[images:] @ ridge.T - clean[images:]).abs()
+    for distance in (away[0], away[1] / of_outputs):
+        assert float((distance < 1.959964).double().mean()) == pytest.approx(0.95, abs=0.01)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])

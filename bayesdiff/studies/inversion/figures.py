@@ -1,5 +1,6 @@
 """Figures of round trips: sheets of images and charts of latents; those of points are apart."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from bayesdiff.report.layout import (
     sheet,
     standard_deviation,
 )
+from bayesdiff.report.series import plain_number
 from bayesdiff.report.style import COLOURS, MAP_COLOURS, style
 from bayesdiff.studies.inversion import clouds
 from bayesdiff.studies.inversion.clouds import density
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ACROSS = 10  # images beside each other
-_MAGNIFIED = 10
 _MARKED = 64  # coordinates that have a marker each
 # Rows of the sheet below the images, by their names among the rows.
 _MAPS = {"latent_variance": "sd of latent", "returned_variance": "sd of image"}
@@ -51,22 +52,24 @@ def every(shown: Shown) -> Iterator[tuple[str, "Figure"]]:
 def round_trips(shown: Shown) -> "Figure":
     """The first images, none picked: as they are, as they come back, and what the weights do."""
     rows = {name: value[:_ACROSS] for name, value in shown.rows.items()}
-    away = _MAGNIFIED * (rows["returned"] - rows["data"])
-    sheets = {"image": rows["data"], "returned": rows["returned"], f"{_MAGNIFIED} × error": away}
+    error = rows["returned"] - rows["data"]
+    largest = float(error.abs().max())
+    more = magnification(largest)
+    sheets = {"image": rows["data"], "returned": rows["returned"]}
+    sheets[f"error × {plain_number(more)}"] = more * error
     if rows["latents"].ndim == 4:
         sheets["latent"] = rows["latents"] / 3
     maps = {n: rows[n] for n in _MAPS if n in rows and rows[n].ndim == 4}
     record = shown.record
     caption = (
-        f"The first {len(away)} of {shown.start} {record['conditions']['nfe']} network "
-        "evaluations there and back; largest error shown "
-        f"{float(away.abs().max()) / _MAGNIFIED:.2g}, of images in [-1, 1], grey is none. Latents "
-        f"from -3 to 3, in the places of a state's coordinates. {_of_maps(shown)} "
-        f"{shown.conditions}"
+        f"The first {len(error)} of {shown.start} {record['conditions']['nfe']} network "
+        f"evaluations there and back; largest error shown {largest:.2g}, of images in [-1, 1], "
+        "grey is none. Latents from -3 to 3, in the places of a state's coordinates. "
+        f"{_of_maps(shown)} {shown.conditions}"
     )
     size = width, height = cell_size(rows["data"], 72)
-    left, tall = 96, height + 8
-    right = left + len(away) * (width + GAP)
+    left, tall = 116, height + 8
+    right = left + len(error) * (width + GAP)
     body = tall * (len(sheets) + len(maps)) + 6
     figure, axes = sheet(right + 100, body, "Data to latents and back", caption)
     for row, (name, images) in enumerate(sheets.items()):
@@ -77,6 +80,13 @@ def round_trips(shown: Shown) -> "Figure":
         place = left, 6 + row * tall
         _maps(figure, axes, _MAPS[name], variance, place, size)
     return figure
+
+
+def magnification(largest: float) -> float:
+    """The power of ten, at least 10, that brings an error near 1 and not beyond."""
+    if not 0 < largest < math.inf:
+        return 10.0
+    return 10.0 ** max(1, math.floor(-math.log10(largest)))
 
 
 def _maps(
@@ -152,12 +162,12 @@ def by_dimension(shown: Shown) -> "Figure":
     band = expected * (1 - off), expected * (1 + off)
     panel.stairs(band[1], _edges(x), baseline=band[0], fill=True, color="0.9", linewidth=0)
     _curve(panel, x, variance, expected)
-    panel.set_ylabel("variance, that of noise being 1")
+    panel.set_ylabel("variance (noise: 1)")
     if scaled is not None:
         panel = next(panels)
         both = variance * scaled.numpy(), expected * scaled.numpy()
         _curve(panel, x, *both)
-        panel.set(ylabel="variance, units of the paper", yscale="log")
+        panel.set(ylabel="variance (the paper's units)", yscale="log")
         log_ticks(panel.yaxis, np.concatenate(both))
     if share is not None:
         panel = next(panels)
