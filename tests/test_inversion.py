@@ -21,11 +21,13 @@ from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import Labels
 from bayesdiff.paths import CondOT, Inflation, VariancePreserving
 from bayesdiff.report import board
+from bayesdiff.report.style import caption_of
 from bayesdiff.runs.invertible import InvertibleFlow
 from bayesdiff.solvers import DDIM, Euler, Heun, decode
-from bayesdiff.studies.inversion import results
-from bayesdiff.studies.inversion.figures import magnification
+from bayesdiff.studies.inversion import animation, results
+from bayesdiff.studies.inversion.figures import every, magnification
 from bayesdiff.studies.inversion.inversion import Inversion, standardised
+from bayesdiff.studies.inversion.shown import Shown
 from bayesdiff.studies.inversion.trip import RoundTrip, evenly, expected_variance, left_noise
 
 DOUBLE = torch.float64
@@ -305,6 +307,29 @@ def test_guided_flows_are_evaluated_twice_as_often():
     assert RoundTrip(labelled, Heun(4), PLANE).nfe == 16
     assert left_noise(VariancePreserving()) is None
     assert RoundTrip(model_of(Bias(), VariancePreserving()), DDIM(5), PLANE).nfe == 10
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_points_of_any_dimensions_have_figures(size, tmp_path):
+    x = torch.randn(9, size, dtype=DOUBLE)
+    heads = torch.randn(2, size, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    path = inflation(*range(size, 0, -1))
+    trip = RoundTrip(model_of(Bias(size), path), Heun(4), PLANE, heads, frames=3)
+    rows = trip(x)
+    record = results.round_trip(rows, False, CHANCE) | results.of_latents(rows["latents"])
+    record |= results.of_weights(rows, CHANCE)
+    record["conditions"] = {"images": 9, "start": "clean", "members": 2, "nfe": trip.nfe}
+    ones = torch.ones(size, dtype=DOUBLE)
+    shown = Shown(record, rows, path, PLANE, ones, trip.times, "Conditions: none.")
+    drawn = {tag: caption_of(figure) for tag, figure in every(shown)}
+    assert len(drawn) == 5
+    assert ("3 of 5 coordinates" in drawn["inversion/clouds"]) == (size == 5)
+    assert shown.frames(0).shape == (3, 9, size) and shown.hues.shape == (9, 3)
+    scaled = path.scale(torch.tensor(trip.times[0], dtype=DOUBLE))[:, None]
+    torch.testing.assert_close(shown.frames(0), rows["there"].transpose(0, 1) * scaled)
+    animation.write(tmp_path / "a.gif", shown)
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames > 1
 
 
 @pytest.mark.parametrize("error, more", [(0.6, 10), (0.05, 10), (6.4e-4, 1000), (0.0, 10)])

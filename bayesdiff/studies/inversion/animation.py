@@ -26,7 +26,7 @@ def write(path: Path, shown: Shown) -> None:
     """Write the first points' way, in the units of ``Shown.frames``; it rests at both ends.
 
     Args:
-        path: of the GIF, a megabyte at most.
+        path: of the GIF, 1.5 megabytes at most.
         shown: gives the frames.
     """
     images = _drawn(shown)

@@ -54,17 +54,18 @@ def clouds(shown: Shown) -> "Figure":
     title = "Points on their way to latents and back"
     figure, panels = chart(*size, title, caption, rows, len(columns), **shared)
     ends = limits_of([view for _, way in frames for k in way for view in views_of(k)])
-    for way, (places, states) in enumerate(frames):
+    for below, (places, states) in enumerate(frames):
         for column, place in enumerate(places):
             for row, view in enumerate(views_of(states[place])):
-                panel = panels[way * len(pairs) + row, column]
+                panel = panels[below * len(pairs) + row, column]
                 _scatter(panel, view, ends, c=shown.hues, s=4)
                 panel.label_outer()
+                panel.set(xlabel="", ylabel="")
     for panel, t in zip(panels[0], there[columns], strict=True):
         panel.set_title(f"t = {t:.3g}")
-    for way, name in enumerate(("there", "back")):
-        panel = panels[way * len(pairs), 0]
-        panel.set_ylabel(f"{name}, {panel.get_ylabel()}")
+    for row, panel in enumerate(panels[:, 0]):
+        way, (_, _, across, up) = "back" if row >= len(pairs) else "there", pairs[row % len(pairs)]
+        panel.set_ylabel(f"{way}: {up} over {across}")
     return figure
 
 
