@@ -1,6 +1,7 @@
 """Likelihood of images under the model's probability-flow equation, against closed forms (T15)."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import to_model_range
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import UNet
-from bayesdiff.paths import VariancePreserving, convert
+from bayesdiff.paths import Inflation, VariancePreserving, convert
 from bayesdiff.solvers import Field, SampleNoise
 from bayesdiff.uncertainty.scores.likelihood import (
     Probes,
@@ -287,3 +288,14 @@ def refuse(**settings):
 def test_what_has_no_likelihood_is_refused(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_a_path_with_noise_left_at_the_end_takes_images_as_means():
+    """Without a slope, states stay what they are: data are those of t = 0 over alpha."""
+    xi = torch.tensor([[[2.0, 1.0], [0.5, 0.1]]], dtype=torch.float64)
+    path = Inflation(gamma_0=0.3).for_space(SimpleNamespace(variances=xi, shape=xi.shape))
+    images = torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    found = exact(model_of(Formula(lambda x, t, y: 0 * x), path, "v"), images, num_steps=2)
+    variance = 1 / path.coefficients(torch.ones(())).alpha ** 2
+    expected = torch.distributions.Normal(0, variance.sqrt()).log_prob(images).flatten(1).sum(1)
+    torch.testing.assert_close(found.log_density, expected)

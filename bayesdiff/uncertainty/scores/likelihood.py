@@ -98,7 +98,8 @@ def log_likelihood(
 ) -> Likelihood:
     """Log-density of images under the model's probability-flow equation.
 
-    A path that is smooth in time, as a flow's, is followed in it, from t = 1. A discrete schedule
+    A path that is smooth in time, as a flow's, is followed in it, from t = 1; where noise is left
+    there, the images stand for the mean of that state. A discrete schedule
     is followed in half log-SNR, where the equation is smooth at both ends, in equal steps from
     ``path.last_time``, the least noise that the network was trained with: the density is that of
     data with so little noise, and the images are taken as they are.
@@ -119,13 +120,17 @@ def log_likelihood(
     steps, rates = _plan(field.model, num_steps, solver, grid)
     slope = _Slope(field, probes, rates)
     before = field.evaluations
-    state = F.pad(images.to(slope.vectors.device).double().flatten(1), (0, 1))
+    images = images.to(slope.vectors.device).double()
+    c = field.model.path.coefficients(torch.ones((), dtype=torch.float64))
+    alpha = c.alpha.to(images).expand(images.shape[1:])
+    state = F.pad((alpha * images).flatten(1), (0, 1))
     state = integrate(slope, steps, state, lambda: state)
     field.evaluations += field.evaluations - before  # a derivative costs about as much again
     latents, gained = state[:, :-1], state[:, -1]
     latents = latents.unflatten(1, images.shape[1:])
     prior = _log_prior(field.model.path, latents)
-    return Likelihood(prior + gained, latents, field.evaluations - before)
+    scaled = alpha.log().sum()  # of d(alpha x) / dx
+    return Likelihood(prior + gained + scaled, latents, field.evaluations - before)
 
 
 def _log_prior(path: ProbabilityPath, latents: Tensor) -> Tensor:
