@@ -3,10 +3,12 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.data.eigenbasis import Basis, Eigenbasis
 from bayesdiff.data.toys import moons
@@ -419,3 +421,16 @@ def test_dimensions_that_do_not_fit_are_refused():
         Inflation().for_space(SimpleNamespace(shape=(2,)))
     with pytest.raises(UserError, match="call for_space"):
         Inflation().coefficients(T)
+
+
+def test_maps_of_images_by_derivatives_and_by_members(compose):
+    """The whole way on images, in the eigenbasis, with the network turned under vmap."""
+    words = [
+        "model=inflation", "path.schedule=prr", "path.dims_to_keep=8", "trainer.max_steps=2",
+        "uncertainty=linearised", "uncertainty.num_images=4", "metrics.num_images=0",
+        "solver.num_steps=3", "report.pdf=false",
+    ]  # fmt: skip
+    result = pipeline.run(compose(*words))
+    with np.load(result.samples) as found:
+        assert found["variance"].shape == (4, 1, 8, 8)
+        assert (found["variance"] > 0).all()

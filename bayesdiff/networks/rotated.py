@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
@@ -67,5 +66,4 @@ class InDataCoordinates(nn.Module):
         return self._turned(self.net.fold(output), self.vectors)
 
     def _turned(self, x: Tensor, matrix: Tensor) -> Tensor:
-        turned = (x.flatten(1) @ matrix.to(x)).reshape(x.shape)
-        return turned.to(memory_format=torch.channels_last) if x.ndim == 4 else turned
+        return (x.flatten(1) @ matrix.to(x)).reshape(x.shape)
