@@ -84,6 +84,9 @@ def runnable(given, data_root):
     return [value if value in lists else value.split(",")[0] for value in swept]
 
 
+TOYS = ("circles", "moons", "s_curve", "sine2", "swirl")
+
+
 @pytest.mark.parametrize("given", arguments("train.py") + arguments("sweep.py"), ids=" ".join)
 def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("BAYESDIFF_DATA", str(data_root))
@@ -114,6 +117,13 @@ def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypat
         overrides += ["code_length.num_images=10", "code_length.draws=2"]
     if "experiment=beliefs" in overrides:
         overrides += ["beliefs.num_images=4", "beliefs.num_samples=2", "beliefs.bootstrap=10"]
+    if {f"data={name}" for name in TOYS} & set(overrides):
+        overrides += ["net=mlp", "data.source.points=512", "data.source.test_points=64"]
+    if "experiment=inversion" in overrides:
+        overrides += ["inversion.num_images=8", "inversion.members=2", "inversion.bootstrap=10"]
+        overrides.append("inversion.animation=false")
+    if "experiment=coverage" in overrides:
+        overrides.append("coverage.points=100")
     if "data=mnist" in overrides and any(o.startswith("experiment=") for o in overrides):
         overrides.append("data.resize=8")
     if "ckpt_path=last" in overrides:
