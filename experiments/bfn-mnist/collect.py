@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 HERE = Path(__file__).parent
 VALUES = 28 * 28
 # Beside this file: what other studies wrote; their numbers are repeated, their curves are not.
-BESIDE = ("beliefs", "two_digit", "fast_solver")
+BESIDE = ("beliefs", "two_digit", "fast_solver", "recursion")
 
 
 def learning_curve(run: Path, batch: int) -> list[dict[str, float]]:
