@@ -8,7 +8,13 @@ import torch
 from test_solvers import COSINE, FLOW, LINEAR, as_tuples, exact_denoiser, no_noise, own_steps
 
 from bayesdiff.checks import UserError
-from bayesdiff.paths import PREDICTIONS, VariancePreserving, convert
+from bayesdiff.paths import (
+    PREDICTIONS,
+    GeometricAccuracy,
+    QuadraticAccuracy,
+    VariancePreserving,
+    convert,
+)
 from bayesdiff.solvers import (
     DDIM,
     DDPM,
@@ -340,6 +346,18 @@ def test_log_snr_times_of_a_flow_are_even_inside(count):
     lam = torch.logit(times[1:-1])
     even = torch.full((count - 2,), 2 * math.log(count - 1) / (count - 2), dtype=torch.float64)
     torch.testing.assert_close(lam.diff(), even, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", [QuadraticAccuracy(9.0), GeometricAccuracy(0.01)])
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_log_snr_times_of_beliefs_are_even_up_to_the_last_one(path, count):
+    """At t = 1 the accuracy is finite; ln(alpha / sigma) is half its logarithm."""
+    times = double(time_grid("log_snr", path, count))
+    assert (len(times), times[0], times[-1]) == (count + 1, 0.0, 1.0)
+    assert times[1] == pytest.approx(1 / count)
+    lam = path.accuracy(times[1:]).log() / 2
+    even = torch.full((count - 1,), float(lam[-1] - lam[0]) / max(count - 1, 1)).double()
+    torch.testing.assert_close(lam.diff(), even, rtol=1e-6, atol=1e-9)
 
 
 def test_log_snr_times_of_a_schedule_are_its_indices_nearest_to_even_ones():

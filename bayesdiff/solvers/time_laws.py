@@ -28,12 +28,15 @@ def log_snr(path: ProbabilityPath, num_steps: int) -> list[float]:
 
     A last one leads to clean data, where lambda is infinite. On a discrete schedule lambda runs
     from t = 0 to ``path.last_time``. A flow's lambda is infinite at t = 0 as well, so there it
-    runs from 1 / n to 1 - 1 / n: the outermost steps are those of ``uniform``.
+    runs from 1 / n to 1 - 1 / n: the outermost steps are those of ``uniform``. A path that does
+    not end in data has a finite lambda at t = 1: even steps from 1 / n to there.
     """
     if path.last_time < 1:
-        first, last, inner = 0.0, path.last_time, num_steps
+        ends, count, inside = (0.0, path.last_time), num_steps, slice(1, None)
+    elif path.ends_in_data:
+        ends, count, inside = (1 / num_steps, 1 - 1 / num_steps), num_steps - 1, slice(None)
     else:
-        first, last, inner = 1 / num_steps, 1 - 1 / num_steps, num_steps - 1
-    low, high = snr.log_snr(path, torch.tensor([first, last], dtype=torch.float64)).tolist()
-    times = snr.time_at(path, torch.linspace(low, high, inner, dtype=torch.float64)).tolist()
-    return [0.0, *times[inner + 1 - num_steps :], 1.0]
+        ends, count, inside = (1 / num_steps, 1.0), num_steps, slice(-1)
+    low, high = snr.log_snr(path, torch.tensor(ends, dtype=torch.float64)).tolist()
+    times = snr.time_at(path, torch.linspace(low, high, count, dtype=torch.float64)).tolist()
+    return [0.0, *times[inside], 1.0]
