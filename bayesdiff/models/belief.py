@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from bayesdiff.checks import UserError
 from bayesdiff.likelihoods import Likelihood
 from bayesdiff.networks.carrying import CarryingConv2d, CarryingLinear
+from bayesdiff.networks.wrapped import WrappedNetwork
 from bayesdiff.paths import ProbabilityPath
 from bayesdiff.paths.bayesian_flow import AccuracyPath, accuracy_path
 
 
-class BeliefNetwork(nn.Module):
+class BeliefNetwork(WrappedNetwork):
     """forward = fold(head(features(x, t, y))), with a network that sees what a belief says of x.
 
     Args:
@@ -39,12 +40,12 @@ class BeliefNetwork(nn.Module):
         skip: bool = True,
         residual: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(net)
         for name, value in (("skip", skip), ("residual", residual)):
             if not isinstance(value, bool):
                 raise UserError(f"model.wrapper.{name} must be true or false, got {value!r}")
         self.path: AccuracyPath = accuracy_path(path, "model.wrapper")
-        self.net, self.likelihood = net, likelihood
+        self.likelihood = likelihood
         self.skip, self.residual = skip, residual
         self.patch = getattr(net, "patch", 1)
         self.scaled = residual and not likelihood.discrete
@@ -52,26 +53,6 @@ class BeliefNetwork(nn.Module):
             likelihood.belief_logits(torch.zeros(1, likelihood.channels(1)), torch.zeros(1, 1))
         self.head = self._wider(net.head)
         net.head = nn.Identity()
-
-    @property
-    def num_classes(self) -> int | None:
-        """Of the network."""
-        return getattr(self.net, "num_classes", None)
-
-    @property
-    def embedding_size(self) -> int | None:
-        """Of the network."""
-        return getattr(self.net, "embedding_size", None)
-
-    @property
-    def last_block(self) -> nn.Module:
-        """Of the network."""
-        block: nn.Module = self.net.last_block
-        return block
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Output for states ``(B, C, ...)`` at times ``t (B,)``."""
-        return self.fold(self.head(self.features(x, t, y)))
 
     def features(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Input of the head: features of the belief, the belief, and its logits behind them."""
@@ -85,11 +66,6 @@ class BeliefNetwork(nn.Module):
         if self.residual:
             parts.append(self._unfold(self.likelihood.belief_logits(x, accuracy)))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-    def fold(self, output: Tensor) -> Tensor:
-        """The network's."""
-        folded: Tensor = self.net.fold(output)
-        return folded
 
     def _unfold(self, values: Tensor) -> Tensor:
         """States as the features lie: what ``fold`` undoes."""

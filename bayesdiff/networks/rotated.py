@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
+from bayesdiff.networks.wrapped import WrappedNetwork
 
 
-class InDataCoordinates(nn.Module):
+class InDataCoordinates(WrappedNetwork):
     """forward = fold(head(features(x, t, y))), turned to the data's coordinates and back.
 
     The features are the network's own of W x, and the outputs are turned by W^T, with the
@@ -25,45 +26,24 @@ class InDataCoordinates(nn.Module):
     vectors: Tensor
 
     def __init__(self, net: Any, space: Any) -> None:
-        super().__init__()
+        super().__init__(net)
         basis = getattr(space, "basis", None)
         if basis is None:
             raise UserError(
                 "model.wrapper=InDataCoordinates turns states of an eigenbasis, and data.space="
                 f"{type(space).__name__} has none; use space=eigenbasis"
             )
-        self.net, self.head = net, net.head
+        self.head = net.head
         net.head = nn.Identity()
         self.register_buffer("vectors", basis.vectors.float(), persistent=False)
 
-    @property
-    def num_classes(self) -> int | None:
-        """Of the network."""
-        return getattr(self.net, "num_classes", None)
-
-    @property
-    def embedding_size(self) -> int | None:
-        """Of the network."""
-        return getattr(self.net, "embedding_size", None)
-
-    @property
-    def last_block(self) -> nn.Module:
-        """Of the network."""
-        block: nn.Module = self.net.last_block
-        return block
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Prediction for states ``(B, *shape)`` at times ``t (B,)``: ``(B, *shape)``."""
-        return self.fold(self.head(self.features(x, t, y)))
-
     def features(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Input of the head."""
-        features: Tensor = self.net.features(self._turned(x, self.vectors.T), t, y)
-        return features
+        return super().features(self._turned(x, self.vectors.T), t, y)
 
     def fold(self, output: Tensor) -> Tensor:
         """Outputs of the head as states of the eigenbasis."""
-        return self._turned(self.net.fold(output), self.vectors)
+        return self._turned(super().fold(output), self.vectors)
 
     def _turned(self, x: Tensor, matrix: Tensor) -> Tensor:
         return (x.flatten(1) @ matrix.to(x)).reshape(x.shape)
