@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.data.images import ImageData
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Field, Solver, Step, integrate
 from bayesdiff.solvers.integrate import Memory, advance, held_after
-from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.members.ensemble import MemberField
 from bayesdiff.uncertainty.recorder import Recorder
 from bayesdiff.uncertainty.recursion.propagate import (
@@ -22,12 +20,13 @@ from bayesdiff.uncertainty.recursion.propagate import (
     rows_of,
     without_negative,
 )
+from bayesdiff.uncertainty.recursion.value_by_value import ValueByValue
 from bayesdiff.uncertainty.samples import Samples
 from bayesdiff.uncertainty.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossCovariance(Estimator):
+class CrossCovariance(ValueByValue):
     """Per-pixel variance of x' = a x + b g + c z, step by step, under one draw of weights for all.
 
         V' = a^2 V + 2 a b Cov(x, g) + b^2 Var(g),    V = 0 at first, z shared,
@@ -70,23 +69,6 @@ class CrossCovariance(Estimator):
                 f"uncertainty={self.name} follows steps of one evaluation, those of "
                 f"solver={solver.name} have {solver.stages}; use uncertainty=ensemble"
             )
-
-    def check_data(self, data: ImageData) -> None:
-        """Refuse states that are decoded, see ``check_decoded``."""
-        super().check_data(data)
-        if data.space.decoded:
-            self.check_decoded()
-
-    def check_decoded(self) -> None:
-        """Refuse states that are decoded.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            f"uncertainty={self.name} follows the variance of every value of a state alone, "
-            "which says nothing of decoded pixels; use uncertainty=ensemble or linearised"
-        )
 
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once."""

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
-from bayesdiff.data.images import ImageData
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.models import GenerativeModel
@@ -25,12 +24,13 @@ from bayesdiff.uncertainty.recursion.propagate import (
 )
 from bayesdiff.uncertainty.recursion.state_draws import Draws
 from bayesdiff.uncertainty.recursion.uncertain_head import Evaluations, UncertainHead, evaluate
+from bayesdiff.uncertainty.recursion.value_by_value import ValueByValue
 from bayesdiff.uncertainty.samples import Samples, check_skip_interval
 from bayesdiff.uncertainty.start import Start
 
 
 @dataclass(frozen=True)
-class Moments(Estimator):
+class Moments(ValueByValue):
     """Per-pixel mean and variance of x' = a x + b g + c z, step by step.
 
     With mean m and variance V of x, g the trained network's output and gam2 its variance due to
@@ -134,23 +134,6 @@ class Moments(Estimator):
                 f"uncertainty={self.name} needs a prediction linear in the head's weights, which "
                 f"likelihood={likelihood.name} has not; use uncertainty={others}"
             )
-
-    def check_data(self, data: ImageData) -> None:
-        """Refuse states that are decoded, see ``check_decoded``."""
-        super().check_data(data)
-        if data.space.decoded:
-            self.check_decoded()
-
-    def check_decoded(self) -> None:
-        """Refuse states that are decoded.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            f"uncertainty={self.name} follows the variance of every value of a state alone, "
-            "which says nothing of decoded pixels; use uncertainty=ensemble or linearised"
-        )
 
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once: the draws, their derivatives, and the image."""
