@@ -92,10 +92,11 @@ class _Pairs:
         self.damping = torch.ones_like(self.z[:, :1])
         self.value = self._log_joint(self.z)
 
+    @torch.no_grad()
     def newton_step(self) -> None:
         """Gauss-Newton; a step that leads down is not taken, and the next one is shorter."""
         lower, slope = self._precision_root(self.z)
-        residual = (self.x - self.mixture.decode(self.z).detach()) / self.mixture.noise
+        residual = (self.x - self.mixture.decode(self.z)) / self.mixture.noise
         gradient = (slope.mT @ residual[..., None])[..., 0]
         gradient = gradient - (self.z - self.mean) / self.scale.square()
         step = torch.cholesky_solve(gradient[..., None], lower)[..., 0]

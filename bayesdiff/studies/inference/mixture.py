@@ -18,6 +18,8 @@ from bayesdiff.studies.inference.simplex import log_prior, log_weights
 # Of a batch of points (B, D) -> (B, D), differentiable, each row by itself.
 Map = Callable[[Tensor], Tensor]
 
+_AT_ONCE = 512
+
 
 @dataclass(frozen=True)
 class LatentMixture:
@@ -48,6 +50,12 @@ class LatentMixture:
     ) -> tuple[Tensor, Tensor]:
         """Latents and observations, both ``(count, D)``."""
         component = torch.multinomial(weights, count, replacement=True, generator=generator)
+        return self.draw_of(component, generator)
+
+    @torch.no_grad()
+    def draw_of(self, component: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents and observations, both ``(N, D)``, of the components ``(N,)``."""
+        count = len(component)
         z = self.means[component] + self.scales[component] * self._normal(count, generator)
         noise = self.noise * self._normal(count, generator)
         return z, self.decode(z) + noise
@@ -117,16 +125,24 @@ class JointPosterior:
 
 
 def jacobian(decode: Map, z: Tensor) -> Tensor:
-    """Derivatives of outputs by inputs at each point, ``(B, D) -> (B, D, D)``."""
+    """Derivatives of outputs by inputs at each point, ``(B, D) -> (B, D, D)``.
+
+    A few points at once: all steps of a flow are kept for their derivatives.
+    """
+    return torch.cat([jacobian_of(decode, part)[1] for part in z.split(_AT_ONCE)])
+
+
+def jacobian_of(function: Map, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs ``(B, D)`` and their derivatives ``(B, D, D)`` by inputs ``(B, D)``."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        outputs = decode(z).sum(0)
-        last = len(outputs) - 1
+        outputs = function(z)
+        last = outputs.shape[1] - 1
         rows = [
-            torch.autograd.grad(output, z, retain_graph=place < last)[0]
-            for place, output in enumerate(outputs)
+            torch.autograd.grad(outputs[:, place].sum(), z, retain_graph=place < last)[0]
+            for place in range(last + 1)
         ]
-    return torch.stack(rows, 1)
+    return outputs.detach(), torch.stack(rows, 1)
 
 
 def normal_like(like: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
