@@ -179,5 +179,3 @@ def _encoded(flow: FlowMap, heads: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def _chunks(total: int, size: int) -> Iterator[int]:
     for start in range(0, total, size):
         yield min(size, total - start)
-
-

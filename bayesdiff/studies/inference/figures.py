@@ -137,8 +137,8 @@ def observations(shown: Shown, conditions: str = "") -> "Figure":
     made = shown.results["conditions"]
     caption = (
         f"Above: {count} latents of the mixture, in the colours of its Gaussians. Below: their "
-        f"observations, states that the flow makes of them with noise {made['noise']:g}; inference "
-        f"sees these alone. {conditions}"
+        f"observations, states that the flow makes of them with noise {made['noise']:g}; these "
+        f"alone are given to the inference. {conditions}"
     )
     wide = 400
     title = "What is observed"

@@ -107,9 +107,7 @@ class LatentInference(Study):
 
     @property
     def _sampler(self) -> Hamiltonian:
-        return Hamiltonian(
-            self.draws, self.warmup, self.leapfrog_steps, self.target_acceptance
-        )
+        return Hamiltonian(self.draws, self.warmup, self.leapfrog_steps, self.target_acceptance)
 
     def check_data(self, data: ImageData, name: str) -> None:
         """Refuse states whose latents are too many to integrate out.
@@ -125,8 +123,8 @@ class LatentInference(Study):
             )
         if len(self.means[0]) > shape[0]:
             raise UserError(
-                f"{name}.means={plain_rows(self.means)} have {len(self.means[0])} coordinates, and "
-                f"states of {data.name} have {shape[0]}; give fewer"
+                f"{name}.means={plain_rows(self.means)} have {len(self.means[0])} coordinates, "
+                f"and states of {data.name} have {shape[0]}; give fewer"
             )
 
     def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
