@@ -57,13 +57,13 @@ def flow_of(size: int = 2, head: float = 0.0, steps: int = 8) -> FlowMap:
         net.head.bias.mul_(head)
     space = SimpleNamespace(variances=torch.linspace(2.0, 0.5, size))
     path = Inflation("prp", duration=7.01).for_space(space)
-    model = GenerativeModel(net, path, "v")
+    model = GenerativeModel(net, path, "v", torch.optim.AdamW)
     return FlowMap(model, Heun(steps))
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_posterior_of_a_linear_flow_is_the_exact_one(size):
-    flow = flow_of(size)
+    flow = flow_of(size, steps=4)
     with flow.frozen():
         mixture = LatentInference(noise=0.3).mixture(flow, size, torch.device("cpu"))
         assert mixture.means.shape == (3, size)
@@ -71,7 +71,7 @@ def test_the_posterior_of_a_linear_flow_is_the_exact_one(size):
             assert mixture.scales[:, 2].tolist() == [1, 1, 1] and not mixture.means[:, 2].any()
         slope = flow.decode(torch.eye(size)).T
         assert (slope - torch.eye(size)).abs().max() > 1e-5  # the data's noise left
-        x = mixture.draw(TRUTH.float(), 200, seeded(1))[1]
+        x = mixture.draw(TRUTH.float(), 100, seeded(1))[1]
         found = component_likelihood(
             mixture, x, flow.encode(x), seeded(), draws=2, inflation=1.0
         ).log_likelihood
@@ -79,14 +79,14 @@ def test_the_posterior_of_a_linear_flow_is_the_exact_one(size):
     assert torch.allclose(found, exact, atol=2e-3)
     mine, grid = (grid_posterior(each.double()) for each in (found, exact))
     assert torch.allclose(mine.mean, grid.mean, atol=1e-3)
-    sampler = Hamiltonian(draws=300, warmup=100, leapfrog_steps=6)
+    sampler = Hamiltonian(draws=150, warmup=60, leapfrog_steps=4)
     chains = collapsed_chains(found.double(), sampler, 16, seeded(2))
     numbers = summary(chains, TRUTH)
-    assert numbers["r_hat_max"] < 1.02 and numbers["chains"] == 16
+    assert numbers["r_hat_max"] < 1.03 and numbers["chains"] == 16
     against = referee(grid, numbers)
-    assert against["mean_off"] < 0.12 and against["sd_off"] < 0.1
+    assert against["mean_off"] < 0.15 and against["sd_off"] < 0.12
     for end in ("low", "high"):
-        assert numbers[end] == pytest.approx(against[end], abs=0.02)
+        assert numbers[end] == pytest.approx(against[end], abs=0.03)
 
 
 def test_the_flow_is_differentiated_as_it_is_computed_and_frozen():
@@ -100,7 +100,8 @@ def test_the_flow_is_differentiated_as_it_is_computed_and_frozen():
             slow = (flow.decode(z + off) - flow.decode(z - off)) / (2 * step)
             assert torch.allclose(slope[:, :, k], slow, atol=2e-3)
         assert not flow.decode(z).requires_grad
-        assert (flow.encode(flow.decode(z)) - z).norm() < 0.05
+        finer = flow_of(head=3.0, steps=32)
+        assert (finer.encode(finer.decode(z)) - z).norm() < 0.02
     assert flow.decode(z).requires_grad and all(p.requires_grad for p in flow.model.parameters())
 
 
@@ -121,46 +122,43 @@ def test_each_state_has_a_head_of_its_own():
 
 
 class Heads:
-    """A posterior of the bias alone: weights as they are, biases around them."""
+    """Weights as they are, biases around them; every tenth, a true one, ``off`` times as far."""
 
-    def __init__(self, head: nn.Linear, width: float) -> None:
-        mean = torch.cat([head.weight, head.bias[:, None]], 1).detach().double()
-        self.mean, self.width = mean, width
+    def __init__(self, head: nn.Linear, width: float, off: float = 1.0) -> None:
+        self.mean = torch.cat([head.weight, head.bias[:, None]], 1).detach().double()
+        self.width, self.off = width, off
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         drawn = self.mean.expand(n, *self.mean.shape).clone()
         noise = torch.randn(n, len(self.mean), generator=generator, dtype=torch.float64)
+        noise[::10] *= self.off
         drawn[:, :, -1] += self.width * noise
         return drawn
 
 
 def test_latents_of_biased_flows_are_shifted_normals():
-    """The head's bias shifts latents by a constant: x says what 1 + width^2 leaves of the head."""
-    flow = flow_of()
-    how = (2, torch.device("cpu"), 400, 19, 3)
+    """The head's bias shifts all latents alike: their spread is known."""
+    flow = flow_of(steps=4)
+    head: nn.Linear = flow.model.net.head
+
+    def tested(width: float, off: float = 1.0) -> dict:
+        how = (2, torch.device("cpu"), 200, 9, 3)
+        found = calibration.latent_shares(flow, Heads(head, width, off), *how)
+        assert found.error.abs().max() < 1e-3
+        return calibration.of_latents(found)
+
     with flow.frozen():
-        narrow = calibration.latent_shares(flow, Heads(flow.model.net.head, 0.05), *how)
-        wide = calibration.latent_shares(flow, Heads(flow.model.net.head, 1.0), *how)
-        shift = flow.encode_under(
-            Heads(flow.model.net.head, 0).draw(1, seeded()) + _bias(), _zero()
-        )
-    assert narrow.error.abs().max() < 1e-4
-    numbers = calibration.of_latents(narrow)
-    assert numbers["p_corrected"] > 0.01 and numbers["weighted"]["p_corrected"] > 0.01
-    assert numbers["coverage"] == pytest.approx([0.9, 0.9], abs=0.06)
-    expected = (0.05 * shift.abs()).flatten().tolist()
-    assert numbers["spread"] == pytest.approx(expected, rel=0.05)
-    # A state is news about wide heads: without weights ranks are off.
-    numbers = calibration.of_latents(wide)
-    assert numbers["p_corrected"] < 1e-3 < 0.01 < numbers["weighted"]["p_corrected"]
+        narrow, wide, wrong = tested(0.05), tested(1.0), tested(0.05, off=3)
+        shift = flow.encode_under(Heads(head, 0).draw(1, seeded()) + _bias(), torch.zeros(1, 2))
+    for numbers in (narrow, wide):
+        assert numbers["p_corrected"] > 0.01 and numbers["weighted"]["p_corrected"] > 0.01
+        assert numbers["coverage"] == pytest.approx([0.9, 0.9], abs=0.08)
+    assert narrow["spread"] == pytest.approx((0.05 * shift.abs()).flatten().tolist(), rel=0.05)
+    assert wrong["p_corrected"] < 1e-6 and max(wrong["coverage"]) < 0.75
 
 
 def _bias() -> Tensor:
     return torch.cat([torch.zeros(1, 2, 8), torch.ones(1, 2, 1)], 2)
-
-
-def _zero() -> Tensor:
-    return torch.zeros(1, 2)
 
 
 def test_ranks_of_weights_are_uniform_and_of_the_wrong_noise_are_not():
@@ -196,7 +194,7 @@ def test_numbers_of_chains():
 def test_bonferroni_and_the_band():
     shares = calibration.LatentShares(*[torch.linspace(0.01, 0.99, 100)[:, None]] * 4)
     found = calibration.of_latents(shares)
-    assert found["p"][0] == pytest.approx(1, abs=0.01) and found["counts"] == [[10]] * 10
+    assert found["p"][0] == pytest.approx(1, abs=0.01) and found["counts"] == [[10] * 10]
     two = torch.stack([torch.arange(100), torch.arange(100) ** 2 // 100], 1)
     found = calibration.of_weights(two)
     assert found["p_corrected"] == pytest.approx(2 * found["p"][1])

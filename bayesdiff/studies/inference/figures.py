@@ -106,7 +106,7 @@ def ranks(results: Mapping[str, Any], conditions: str = "") -> "Figure":
         for k in range(columns):
             panels[row, k].set_visible(k < len(part["p"]))
         for k, p in enumerate(part["p"]):
-            _histogram(panels[row, k], [each[k] for each in part["counts"]])
+            _histogram(panels[row, k], part["counts"][k])
             panels[row, k].set_title(f"{name} {k + 1}: p = {p:.3g}")
             panels[row, k].set_ylabel("truths" if k == 0 else "")
     for panel in panels[-1]:
