@@ -4,12 +4,11 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from bayesdiff.report.layout import chart
 from bayesdiff.report.style import COLOURS, style
 from bayesdiff.studies.inference.calibration import DRAWS, band
 from bayesdiff.studies.inference.shown import Shown
+from bayesdiff.studies.inference.simplex import RESOLUTION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 _TRACES = 4  # chains that are drawn
 _POINTS = 1500
+_BARS = 36  # of a marginal, about
 
 
 def every(shown: Shown, conditions: str = "") -> Iterator[tuple[str, "Figure"]]:
@@ -69,25 +69,25 @@ def _marginal(axes: "Axes", shown: Shown, k: int) -> None:
     found = shown.results["weights"]
     values = shown.draws[..., k].flatten().numpy()
     centre, reach = shown.results["referee"]["mean"][k], 4.5 * shown.results["referee"]["sd"][k]
-    # The grid's own cells are no finer than its bars.
-    cells = np.unique(shown.grid.weights[:, k].numpy().round(9))
-    fewest = max(8, min(40, int(2 * reach * len(cells) / 2)))
-    bins = np.linspace(max(0, centre - reach), min(1, centre + reach), fewest).tolist()
+    # A bar holds whole cells of the grid: as many of them as any other bar.
+    cells = max(1, round(2 * reach * RESOLUTION / _BARS))
+    ends = (centre - reach) * RESOLUTION // cells, (centre + reach) * RESOLUTION // cells + 1
+    bins = [edge * cells / RESOLUTION for edge in range(int(ends[0]), int(ends[1]) + 1)]
     axes.hist(values, bins, density=True, color=COLOURS[0], alpha=0.35, label="chains")
     mass, of_weight = shown.grid.mass.numpy(), shown.grid.weights[:, k].numpy()
     line: dict[str, Any] = {"histtype": "step", "color": COLOURS[1], "linewidth": 1.4}
     axes.hist(of_weight, bins, density=True, weights=mass, label="grid", **line)
-    axes.axvline(found["truth"][k], color="0.2", linestyle="--", label="truth")
     top = axes.get_ylim()[1]
+    axes.vlines(found["truth"][k], 0, top, color="0.2", linestyle="--", label="truth")
     axes.plot([found["low"][k], found["high"][k]], [0.03 * top] * 2, color="0.1", linewidth=4)
-    axes.set_ylim(0, 1.35 * top)
+    axes.set_ylim(0, 1.7 * top)
 
 
 @style()
 def ranks(results: Mapping[str, Any], conditions: str = "") -> "Figure":
     """Histograms of ranks of the truth, with the band of uniform ones."""
     sbc, latents, made = results["sbc"], results["latents"], results["conditions"]
-    rows = [(sbc, "weight"), (latents, "latent"), (latents["weighted"], "latent, heads weighted")]
+    rows = [(sbc, "weight"), (latents, "latent"), (latents["weighted"], "weighted latent")]
     caption = (
         f"Where truths lie among draws of their posteriors; band: 95 % of the bars if ranks are "
         f"uniform. Above: weights of {made['repeats']} mixtures from the prior among {DRAWS} "
@@ -109,8 +109,8 @@ def ranks(results: Mapping[str, Any], conditions: str = "") -> "Figure":
             _histogram(panels[row, k], part["counts"][k])
             panels[row, k].set_title(f"{name} {k + 1}: p = {p:.3g}")
             panels[row, k].set_ylabel("truths" if k == 0 else "")
-    for panel in panels[-1]:
-        panel.set_xlabel("share of draws below the truth")
+            lowest = row == len(rows) - 1 or k >= len(rows[row + 1][0]["p"])
+            panels[row, k].set_xlabel("draws below the truth" if lowest else "")
     return figure
 
 
@@ -123,7 +123,7 @@ def _histogram(axes: "Axes", counts: list[int]) -> None:
     axes.axhspan(*band(total, bins), color="0.88", zorder=0)
     axes.axhline(total / bins, color="0.4", linewidth=0.8)
     left = [place / bins for place in range(bins)]
-    axes.bar(left, counts, 0.92 / bins, align="edge", color=COLOURS[0])
+    axes.bar(left, counts, 1 / bins, align="edge", color=COLOURS[0], edgecolor="white")
     axes.set(xlim=(0, 1), ylim=(0, max(*counts, 2 * total / bins)))
     axes.grid(False)
 
@@ -151,5 +151,6 @@ def observations(shown: Shown, conditions: str = "") -> "Figure":
                 how: dict[str, Any] = {"color": COLOURS[k], "label": f"Gaussian {k + 1}"}
                 panel.scatter(own[:, i], own[:, j], s=3, linewidths=0, **how)
             panel.set(xlabel=f"{name} {i + 1}", ylabel=f"{name} {j + 1}", aspect="equal")
-    panels[0, 0].legend(loc="upper right", markerscale=3)
+    above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3}
+    panels[0, 0].legend(markerscale=3, handlelength=1, columnspacing=1, **above)
     return figure

@@ -10,6 +10,7 @@ from bayesdiff.checks import UserError, at_least
 
 # Observations times grid points at once: 64 MiB.
 _PRODUCTS = 1 << 23
+RESOLUTION = 150  # of a grid, cells per side
 
 
 def log_weights(free: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class GridPosterior:
         return self.weights[place]
 
 
-def grid_posterior(log_likelihood: Tensor, resolution: int = 150) -> GridPosterior:
+def grid_posterior(log_likelihood: Tensor, resolution: int = RESOLUTION) -> GridPosterior:
     """Sum over the simplex under the uniform prior; exact once cells are below the posterior's sd.
 
     Args:
