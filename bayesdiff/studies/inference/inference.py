@@ -9,7 +9,7 @@ Source: de Albuquerque and Pearson, "Inflationary Flows" (2024), whose sampler m
 all observations, in one chain; here they are integrated out, and many chains run at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,7 +256,7 @@ def _importance(likelihood: ComponentLikelihood) -> dict[str, float]:
     }
 
 
-def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for every weight."""
     weights, grid = results["weights"], results["referee"]
     names = ("truth", "mean", "sd", "low", "high", "inside", "r_hat", "ess")
