@@ -161,7 +161,7 @@ def _bias() -> Tensor:
     return torch.cat([torch.zeros(1, 2, 8), torch.ones(1, 2, 1)], 2)
 
 
-def test_ranks_of_weights_are_uniform_and_of_the_wrong_noise_are_not():
+def test_ranks_of_weights_are_uniform_and_halved_ones_are_not():
     flow = flow_of(steps=2)
     with flow.frozen():
         device = torch.device("cpu")
