@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
+from bayesdiff.cli import explain
 from bayesdiff.data.eigenbasis import Basis, Eigenbasis
 from bayesdiff.data.toys import moons
 from bayesdiff.models import GenerativeModel
@@ -17,6 +18,7 @@ from bayesdiff.models.exact import exact_model
 from bayesdiff.networks import InDataCoordinates
 from bayesdiff.paths import CondOT, Inflation, VariancePreserving, convert
 from bayesdiff.paths.inflation import participation_ratio
+from bayesdiff.runs.invertible import InvertibleFlow
 from bayesdiff.solvers import DDIM, RK4, Euler, Heun, Midpoint, integrate, plan
 from bayesdiff.solvers.encode import backward, decode, encode
 
@@ -262,6 +264,12 @@ def test_exact_scores_lead_to_the_references(path, prediction, solver):
     assert float(nearest.median()) < 2e-2
 
 
+def test_an_exact_score_is_of_one_time():
+    model = exact_model(CondOT(), "velocity", torch.randn(5, 2))
+    with pytest.raises(UserError, match="of one time for all states"):
+        model(torch.randn(2, 2), torch.tensor([0.1, 0.9]))
+
+
 def test_an_exact_score_has_no_value_without_noise():
     model = exact_model(CondOT(), "velocity", torch.randn(5, 2))
     with pytest.raises(UserError, match="no value at t=1, where no noise is left"):
@@ -309,7 +317,7 @@ def test_the_basis_whitens_and_fixes_its_signs():
 
 def test_values_that_never_change_have_directions_of_their_own():
     values = torch.cat([rows(500, 3.0, 1.0), torch.full((500, 2), 0.25, dtype=DOUBLE)], 1)
-    with pytest.raises(UserError, match="do not vary in 2 of 4 directions; give data.space.floor"):
+    with pytest.raises(UserError, match=r"do not vary in 2 of 4 directions and data.space.floor=0.0; give"):
         Basis.of([values], 0.0)
     basis = Basis.of([values], 1e-3)
     assert basis.vectors[2:, 2:].tolist() == [[1.0, 0.0], [0.0, 1.0]]
@@ -411,9 +419,16 @@ def test_bad_options_are_refused(options, message):
         Inflation(**options)
 
 
+def test_data_that_stay_in_latents_are_said(caplog):
+    ready(Inflation("prr", 1, 1.02), 4.0, 1.0)
+    assert not caplog.records
+    ready(Inflation("prr", 1, 2.0), 4.0, 1.0, 0.25)
+    assert "2 of 3 dimensions have alpha up to 1 at t = 0" in caplog.text
+
+
 def test_dimensions_that_do_not_fit_are_refused():
     three = SimpleNamespace(variances=torch.ones(3), shape=(3,))
-    with pytest.raises(UserError, match="keeps 2 of 3 dimensions and gives a gap of 3"):
+    with pytest.raises(UserError, match="keeps 2 of 3 .* path.dims_to_keep of at most 1"):
         Inflation("prr", 2, "zero_sum").for_space(three)
     with pytest.raises(UserError, match="path.dims_to_keep=3 of 3 dimensions leaves none"):
         Inflation("prr", 3).for_space(three)
@@ -421,6 +436,60 @@ def test_dimensions_that_do_not_fit_are_refused():
         Inflation().for_space(SimpleNamespace(shape=(2,)))
     with pytest.raises(UserError, match="call for_space"):
         Inflation().coefficients(T)
+
+
+def test_the_basis_knows_what_it_lifted():
+    values = torch.cat([rows(500, 3.0, 1.0), torch.full((500, 1), 0.25, dtype=DOUBLE)], 1)
+    basis = Basis.of([values], 0.5)
+    states = basis.encode(values)
+    torch.testing.assert_close(states.var(0), basis.spread)
+    assert basis.spread[0] == 1 and 0 < basis.spread[1] < 0.5 and basis.spread[2] == 0
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["space=rotation"], "data.space.floor is no option of .*Latents.* model=inflation"),
+        (["solver.denoise=yess"], "solver.denoise must be true or false, got 'yess'"),
+        (["data.space.floor=0"], "data.space.floor=0; give 1e-3 or so"),
+        (["path.schedule=prr", "path.dims_to_keep=64"], "leaves none to compress"),
+        (["path=inflation", "model=flow"], "use space=eigenbasis"),
+    ],
+)
+def test_runs_that_cannot_work_are_one_line(compose, words, message):
+    model = [] if "model=flow" in words else ["model=inflation"]
+    with pytest.raises(Exception, match=message) as error:
+        pipeline.run(compose(*model, *words))
+    assert len(explain(error.value).splitlines()) == 1
+
+
+def test_latents_of_a_run_from_python(compose, tmp_path):
+    """Data as they are stored alone, other data's basis refused, latents of one solver."""
+    words = [
+        "model=inflation", "data=circles", "net=mlp", "net.width=16", "data.source.points=400",
+        "data.source.test_points=50", "trainer.max_steps=2", "uncertainty=ensemble",
+        "uncertainty.members=2", "uncertainty.num_images=4", "metrics.num_images=0",
+        "solver.num_steps=20", "solver.denoise=true", "report.pdf=false",
+    ]  # fmt: skip
+    folder = pipeline.run(compose(*words)).folder.parent
+    flow = InvertibleFlow.of(folder)
+    data = torch.randn(5, 2)
+    latents = flow.encode(data)
+    torch.testing.assert_close(flow.decode(latents), data, atol=5e-3, rtol=0)
+    with pytest.raises(UserError, match=r"as they are stored, float32 \(N, 2\), got float64"):
+        flow.encode(data.double())
+    with pytest.raises(UserError, match=r"decode takes latents \(N, 2\), got \(5, 1\)"):
+        flow.decode(latents[:, :1])
+    with pytest.raises(UserError, match="batch of 0"):
+        flow.encode(data[:0])
+    flow.save(tmp_path / "latents.safetensors", latents)
+    assert torch.equal(flow.load(tmp_path / "latents.safetensors"), latents)
+    other = InvertibleFlow.of(folder, Heun(20, grid="quadratic"))
+    with pytest.raises(UserError, match="encode the data again"):
+        other.load(tmp_path / "latents.safetensors")
+    checkpoint = f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(UserError, match="trained in states of other data"):
+        pipeline.run(compose(*words, "data=moons", "fit=false", checkpoint))
 
 
 def test_maps_of_images_by_derivatives_and_by_members(compose):

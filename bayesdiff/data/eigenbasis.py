@@ -23,15 +23,18 @@ class Basis(nn.Module):
         mean: ``(D,)``.
         vectors: orthonormal columns ``(D, D)``, by falling variance.
         variances: along them, ``(D,)``, above 0.
+        spread: variance of the whitened coordinates, below 1 where a variance was lifted.
     """
 
     mean: Tensor
     vectors: Tensor
     variances: Tensor
+    spread: Tensor
 
-    def __init__(self, mean: Tensor, vectors: Tensor, variances: Tensor) -> None:
+    def __init__(self, mean: Tensor, vectors: Tensor, variances: Tensor, spread: Tensor) -> None:
         super().__init__()
-        for name, values in (("mean", mean), ("vectors", vectors), ("variances", variances)):
+        parts = {"mean": mean, "vectors": vectors, "variances": variances, "spread": spread}
+        for name, values in parts.items():
             self.register_buffer(name, values.double(), persistent=False)
 
     @classmethod
@@ -69,9 +72,10 @@ class Basis(nn.Module):
         if singular and not floor:
             raise UserError(
                 f"space=eigenbasis is singular: the data do not vary in {singular} of "
-                f"{len(variances)} directions; give data.space.floor=1e-3 or so"
+                f"{len(variances)} directions and data.space.floor={floor}; give 1e-3 or so"
             )
-        return cls(mean, vectors, variances.clamp(min=floor * float(variances[0])))
+        lifted = variances.clamp(min=floor * float(variances[0]))
+        return cls(mean, vectors, lifted, variances / lifted)
 
     def encode(self, values: Tensor) -> Tensor:
         """Values ``(N, *shape)`` to whitened coordinates of that shape, in its precision."""
@@ -93,13 +97,14 @@ class Eigenbasis:
         data: images or points.
         floor: least variance, as a share of the largest: a pixel that few images use would be far
             out in units of its own variance, and rule the loss.
-        rows: training data that the basis is of, the first so many.
+        rows: training data that the basis is of, a fixed random choice of so many.
 
     Raises:
         UserError: for a singular basis and no floor, or too few rows.
     """
 
     decoded = True
+    fitted = True
     fingerprint = ""
 
     def __init__(self, data: "ImageData", floor: float = 1e-3, rows: int = 20000) -> None:
@@ -111,13 +116,20 @@ class Eigenbasis:
         self.pictures, self.scores = self.inner.pictures, self.inner.scores
         self.figures = self.inner.decoded_figures
         at_least("data.space.rows", rows, 2)
-        parts = data.images[:rows].split(_AT_ONCE)
+        # Data often come sorted by class.
+        mixed = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+        parts = data.images[mixed[:rows].sort().values].split(_AT_ONCE)
         self.basis = Basis.of([self.inner.encode(part).flatten(1) for part in parts], floor)
 
     @property
     def variances(self) -> Tensor:
         """Of the data along its eigenvectors, of a state's shape, float64."""
         return self.basis.variances.view(self.shape)
+
+    @property
+    def spread(self) -> Tensor:
+        """Variance of the states, of a state's shape, float64; below 1 under the floor."""
+        return self.basis.spread.view(self.shape)
 
     def encode(self, data: Tensor) -> Tensor:
         """Data as it is stored to whitened coordinates, float32."""

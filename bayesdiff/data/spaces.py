@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError, at_least, seed_of
+from bayesdiff.options.targets import arguments
 from bayesdiff.options.values import plain
 from bayesdiff.storage.artefacts import key_of, weights_key
 from bayesdiff.storage.source_code import code_of
@@ -160,6 +161,13 @@ def in_space(data: "ImageData", options: DictConfig | None) -> "ImageData":
     """The data in the space that ``data.space`` makes for them, with a fingerprint of both."""
     if options is None:
         return data
+    known = arguments(str(options.get("_target_")))
+    extra = [name for name in plain(options) if known and name not in {"_target_", *known}]
+    if extra:
+        raise UserError(
+            f"data.space.{extra[0]} is no option of {options._target_}; leave it out, or the "
+            "space that is chosen beside another one, as by model=inflation"
+        )
     space: Space = instantiate(options, _partial_=True)(data)
     settings = plain(options)
     parts = settings, code_of(settings), space.fingerprint

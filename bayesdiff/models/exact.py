@@ -42,13 +42,17 @@ class ExactPrediction(nn.Module):
         """The prediction itself.
 
         Raises:
-            UserError: at a time without noise, where a state is one of the references or none.
+            UserError: at a time without noise, where a state is one of the references or none,
+                and for several times.
         """
+        if bool((t != t[0]).any()):
+            raise UserError("the exact prediction is of one time for all states; give equal times")
         c = self.path.coefficients(t[0])
         if not bool(c.sigma.all()):
             raise UserError(
                 f"the exact prediction has no value at t={float(t[0]):g}, where no noise is left; "
-                "use solver=euler, ddim or another that does not ask for it there"
+                "sample with solver=euler or ddim, and go to latents on a path with noise there, "
+                "such as path=inflation with kernel=constant"
             )
         alpha, sigma = c.alpha.to(x), c.sigma.to(x)
         r, s = (value.to(x) for value in mix(self.prediction, c))

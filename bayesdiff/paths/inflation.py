@@ -10,6 +10,7 @@ Source: de Albuquerque and Pearson, "Inflationary Flows: Calibrated Bayesian Inf
 Diffusion-Based Models" (2024).
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, Self
@@ -20,12 +21,16 @@ from torch import Tensor
 from bayesdiff.checks import UserError, at_least, positive
 from bayesdiff.paths.probability_path import PathCoefficients, ProbabilityPath
 
+log = logging.getLogger(__name__)
+
 SCHEDULES = ("prp", "prr")
 KERNELS = ("constant", "proportional")
 ZERO_SUM = "zero_sum"
 # The growth exponents of kept dimensions exceed those of compressed ones by at most this much:
 # beyond it the noise of the compressed ones would shrink.
 _MOST_GAP = 2.0
+# Share of the data in a latent that is worth a word.
+_SIGNAL = 0.1
 
 
 class Inflation(ProbabilityPath):
@@ -118,9 +123,9 @@ class Inflation(ProbabilityPath):
             self.gamma_0, variances,
         )  # fmt: skip
         if self.inflation_gap == ZERO_SUM:
-            _checked_gap(
-                made.gap, f"path.inflation_gap=zero_sum keeps {kept} of {size} dimensions and"
-            )
+            who = f"path.inflation_gap=zero_sum keeps {kept} of {size} dimensions and"
+            _checked_gap(made.gap, who, f"path.dims_to_keep of at most {size // 2}, or ")
+        _warn_of_signal(made)
         return made
 
     @property
@@ -210,9 +215,22 @@ def participation_ratio(variances: Tensor | Sequence[float]) -> float:
     return float(xi.sum() ** 2 / xi.square().sum())
 
 
-def _checked_gap(gap: float, who: str) -> None:
+def _checked_gap(gap: float, who: str, cure: str = "") -> None:
     if gap > _MOST_GAP:
         raise UserError(
             f"{who} gives a gap of {gap:g}, and beyond 2 the noise of compressed dimensions "
-            "would shrink; give a number in (0, 2]"
+            f"would shrink; give {cure}a number in (0, 2]"
+        )
+
+
+def _warn_of_signal(path: Inflation) -> None:
+    """Say where latents are not noise alone, so that samples should not start from it."""
+    signal = path.coefficients(torch.zeros((), dtype=torch.float64)).alpha
+    left = int((signal > _SIGNAL).sum())
+    if left:
+        log.warning(
+            "path=inflation leaves data in its latents: %d of %d dimensions have alpha up to %.2g "
+            "at t = 0, and samples start from pure noise; use a longer path.duration, a larger "
+            "path.rho or a smaller path.inflation_gap",
+            *(left, signal.numel(), float(signal.max())),
         )

@@ -1,7 +1,7 @@
 """A trained run as an invertible map: data to latents, latents to data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,12 +42,14 @@ class InvertibleFlow:
         space: of its states.
         solver: deterministic.
         weights: key of the weights, which saved latents must share.
+        stored: one of the data as they are stored, ``(1, ...)``; others must be like it.
     """
 
     model: GenerativeModel
     space: Space
     solver: Solver
     weights: str
+    stored: Tensor | None = None
 
     @classmethod
     def of(cls, folder: str | Path, solver: Solver | None = None) -> Self:
@@ -65,7 +67,9 @@ class InvertibleFlow:
             raise UserError(f"{folder} is no run folder, it has no .hydra/config.yaml; give one")
         cfg: Any = OmegaConf.load(file)
         with read_write(cfg), open_dict(cfg):
-            cfg.merge_with({"fit": False, "ckpt_path": "last", "run_dir": str(folder)})
+            cfg.merge_with(
+                {"fit": False, "ckpt_path": "last", "run_dir": str(folder), "init_from": None}
+            )
         settle(cfg)
         run = build(cfg)
         path = Path(folder) / "checkpoints" / chosen(run)
@@ -79,10 +83,27 @@ class InvertibleFlow:
             raise UserError(
                 f"solver={solver.name} draws noise and is no map; give another, such as Heun(50)"
             )
-        return cls(run.model.to(run.device).eval(), run.data.space, solver, weights)
+        # A last prediction is no way back.
+        solver = replace(solver, denoise=False)
+        model, data = run.model.to(run.device).eval(), run.data
+        return cls(model, data.space, solver, weights, data.data.images[:1])
 
     def encode(self, data: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Latents ``(N, *shape)`` of data as they are stored, ``(N, ...)``."""
+        """Latents ``(N, *shape)`` of data as they are stored, ``(N, ...)``.
+
+        Args:
+            data: uint8 images, or float32 points.
+            condition: values ``(N, ...)`` that the network is given, as labels; None for none.
+
+        Raises:
+            UserError: for data of another type or shape, such as the floats of ``decode``.
+        """
+        like = self.stored
+        if like is not None and (data.dtype, data.shape[1:]) != (like.dtype, like.shape[1:]):
+            raise UserError(
+                f"encode takes data as they are stored, {_kind(like)}, got {_kind(data)}; "
+                "space.decode makes them of states, to_uint8 of images in [-1, 1]"
+            )
 
         def there(part: Tensor, given: Tensor | None) -> Tensor:
             return encode(self.model, self.solver, self.space.encode(part), given)
@@ -90,7 +111,20 @@ class InvertibleFlow:
         return self._in_parts(there, data, condition)
 
     def decode(self, latents: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Values of latents, ``(N, ...)`` in the units of maps: images in [-1, 1], not clipped."""
+        """Values of latents, ``(N, ...)`` in the units of maps: images in [-1, 1], not clipped.
+
+        Args:
+            latents: ``(N, *shape)``, as of ``encode``.
+            condition: values ``(N, ...)`` that the network is given, as labels; None for none.
+
+        Raises:
+            UserError: for latents of another shape.
+        """
+        if tuple(latents.shape[1:]) != tuple(self.space.shape):
+            raise UserError(
+                f"decode takes latents (N, {', '.join(map(str, self.space.shape))}), got "
+                f"{tuple(latents.shape)}; give those of encode"
+            )
 
         def back(part: Tensor, given: Tensor | None) -> Tensor:
             return self.space.values(decode(self.model, self.solver, part, given))
@@ -125,6 +159,8 @@ class InvertibleFlow:
         values: Tensor,
         condition: Tensor | None,
     ) -> Tensor:
+        if not len(values):
+            raise UserError("there is nothing to encode or decode, got a batch of 0; give some")
         device = next(self.model.parameters()).device
         parts = []
         for start in range(0, len(values), _AT_ONCE):
@@ -132,6 +168,10 @@ class InvertibleFlow:
             given = None if condition is None else condition[rows].to(device)
             parts.append(function(values[rows].to(device), given).cpu())
         return torch.cat(parts)
+
+
+def _kind(data: Tensor) -> str:
+    return f"{str(data.dtype).removeprefix('torch.')} (N, {', '.join(map(str, data.shape[1:]))})"
 
 
 def save_latents(path: str | Path, latents: Tensor, weights: str, solver: Solver) -> None:
@@ -148,5 +188,4 @@ def save_latents(path: str | Path, latents: Tensor, weights: str, solver: Solver
 
 def _facts(weights: str, solver: Solver) -> dict[str, str]:
     """What the latents of one set of data depend on."""
-    steps = f"{solver.name}, {solver.num_steps} steps, guidance {solver.guidance}"
-    return {"weights": weights, "solver": steps}
+    return {"weights": weights, "solver": repr(replace(solver, denoise=False))}

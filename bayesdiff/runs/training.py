@@ -143,6 +143,12 @@ def require_same_kind(run: Run, path: Path, checkpoint: Mapping[str, Any]) -> No
     require_options(path, checkpoint, config, kind_of(config))
     require_guidance(path, checkpoint, config)
     if note_of(checkpoint).get("data") not in (None, run.data.data.fingerprint):
+        if getattr(run.data.space, "fitted", False):
+            raise UserError(
+                f"checkpoint {path} was trained in states of other data than data="
+                f"{run.cfg.data.name}, whose {type(run.data.space).__name__} is another; give the "
+                "data it was trained on"
+            )
         log.warning("%s was trained on other images than data=%s", path, run.cfg.data.name)
 
 

@@ -89,6 +89,7 @@ def backward(solver: Solver, path: ProbabilityPath, prediction: str) -> list[Ste
             f"solver={solver.name} draws noise and cannot go from data to noise; use solver=ddim, "
             "or another without noise"
         )
+    solver.check(path)
     times = [t for t in reversed(solver.times(path)) if t < path.last_time]
     times = [path.last_time, *times]
     steps = solver.steps(path, prediction, times)

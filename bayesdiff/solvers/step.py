@@ -203,6 +203,8 @@ def check_solver(solver: Solver, path: ProbabilityPath, conditional: bool) -> No
     """
     solver.check(path)
     at_least("solver.num_steps", solver.num_steps)
+    if not isinstance(solver.denoise, bool):
+        raise UserError(f"solver.denoise must be true or false, got {solver.denoise!r}")
     solver.times(path)
     if isinstance(solver.guidance, bool) or not isinstance(solver.guidance, (int, float)):
         raise UserError(f"solver.guidance must be a number, got {solver.guidance!r}; 1 is none")
@@ -226,8 +228,8 @@ def check_finite(solver: Solver, prediction: str, steps: Sequence[Step]) -> None
             raise UserError(
                 f"solver={solver.name} has no finite step from t={step.times[0]:g} to "
                 f"t={step.end:g} with model.prediction={prediction} on this path; use another "
-                "solver, or model.prediction=v on a path that preserves variance and velocity on "
-                "any other"
+                "solver, such as heun or ddim, or model.prediction=v on a path that preserves "
+                "variance and velocity on any other"
             )
 
 

@@ -10,7 +10,7 @@ the boundary are compared; here it is a closed polygon or mesh whose vertices ke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,9 @@ class RegionCoverage(Study):
         )
 
     def _moved(self, at: Setup, latents: Tensor, boundary: Boundary) -> "Moved":
-        model, solver, device = at.run.model, at.solver, at.run.device
+        # A last prediction is no way back.
+        model, device = at.run.model, at.run.device
+        solver = replace(at.solver, denoise=False)
 
         def follow(function: Any, x: Tensor) -> Tensor:
             parts = x.float().split(_AT_ONCE)

@@ -128,7 +128,9 @@ class Inversion(Study):
         model, space, start = at.run.model, at.run.data.space, at.solver
         save_latents(place.folder / "latents.safetensors", rows["latents"], at.weights, start)
         rows = standardised(rows, like(model.path.noise_scale, rows["latents"]))
-        expected = expected_variance(model.path, noised, space.shape)
+        expected = expected_variance(
+            model.path, noised, space.shape, getattr(space, "spread", 1.0)
+        )
         record = self._record(at, rows, expected)
         record["conditions"]["nfe"] = trip.nfe
         made_of = conditions({k: v for k, v in at.settings.items() if k != "uncertainty.name"})

@@ -127,17 +127,28 @@ def left_noise(path: ProbabilityPath) -> Coefficient | None:
     return None if is_zero(sigma) else sigma / alpha
 
 
-def expected_variance(path: ProbabilityPath, noised: bool, shape: Sequence[int]) -> Tensor:
-    """Variance of latents ``shape`` float64 of Gaussian data of variance 1, exactly followed.
+def expected_variance(
+    path: ProbabilityPath, noised: bool, shape: Sequence[int], spread: Tensor | float = 1.0
+) -> Tensor:
+    """Variance of latents ``shape`` float64 of Gaussian data, exactly followed.
 
     With the noise that the path has at t = 1 it is 1, whatever the data's distribution; data
     without it lack its share.
+
+    Args:
+        path: of the model.
+        noised: whether data have that noise.
+        shape: of a state.
+        spread: variance of the data's states.
     """
-    one = torch.ones(tuple(shape), dtype=torch.float64)
+    spread = torch.ones(tuple(shape), dtype=torch.float64) * spread
+    (alpha_0, sigma_0), (alpha, sigma) = coefficients(path, [0.0, 1.0])
+    latent = alpha_0**2 * spread + sigma_0**2
+    latent = latent / torch.as_tensor(path.noise_scale, dtype=torch.float64) ** 2
     if noised:
-        return one
-    alpha, sigma = coefficients(path, [1.0])[0]
-    return one * alpha**2 / (alpha**2 + sigma**2)
+        return latent
+    signal = alpha**2 * spread
+    return latent * signal / (signal + sigma**2)
 
 
 def _none() -> Tensor:
