@@ -317,7 +317,9 @@ def test_the_basis_whitens_and_fixes_its_signs():
 
 def test_values_that_never_change_have_directions_of_their_own():
     values = torch.cat([rows(500, 3.0, 1.0), torch.full((500, 2), 0.25, dtype=DOUBLE)], 1)
-    with pytest.raises(UserError, match=r"do not vary in 2 of 4 directions and data.space.floor=0.0; give"):
+    with pytest.raises(
+        UserError, match=r"do not vary in 2 of 4 directions and data.space.floor=0.0; give"
+    ):
         Basis.of([values], 0.0)
     basis = Basis.of([values], 1e-3)
     assert basis.vectors[2:, 2:].tolist() == [[1.0, 0.0], [0.0, 1.0]]

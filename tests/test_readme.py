@@ -124,6 +124,11 @@ def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypat
         overrides.append("inversion.animation=false")
     if "experiment=coverage" in overrides:
         overrides.append("coverage.points=100")
+    if "experiment=inference" in overrides:
+        overrides += ["inference.observations=8", "inference.importance_draws=2"]
+        overrides += ["inference.chains=4", "inference.draws=20", "inference.warmup=10"]
+        overrides += ["inference.repeats=10", "inference.repeat_observations=4"]
+        overrides += ["inference.truths=10", "inference.heads=3"]
     if "data=mnist" in overrides and any(o.startswith("experiment=") for o in overrides):
         overrides.append("data.resize=8")
     if "ckpt_path=last" in overrides:
