@@ -1,6 +1,7 @@
 """The study of errors along trajectories: known errors, the paper's blind spot, bad input."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 class _Off(ExactPrediction):
-    """The exact prediction with an error on top, of every point of a batch or new at every call."""
+    """The exact prediction and an error: of each point of a batch, or new at every call."""
 
     offset: torch.Tensor | None = None
     noise: torch.Generator | None = None
@@ -83,7 +84,6 @@ def test_the_exact_network_has_no_error(path, prediction, solver, count):
     starts = drawn(20, 2, seed=1).double()
     errors, floor = errors_of(model, solver, references, starts, batch_size=7)
     assert errors.shape == floor.shape == (count, 20, 2)
-    # Noise predicted in float64 where little of the data is left: its rounding grows by sigma/alpha
     assert errors.abs().max() < 1e-6 and floor.square().mean().sqrt() > 0.1
     found = summary_of(errors, times, least=1e-6)
     assert found["lag_1"] is found["persistent_share"] is found["correlation"] is None
@@ -111,12 +111,12 @@ def test_an_error_that_stays_and_one_that_is_new_at_every_time(path, solver):
     assert found["lag_1"] == pytest.approx(1, abs=1e-4) and found["half_width"] is None
     assert np.allclose(found["correlation"], 1, atol=1e-4)
     noisy = model_off(path, references, noise=torch.Generator().manual_seed(3))
-    starts = drawn(2000, 2, seed=1)
+    starts = drawn(1000, 2, seed=1)
     errors, _ = errors_of(noisy, solver, references, starts)
     found = summary_of(errors, times)
     assert found["white_share"] == 1 / len(times)
     assert found["persistent_share"] == pytest.approx(1 / len(times), rel=0.1)
-    assert abs(found["lag_1"]) < 0.05 and found["bias_share"] < 0.01
+    assert abs(found["lag_1"]) < 0.05 and found["bias_share"] < 0.02
     assert found["half_width"] == pytest.approx((times[1] - times[0]) / 2, rel=0.1)
 
 
@@ -125,7 +125,7 @@ def test_an_error_that_all_points_share_is_bias_and_varies_not():
     found = summary_of(errors, [0.0, 0.2, 0.4, 0.6], least=1e-6)
     assert found["bias_share"] == pytest.approx(1) and found["persistent_share"] is None
     assert found["rms"] == pytest.approx([0.3] * 4)
-    none = {"rms": [0.1, 0.4, 0.3, 0.2], "correlation": None}
+    none = {"rms": [0.1, 0.4, 0.5, 0.2], "correlation": None}
     rows = curves_of([0.0, 0.2, 0.4, 0.6], found, none, None, [[0.0, 0.5]] * 4)
     assert rows["above_floor"] == 2
     assert [row["published_exact"] for row in rows["rows"]] == [0.5] * 4
@@ -151,11 +151,11 @@ def test_independent_noise_on_clean_data_does_not_see_an_error_that_stays():
     off = model_off(P, references, offset=0.1 * drawn(60, 2, seed=2))
     errors, _ = errors_of(off, solver, references, drawn(60, 2, seed=1))
     exact = exact_model(P, "data", references.double())
-    clean = drawn(60, 2, seed=4)
+    clean = references[:60]
     found = published_residuals(off, exact, times, clean, 64, 0)
     assert np.allclose(np.array(summary_of(errors, times)["correlation"])[:, -1], 1, atol=1e-3)
     seen, unseen = (np.array(summary_of(x, times)["correlation"])[:, -1] for x in found)
-    assert abs(seen[:4]).max() < 0.9 and abs(unseen[:4]).max() < 0.3
+    assert abs(seen[:4]).max() < 0.3 and abs(unseen[:4]).max() < 0.3
     torch.testing.assert_close(found[0] - found[1], errors[:, :60], atol=1e-4, rtol=0)
     y = clean.double()
     torch.testing.assert_close(
@@ -199,7 +199,7 @@ def test_images_from_held_out_data(compose):
     [
         ("residuals.points=1", "residuals.points"),
         ("residuals.start=data", "unknown residuals.start 'data'"),
-        ("residuals.references=0", "residuals.references"),
+        ("residuals.references=1", "residuals.references"),
         ("residuals.batch_size=0", "residuals.batch_size"),
         ("solver=ddpm", "solver=ddpm draws noise"),
     ],
@@ -216,7 +216,7 @@ def test_bad_input_is_refused_in_one_line(compose, override, message):
     "words, message",
     [
         (["model=flow", "data=digits"], "use model.num_classes=null"),
-        (["model=bfn", "data=digits"], "are beliefs; use model=inflation"),
+        (["model=bfn", "data=digits", "data.binarise=dynamic"], "are beliefs; use"),
         (["model=flow", "data=digits", "model.num_classes=null", "solver.num_steps=1"],
          "leaves 1 time with noise"),
     ],
@@ -228,6 +228,13 @@ def test_models_without_an_exact_prediction_along_their_trajectories(compose, wo
     assert len(explain(error.value).splitlines()) == 1
 
 
-def test_options_are_checked():
+def test_options_and_too_few_data_are_refused():
     with pytest.raises(UserError, match=r"residuals\.seed"):
         ErrorsInTime(seed=-1)
+    few = SimpleNamespace(name="few", images=torch.zeros(4, 2), test_images=torch.zeros(1, 2))
+    ErrorsInTime().check_data(few, "residuals")
+    with pytest.raises(UserError, match="2 held-out data or more, and few has 1"):
+        ErrorsInTime(start="held_out").check_data(few, "residuals")
+    few.images = torch.zeros(3, 2)
+    with pytest.raises(UserError, match="residuals needs 4 training data or more"):
+        ErrorsInTime().check_data(few, "residuals")

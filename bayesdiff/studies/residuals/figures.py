@@ -40,14 +40,14 @@ def correlation(results: Mapping[str, Any], conditions: str = "") -> "Figure":
         f"stays. {_TRUTH.format(**results['conditions'])} Times: noise, t = 0, to data, t = 1. "
         f"{conditions}"
     )
-    figure, panels = chart(560, 520, "Correlation of errors over time", caption)
+    figure, panels = chart(600, 460, "Correlation of errors over time", caption)
     edges = _edges(times)
     values = np.array(results["correlation"], dtype=float)
     scale = {"cmap": _COLOURS, "vmin": -1, "vmax": 1, "rasterized": True}
     drawn = panels[0, 0].pcolormesh(edges, edges, values, **scale)
     panels[0, 0].set(xlabel="time t", ylabel="time s", aspect="equal")
     panels[0, 0].grid(visible=False)
-    figure.colorbar(drawn, ax=panels, label="correlation", fraction=0.05)
+    figure.colorbar(drawn, ax=panels[0, 0], label="correlation")
     return figure
 
 
@@ -57,20 +57,24 @@ def by_lag(results: Mapping[str, Any], conditions: str = "") -> "Figure":
     counts, rows = results["conditions"], results["rows"]
     share, white = results["persistent_share"], results["white_share"]
     caption = (
-        f"Left: mean correlation of errors along {_trajectories(results)}, by lag; persistent "
+        f"Left: mean correlation of errors along {_trajectories(results)}, by lag, and of those "
+        "of the exact prediction for as many other training data (floor); persistent "
         f"share of their variance {share:.3g}, {white:.3g} for white noise. Right: correlation "
         f"with the last time, beside that of residuals (prediction less clean data) of "
-        f"{counts['clean']} held-out data with independent noise at every time, as the paper has "
+        f"{counts['clean']} references with independent noise at every time, as the paper has "
         f"it: where the exact prediction has the same curve, it says nothing of the network. "
         f"{_TRUTH.format(**counts)} {conditions}"
     )
-    figure, panels = chart(900, 400, "Correlation of errors by lag", caption, 1, 2)
+    figure, panels = chart(900, 440, "Correlation of errors by lag", caption, 1, 2)
     left, right = panels[0]
     left.axhline(0, color="0.3", linewidth=0.8)
     left.axhline(0.5, color="0.6", linestyle=":", linewidth=0.8)
     lags, curve = ([row[name] for row in results["by_lag"]] for name in ("lag", "correlation"))
-    left.plot(lags, curve, **look(0))
-    left.set(xlabel="lag in t", ylabel="mean correlation", ylim=(_bottom(curve), 1.05))
+    left.plot(lags, curve, label="network", **look(0))
+    floor = [row["correlation"] for row in results["floor"]["by_lag"]]
+    left.plot(lags[: len(floor)], floor, color="0.6", linestyle="--", label="floor")
+    left.legend(**_ABOVE)
+    left.set(xlabel="lag in t", ylabel="mean correlation", ylim=(_bottom(curve + floor), 1.05))
     times, every_value = [row["time"] for row in rows], [0.0]
     right.axhline(0, color="0.3", linewidth=0.8)
     for place, (name, label) in enumerate(_WITH_LAST):
@@ -80,10 +84,11 @@ def by_lag(results: Mapping[str, Any], conditions: str = "") -> "Figure":
         right.plot(times, shown, label=label, **look(place))
     right.set(xlabel="time t", ylabel="correlation with the last time")
     right.set_ylim(_bottom(every_value), 1.05)
-    right.legend(loc="upper left")
+    right.legend(**_ABOVE)
     return figure
 
 
+_ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
 _WITH_LAST = (
     ("trajectory", "errors along trajectories"),
     ("published", "residuals, independent noise"),

@@ -64,21 +64,24 @@ class ErrorsInTime(Study):
             raise UserError(
                 f"unknown residuals.start {self.start!r}; choose from {', '.join(STARTS)}"
             )
-        at_least("residuals.references", self.references, 1)
+        at_least("residuals.references", self.references, 2)
         at_least("residuals.batch_size", self.batch_size, 1)
         seed_of("residuals.seed", self.seed)
 
     def check_data(self, data: ImageData, name: str) -> None:
-        """Refuse data of which two sets cannot be compared; states may be anything.
+        """Refuse data too few to compare two sets of them; states may be anything.
 
         Raises:
-            UserError: for fewer than two training or held-out data.
+            UserError: for fewer than four training data, or two held-out ones to start from.
         """
-        for part, x in (("training", data.images), ("held-out", data.test_images)):
-            if len(x) < 2:
+        used = {"training": (data.images, 4)}  # two of each set of references, to correlate over
+        if self.start == "held_out":
+            used["held-out"] = data.test_images, 2
+        for part, (x, least) in used.items():
+            if len(x) < least:
                 raise UserError(
-                    f"{name} compares two sets of {part} data, and {data.name} has {len(x)}; "
-                    "give more"
+                    f"{name} needs {least} {part} data or more, and {data.name} has {len(x)}; "
+                    "give more, or leave it out"
                 )
 
     def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
@@ -149,8 +152,9 @@ class ErrorsInTime(Study):
         exact = tuple(
             exact_model(model.path, "data", own.double()).to(device) for own in states.chunk(2)
         )
-        clean = _states(at.run, at.run.data.data.test_images[: self.points]).to(device)
-        starts = self._starts(at, clean)
+        # The exact prediction is one of these data alone: of others its residuals say no more.
+        clean = states[: len(states) // 2][: self.points].to(device)
+        starts = self._starts(at)
         errors, floor = trajectory_errors(
             model, solver, (exact[0], exact[1]), starts, self.batch_size
         )
@@ -164,7 +168,7 @@ class ErrorsInTime(Study):
         correlations = [summary_of(each, times, least)["correlation"] for each in published]
         return {
             **results,
-            "floor": {name: of_floor[name] for name in (*STATISTICS, "bias_share")},
+            "floor": {name: of_floor[name] for name in (*STATISTICS, "bias_share", "by_lag")},
             **curves_of(times, results, of_floor, *correlations),
             "conditions": {
                 "points": len(starts), "start": self.start, "references": len(states) // 2,
@@ -181,11 +185,12 @@ class ErrorsInTime(Study):
         chosen = torch.randperm(len(images), generator=generator)[: 2 * count]
         return _states(run, images[chosen])
 
-    def _starts(self, at: Setup, clean: Tensor) -> Tensor:
+    def _starts(self, at: Setup) -> Tensor:
         """States at t = 0, ``(N, *shape)``."""
         model = at.run.model
         if self.start == "held_out":
-            parts = clean.split(self.batch_size)
+            data = _states(at.run, at.run.data.data.test_images[: self.points])
+            parts = data.to(at.run.device).split(self.batch_size)
             return torch.cat([encode(model, at.solver, part) for part in parts])
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(self.points, *at.run.data.space.shape, generator=generator)

@@ -41,7 +41,7 @@ def summary_of(errors: Tensor, times: Sequence[float], least: float = 0.0) -> di
         "white_share": 1 / len(flat),
     }
     if float(variance.mean()) <= least**2:
-        nothing = {"correlation": None, "by_lag": [], "persistent_share": None}
+        nothing: dict[str, Any] = {"correlation": None, "by_lag": [], "persistent_share": None}
         return {**found, **nothing, "lag_1": None, "half_width": None}
     common = flat.mean(0, dtype=torch.float64).var(0, correction=0).mean()
     correlation = time_correlation(errors)
