@@ -164,6 +164,24 @@ def test_independent_noise_on_clean_data_does_not_see_an_error_that_stays():
     )  # fmt: skip
 
 
+class _Same(_Off):
+    """A network that takes the state for the data."""
+
+    def features(self, x, t, y=None):
+        return x
+
+
+def test_the_noise_on_clean_data_is_independent_over_times_and_of_the_paths_size():
+    times = [0.0, 0.5, 0.9]
+    clean = torch.zeros(3000, 2)
+    model = GenerativeModel(_Same(CondOT(), "data", clean[:2]), CondOT(), "data", torch.optim.SGD)
+    exact = exact_model(CondOT(), "data", clean[:2])
+    found, none = published_residuals(model, exact, times, clean, 1000, 0)
+    summary = summary_of(found, times)
+    assert summary["rms"] == pytest.approx([1.0, 0.5, 0.1], rel=0.05)
+    assert np.allclose(summary["correlation"], np.eye(3), atol=0.08) and not none.any()
+
+
 def test_the_study_of_a_run(compose):
     result = pipeline.run(compose(*SMALL))
     (folder,) = result.studies
