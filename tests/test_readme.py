@@ -124,6 +124,8 @@ def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypat
         overrides.append("inversion.animation=false")
     if "experiment=coverage" in overrides:
         overrides.append("coverage.points=100")
+    if "experiment=residuals" in overrides:
+        overrides += ["residuals.points=6", "residuals.references=20"]
     if "experiment=inference" in overrides:
         overrides += ["inference.observations=8", "inference.importance_draws=2"]
         overrides += ["inference.chains=4", "inference.draws=20", "inference.warmup=10"]
