@@ -59,7 +59,9 @@ def test_numbers_of_runs_are_collected(tmp_path, monkeypatch):
     files = {
         ".hydra/config.yaml": config, "fit.json": {},
         "stages.jsonl": {"stage": "training", "amount": 8190, "seconds": 9.0},
-        "heun-1/metrics.json": {"sliced_wasserstein@2k": 0.04, "fid@1k/classifier": 3.0},
+        "heun-1/metrics.json": {
+            "metrics": {"sliced_wasserstein@2k": 0.04, "fid@1k/classifier": 3.0},
+        },
         "inversion-heun-1/results.json": {
             "round_trip_mse": 1e-9, "psnr": 80.0, "conditions": {"nfe": 120},
         },

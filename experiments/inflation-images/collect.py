@@ -28,7 +28,7 @@ def of_run(folder: Path) -> dict[str, Any]:
     name = name_of(OmegaConf.load(folder / ".hydra" / "config.yaml"))
     numbers: dict[str, Any] = {}
     for file in sorted(folder.glob("heun-*/metrics.json")):
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text())["metrics"]
         numbers |= {f"{name}.{k}": v for k, v in found.items() if "fid@" in k or "kid@" in k}
     for file in sorted(folder.glob("inversion-*/results.json")):
         found = json.loads(file.read_text())

@@ -76,7 +76,7 @@ def of_flow(
 def drawn(rows: dict[int, Tensor], conditions: str) -> Any:
     """Samples ``(n, C, H, W)`` in [-1, 1] of the same latents, a row for each d."""
     height, width = (2 * side for side in next(iter(rows.values())).shape[-2:])
-    across, left = max(map(len, rows.values())), 60
+    across, left = max(map(len, rows.values())), 84
     caption = (
         "Samples of the same latents, unselected, of which the first d numbers are kept and the "
         f"others set to 0; {conditions}."

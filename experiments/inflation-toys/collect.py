@@ -35,7 +35,7 @@ def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
         numbers |= {f"{name}.{key}": found[key] for key in kept if key in found}
     metrics = sorted(folder.glob("*/metrics.json"), key=lambda file: file.stat().st_mtime)
     for file in metrics[-1:]:
-        for key, value in json.loads(file.read_text()).items():
+        for key, value in json.loads(file.read_text())["metrics"].items():
             if "sliced_wasserstein" in key:
                 numbers[f"{name}.{key}"] = value
     found = latest(folder, "inference")
