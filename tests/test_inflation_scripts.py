@@ -66,14 +66,16 @@ def test_numbers_of_runs_are_collected(tmp_path, monkeypatch):
             "round_trip_mse": 1e-9, "psnr": 80.0, "conditions": {"nfe": 120},
         },
         "coverage-heun-1/results.json": {"coverage_error": 0.01, "changed_sides": 3},
-        "inference-heun-1/results.json": {"weights_covered": True, "speedup": 30.0},
+        "inference-heun-1/results.json": {
+            "headlines": {"inference/weights_covered": 1.0, "inference/speedup": 30.0},
+        },
     }  # fmt: skip
     leave(tmp_path / "out" / "run", files)
     toys = script("inflation-toys", "collect", tmp_path, monkeypatch)
     toys.main([str(tmp_path / "out")])
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["circles_prp.round_trip_mse"] == 1e-9 and found["circles_prp.changed_sides"] == 3
-    assert found["hmc.weights_covered"] is True and found["hmc.speedup"] == 30
+    assert found["hmc.weights_covered"] == 1 and found["hmc.speedup"] == 30
     assert found["circles_prp.training.seconds"] == 9
     images = script("inflation-images", "collect", tmp_path, monkeypatch)
     leave(tmp_path, {"few_numbers.json": {"prp.keep_2.fid": 9.0}})

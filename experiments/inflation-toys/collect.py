@@ -38,7 +38,8 @@ def of_run(folder: Path) -> tuple[str, dict[str, Any]]:
         for key, value in json.loads(file.read_text())["metrics"].items():
             if "sliced_wasserstein" in key:
                 numbers[f"{name}.{key}"] = value
-    found = latest(folder, "inference")
+    headlines = latest(folder, "inference").get("headlines", {})
+    found = {key.removeprefix("inference/"): value for key, value in headlines.items()}
     where = "hmc" if name == "circles_prp" else f"hmc.{name}"
     numbers |= {f"{where}.{key}": found[key] for key in INFERENCE if key in found}
     stages = map(json.loads, (folder / "stages.jsonl").read_text().splitlines())
