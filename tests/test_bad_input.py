@@ -60,7 +60,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
         (*PUBLISHED, "uncertainty.members=8"),
         [
             "unknown option 'uncertainty.members'",
-            "it belongs to uncertainty=deep_ensemble, uncertainty=ensemble",
+            "it belongs to uncertainty=cross_covariance, uncertainty=deep_ensemble",
         ],
     ),
     (("uncertainty=mc_dropout", "uncertainty.p=0"), ["uncertainty.p=0 leaves no feature out"]),

@@ -130,7 +130,7 @@ def test_what_makes_no_solver_is_refused_before_any_work(options, message, tmp_p
         ("broken_part.Mine", "broken_part cannot be imported: No module named 'nothing_there'"),
         ("unread_part.Mine", "unread_part cannot be imported: SyntaxError: "),
         ("test_own_parts.TwoStep", "unexpected keyword argument 'gridd'; test_own_parts.TwoStep "
-         "takes change, grid, guidance, num_steps; did you mean grid?"),
+         "takes change, denoise, grid, guidance, num_steps; did you mean grid?"),
     ],
 )  # fmt: skip
 def test_a_target_that_cannot_be_made_is_a_line_with_the_cure(options, message, tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision import datasets
 
 from bayesdiff.checks import UserError
-from bayesdiff.data import sources
+from bayesdiff.data import sources, toys
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "data"
 
@@ -393,11 +393,18 @@ def test_config_holds_the_arguments_of_its_function(path):
         assert data["name"] == path.stem and config["name"] == "${data.name}"
         return
     config = data["source"]
-    signature = inspect.signature(get_object(config.pop("_target_")))
-    assert set(config) == set(signature.parameters)
+    parameters = dict(inspect.signature(get_object(config.pop("_target_"))).parameters)
+    if "options" in parameters:  # of all toys
+        del parameters["options"]
+        common = inspect.signature(toys._points).parameters.items()
+        parameters |= {key: parameter for key, parameter in common if key != "toy"}
+        if not getattr(toys, path.stem.upper()).classes:
+            del parameters["labels"]
+        parameters["noise"] = inspect.signature(getattr(toys, path.stem)).parameters["noise"]
+    assert set(config) == set(parameters)
     assert data["name"] == path.stem and config["name"] == "${data.name}"
-    assert "root" not in signature.parameters or config["root"] == "${data.root}"
-    for key, parameter in signature.parameters.items():
+    assert "root" not in parameters or config["root"] == "${data.root}"
+    for key, parameter in parameters.items():
         if key in {"crop", "resize"}:
             assert config[key] == f"${{data.{key}}}" and data[key] == parameter.default
         elif parameter.default is not parameter.empty and key not in {"name", "root"}:
