@@ -240,6 +240,22 @@ def check_judge(run: Run, name: str) -> None:
         )
 
 
+def check_unconditional(run: Run, about: str) -> None:
+    """Refuse a model that has another distribution for each condition.
+
+    Args:
+        run: with its model.
+        about: what there must be one of, such as "coverage is of one distribution".
+
+    Raises:
+        UserError: for a conditional model.
+    """
+    if run.model.condition is not None:
+        raise UserError(
+            f"{about}, and this model has one for each condition; use model.num_classes=null"
+        )
+
+
 def conditions(settings: Mapping[str, Any]) -> str:
     """What figures are made from, a sentence for their captions, by the run's settings.
 

@@ -26,7 +26,7 @@ from bayesdiff.solvers import Solver, decode, encode
 from bayesdiff.solvers.encode import backward
 from bayesdiff.studies.coverage import figures, geometry
 from bayesdiff.studies.coverage.geometry import Boundary
-from bayesdiff.studies.study import Place, Report, Study, conditions
+from bayesdiff.studies.study import Place, Report, Study, check_unconditional, conditions
 from bayesdiff.uncertainty import Estimator
 
 _AT_ONCE = 4096
@@ -80,12 +80,8 @@ class RegionCoverage(Study):
 
         Raises:
             UserError: for a conditional model, or a solver or prediction without a way back.
-        """
-        if run.model.condition is not None:
-            raise UserError(
-                "coverage is of one distribution, and this model has one for each condition; use "
-                "model.num_classes=null"
-            )
+        """  # noqa: DOC502 - raised one level down
+        check_unconditional(run, "coverage is of one distribution")
         backward(solver, run.model.path, run.model.prediction)
 
     def made_from(self, at: Setup) -> list[Any]:

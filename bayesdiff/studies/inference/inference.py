@@ -41,7 +41,7 @@ from bayesdiff.studies.inference.weights import (
     speedup,
     summary,
 )
-from bayesdiff.studies.study import Place, Report, Study, conditions, without
+from bayesdiff.studies.study import Place, Report, Study, check_unconditional, conditions, without
 from bayesdiff.uncertainty import Estimator
 
 _COORDINATES = (2, 3)
@@ -133,11 +133,7 @@ class LatentInference(Study):
         Raises:
             UserError: for a conditional model, or a solver or prediction without a way back.
         """
-        if run.model.condition is not None:
-            raise UserError(
-                "inference is about one map, and this model has one for each condition; use "
-                "model.num_classes=null"
-            )
+        check_unconditional(run, "inference is about one map")
         backward(solver, run.model.path, run.model.prediction)
         if solver.denoise and not is_zero(coefficients(run.model.path, [1.0])[0][1]):
             raise UserError(

@@ -132,8 +132,8 @@ def expected_variance(
 ) -> Tensor:
     """Variance of latents ``shape`` float64 of Gaussian data, exactly followed.
 
-    With the noise that the path has at t = 1 it is 1, whatever the data's distribution; data
-    without it lack its share.
+    With the noise that the path has at t = 1 it is 1, but for what alpha leaves at t = 0 of data
+    whose variance is not; data without that noise lack its share.
 
     Args:
         path: of the model.

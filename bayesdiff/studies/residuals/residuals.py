@@ -29,7 +29,7 @@ from bayesdiff.studies.residuals.predictions import (
     trajectory_errors,
 )
 from bayesdiff.studies.residuals.summary import STATISTICS, curves_of, summary_of
-from bayesdiff.studies.study import Place, Report, Study, conditions
+from bayesdiff.studies.study import Place, Report, Study, check_unconditional, conditions
 from bayesdiff.uncertainty import Estimator
 
 STARTS = ("latents", "held_out")
@@ -92,11 +92,7 @@ class ErrorsInTime(Study):
                 are drawn, a solver that draws noise, or fewer than two times to compare.
         """
         model = run.model
-        if model.condition is not None:
-            raise UserError(
-                "residuals has the exact prediction of one distribution, and this model has one "
-                "for each condition; use model.num_classes=null"
-            )
+        check_unconditional(run, "residuals has the exact prediction of one distribution")
         if not model.path.ends_in_data:
             raise UserError(
                 f"residuals follows states that become data, and those of path="
