@@ -42,8 +42,29 @@ def log_posterior(log_likelihood: Tensor, free: Tensor) -> Tensor:
         ``(C,)``.
     """
     logs = log_weights(free)
-    mixed = torch.logsumexp(logs[:, None] + log_likelihood, -1)
-    return mixed.sum(-1) + log_prior(logs)
+    return log_mixture(log_likelihood, logs.exp()) + log_prior(logs)
+
+
+def log_mixture(log_likelihood: Tensor, weights: Tensor) -> Tensor:
+    """Sum over n of log sum over k of w_k p(x_n | k).
+
+    Each observation is divided by its largest likelihood, so that a product of matrices and one
+    logarithm do, and nothing is summed in logarithms.
+
+    Args:
+        log_likelihood: ``(N, K)``.
+        weights: ``(C, K)``.
+
+    Returns:
+        ``(C,)``.
+    """
+    largest = log_likelihood.amax(1, keepdim=True)
+    ratios = (log_likelihood - largest).exp()
+    least = torch.finfo(ratios.dtype).tiny  # of a weight that is 0 to all digits
+    total = weights.new_zeros(len(weights))
+    for rows in ratios.split(max(1, _PRODUCTS // len(weights))):
+        total = total + (weights @ rows.T).clamp(min=least).log().sum(1)
+    return total + largest.sum()
 
 
 @dataclass(frozen=True)
@@ -84,15 +105,9 @@ def grid_posterior(log_likelihood: Tensor, resolution: int = RESOLUTION) -> Grid
         resolution: cells per side.
     """
     weights = _grid(log_likelihood.shape[1], resolution).to(log_likelihood.device)
-    logs = weights.log()
-    # Divided by each observation's largest likelihood, so that a product of matrices will do.
-    largest = log_likelihood.double().amax(1, keepdim=True)
-    ratios = (log_likelihood.double() - largest).exp()
-    value = torch.zeros(len(weights), dtype=torch.float64, device=logs.device)
-    for rows in ratios.split(max(1, _PRODUCTS // len(weights))):
-        value += (weights @ rows.T).log().sum(1)
+    value = log_mixture(log_likelihood.double(), weights)
     total = torch.logsumexp(value, 0)
-    evidence = float(total + largest.sum()) - math.log(len(weights))
+    evidence = float(total) - math.log(len(weights))
     return GridPosterior(weights, (value - total).exp(), evidence)
 
 
