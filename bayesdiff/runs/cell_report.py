@@ -62,7 +62,7 @@ def measured(at: Address, samples: Samples) -> Mapping[str, Tensor]:
     if not figures.measures:
         return {}
     file = plane_at(at)
-    made_by = setup.starts, setup.estimator, setup.posterior
+    made_by = setup.starts, setup.estimator.for_run(setup.run), setup.posterior
     return file.arrays(lambda: figures.measure(*made_by, samples, setup.run.folder))
 
 

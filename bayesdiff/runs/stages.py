@@ -81,7 +81,7 @@ def make_maps(
 def _maps(at: Setup, seed: int | None, numbers: Sequence[int] | None) -> Samples:
     run, solver, posterior = at.run, at.solver, at.posterior
     # Fitted on the run's own seed, so that the pools of a study share what is fitted.
-    ready = at.estimator.fit(at.starts, posterior, run.folder)
+    ready = at.estimator.for_run(run).fit(at.starts, posterior, run.folder)
     start_of = starts(run, solver, seed)
     size = images_at_once(ready, solver, run.model, run.data.space.shape)
     chosen = torch.arange(ready.num_images) if numbers is None else torch.tensor(list(numbers))

@@ -3,6 +3,7 @@ from bayesdiff.uncertainty.members.deep_ensemble import DeepEnsemble
 from bayesdiff.uncertainty.members.dropout import MCDropout
 from bayesdiff.uncertainty.members.ensemble import Ensemble
 from bayesdiff.uncertainty.members.snapshots import Snapshots
+from bayesdiff.uncertainty.members.subnetwork import Subnetwork
 from bayesdiff.uncertainty.members.swag import Checkpoints, Swag
 from bayesdiff.uncertainty.recursion.cross_covariance import CrossCovariance
 from bayesdiff.uncertainty.recursion.moments import Published, TotalVariance
@@ -24,6 +25,7 @@ __all__ = [
     "Samples",
     "Snapshots",
     "Starts",
+    "Subnetwork",
     "Swag",
     "TotalVariance",
     "Start",

@@ -179,6 +179,10 @@ class Estimator(ABC):
         """What the maps come from beside weights, posterior and settings, for their key."""
         return []
 
+    def for_run(self, run: Training) -> Self:
+        """The estimator with what it reads of the run beside its model, before ``fit``."""
+        return self
+
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
         """The estimator made ready for this model, solver and posterior; most need nothing.
 

@@ -124,7 +124,8 @@ class Interpolation(Study):
 
     def make(self, at: Setup, place: Place) -> Report | None:
         """Images and maps between samples, which are kept as ``path.npz``."""
-        ready = replace(at.estimator.fit(at.starts, at.posterior, at.run.folder), times=())
+        own = at.estimator.for_run(at.run).fit(at.starts, at.posterior, at.run.folder)
+        ready = replace(own, times=())
         pairs = self.numbers(at.run.model.num_classes)
 
         def batch(rows: list[int]) -> Rows:

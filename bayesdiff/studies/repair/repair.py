@@ -143,7 +143,7 @@ class Repair(RedrawOptions, Study):
         """``draws.npz``: images and alternatives."""
         weights = weight_draws(at.posterior, self.draws, self.seed)
         numbers = self.numbers or range(self.count)
-        own = at.estimator
+        own = at.estimator.for_run(at.run)
         ready = own.fit(at.starts, at.posterior, at.run.folder) if self.reads_maps else own
         ready = replace(ready, times=())
 
