@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayesdiff.checks import at_least, seed_of
 from bayesdiff.laplace.block.fit import check_subset
+from bayesdiff.laplace.block.layers import is_wider
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.evidence_grid import evidence_curve
 from bayesdiff.laplace.structures import check_settings
@@ -48,9 +49,9 @@ from bayesdiff.studies.study import (
 )
 from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
-from bayesdiff.uncertainty.members.block_ensemble import check_block_ensemble, with_block
 from bayesdiff.uncertainty.members.snapshots import note_missing_snapshots
 from bayesdiff.uncertainty.memory import images_at_once
+from bayesdiff.uncertainty.wider import check_wider, with_block
 
 __all__ = ["Result", "prepare", "run", "settings_of", "show"]
 log = logging.getLogger(__name__)
@@ -150,7 +151,9 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     settle(cfg)
     devices = check_devices(cfg)
     check_settings(**{k: cfg.laplace[k] for k in _POSTERIOR})
-    check_subset(**{k: cfg.laplace[k] for k in ("subset", "structure", "sigma_noise", "probes")})
+    check_subset(
+        **{k: plain(cfg.laplace)[k] for k in ("subset", "structure", "sigma_noise", "probes")}
+    )
     seed_of("laplace.seed", cfg.laplace.seed)
     solver: Solver = instantiated(cfg.solver, "solver", Solver)
     estimator: Estimator = instantiated(cfg.uncertainty, "uncertainty", Estimator)
@@ -162,8 +165,8 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     laplace = LastLayerLaplace(**plain(cfg.laplace), folder=this.folder, context=context)
     laplace.check(this.model, len(this.data.data.images), this.data.space.shape)
     this, estimator = settle_estimator(this, solver, estimator)
-    if cfg.laplace.subset == "last_block":
-        check_block_ensemble(estimator, *list(this.studies)[:1])
+    if is_wider(laplace.subset):
+        check_wider(estimator, laplace.subset, *list(this.studies)[:1])
     model = this.model
     check_solver(solver, model.path, model.condition is not None and model.class_dropout > 0)
     check_finite(solver, model.prediction, plan(solver, model.path, model.prediction))

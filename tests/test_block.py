@@ -17,25 +17,22 @@ from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.block import fit as block
 from bayesdiff.laplace.block.fit import (
-    block_layers,
     check_block,
     check_subset,
     fit_block,
-    layer_matrix,
     stored_factors,
 )
+from bayesdiff.laplace.block.layers import layer_matrix, layers_of
 from bayesdiff.laplace.block.posterior import BlockPosterior, LayerPosterior
 from bayesdiff.laplace.block.record import BlockFactors, LayerFactors
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.curvature import fit_curvature
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.storage.artefacts import weights_key
-from bayesdiff.uncertainty import Ensemble, Linearised
-from bayesdiff.uncertainty.members.block_ensemble import (
-    BlockEnsemble,
-    check_block_ensemble,
-    with_block,
-)
+from bayesdiff.uncertainty import Ensemble, Linearised, TotalVariance
+from bayesdiff.uncertainty.members.block_ensemble import BlockEnsemble
+from bayesdiff.uncertainty.sensitivities.layers_linearised import LayersLinearised
+from bayesdiff.uncertainty.wider import check_wider, with_block
 
 
 class Small(nn.Module):
@@ -120,7 +117,7 @@ def test_factors_are_the_dense_ggn_where_the_factorisation_is_exact(case, seen):
     """A constant Jacobian that keeps positions apart: second moment of the input (x) W^T W."""
     layers, head, size = EXACT[case]
     net = Small(layers, head)
-    (name,) = block_layers(net)
+    (name,) = layers_of(net, "last_block")
     before = {k: v.clone() for k, v in net.state_dict().items()}
     factors = fit_block(
         model_of(net), pictures(12, size), None, source="s", draws=2, batch_size=5, probes="all"
@@ -189,7 +186,7 @@ def test_every_layer_of_the_unets_last_block_has_its_factors(seen):
     """Convolutions, the modulation by time and label, and the 1x1 skip, on real inputs."""
     net, _ = small_unet()
     names = [f"up.{len(net.up) - 1}.{n}" for n in ("conv_1", "modulate", "conv_2", "skip")]
-    assert list(block_layers(net)) == names and net.last_block is net.up[-1]
+    assert list(layers_of(net, "last_block")) == names and net.last_block is net.up[-1]
     model = model_of(net, num_classes=3)
     labels = torch.arange(12) % 3
     factors = fit_block(
@@ -244,7 +241,12 @@ def spread(size, seed):
 
 def some_factors(**shapes):
     layers = {
-        name: LayerFactors(spread(columns, 1), 40 * spread(rows, 2), True)
+        name: LayerFactors(
+            spread(columns, 1),
+            40 * spread(rows, 2),
+            spread(max(rows, columns), 3)[:rows, :columns],
+            True,
+        )
         for name, (rows, columns) in shapes.items()
     }
     return BlockFactors(layers, num_images=20, source="w-d-p")
@@ -254,7 +256,7 @@ def some_factors(**shapes):
 def test_draws_have_the_covariance_of_the_inverse_precision(structure):
     factors = some_factors(a=(2, 4))
     layer = factors.layers["a"]
-    posterior = BlockPosterior(factors, structure, 0.5, 2.0, n_eff=60.0)
+    posterior = BlockPosterior(factors, structure, 0.5, dict.fromkeys(factors.layers, 2.0), 60.0)
     inner = layer.input.clone()
     if structure == "kron":
         inner[-1, :-1] = inner[:-1, -1] = 0
@@ -291,10 +293,16 @@ def test_kron_is_the_posterior_that_laplace_torch_makes_of_the_same_factors():
 def unet_posterior(prior=2000.0):
     """A U-Net with posteriors of head and last block by hand, both modest."""
     net, head = small_unet()
-    shapes = {name: layer_matrix(layer).shape for name, layer in block_layers(net).items()}
+    shapes = {
+        name: layer_matrix(layer).shape for name, layer in layers_of(net, "last_block").items()
+    }
     model = model_of(net, num_classes=3)
     factors = replace(some_factors(**shapes), source=f"{weights_key(model)}-d-p")
-    return net, head, BlockPosterior(factors, "full", 1.0, prior, 20.0)
+    return (
+        net,
+        head,
+        BlockPosterior(factors, "full", 1.0, dict.fromkeys(factors.layers, prior), 20.0),
+    )
 
 
 @torch.no_grad()
@@ -330,7 +338,7 @@ def test_members_are_whole_networks_drawn_from_both_posteriors(name):
     torch.testing.assert_close(samples.variance, truth, rtol=1e-3, atol=1e-6)
     alone = Ensemble(members=3, noise_members=0, seed=4)(real_start(net, name), head)
     assert (samples.variance.sum() / alone.variance.sum() - 1).abs() > 0.05
-    assert samples.estimator == "ensemble, 3 members, skip 1, last block"
+    assert samples.estimator == "ensemble, 3 members, skip 1, " + own.described
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
@@ -416,10 +424,14 @@ def test_unreadable_factors_are_refused_in_one_line(tmp_path):
         check_line(str(error.value), ["delete it"])
     with pytest.raises(UserError, match="not finite"):
         BlockFactors(
-            {"a": LayerFactors(torch.full((2, 2), torch.nan), torch.eye(2), True)}, 1, "s"
+            {"a": LayerFactors(torch.full((2, 2), torch.nan), torch.eye(2), torch.eye(2), True)},
+            1,
+            "s",
         )
     with pytest.raises(UserError, match="square"):
-        BlockFactors({"a": LayerFactors(torch.ones(2, 3), torch.eye(2), True)}, 1, "s")
+        BlockFactors(
+            {"a": LayerFactors(torch.ones(2, 3), torch.eye(2), torch.eye(2), True)}, 1, "s"
+        )
 
 
 def test_networks_without_a_last_block_are_refused():
@@ -439,7 +451,9 @@ def test_what_kfac_cannot_take_keeps_its_values():
         around = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
         return [grouped, nn.GroupNorm(1, 2), around, nn.Conv2d(2, 2, 1)]
 
-    assert list(block_layers(Small(layers, lambda: nn.Conv2d(2, 1, 1)))) == ["last_block.3"]
+    assert list(layers_of(Small(layers, lambda: nn.Conv2d(2, 1, 1)), "last_block")) == [
+        "last_block.3"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -462,20 +476,27 @@ def test_bad_settings_are_refused_in_one_line(options, fragments):
         check_subset(**given | options | {"subset": "head"})
 
 
-def test_only_the_ensemble_takes_a_wider_posterior():
+def test_estimators_that_follow_whole_networks_take_a_wider_posterior():
     _, _, posterior = unet_posterior()
     assert with_block(Linearised(), None) == Linearised()
-    with pytest.raises(UserError, match="uncertainty=linearised"):
-        with_block(Linearised(), posterior)
+    with pytest.raises(UserError, match="uncertainty=total_variance"):
+        with_block(TotalVariance(), posterior)
     given = Ensemble(members=5, skip_interval=2, times=(0.5,), seed=3)
     made = with_block(given, posterior)
-    assert isinstance(made, BlockEnsemble)
-    for name in given.__dataclass_fields__:
-        assert getattr(made, name) == getattr(given, name)
-    assert made.count == 5 and made.name == given.name
-    check_block_ensemble(given)
+    assert isinstance(made, BlockEnsemble) and made.count == 5
+    sensitive = Linearised(draws=5, noise_draws=2, seed=3)
+    wider = with_block(sensitive, posterior)
+    assert isinstance(wider, LayersLinearised)
+    for one, other in ((given, made), (sensitive, wider)):
+        assert made.name == given.name
+        for name in one.__dataclass_fields__:
+            assert getattr(other, name) == getattr(one, name)
+    check_wider(given, "all")
     with pytest.raises(UserError, match="ablation=null"):
-        check_block_ensemble(given, "ablation")
+        check_wider(given, "all", "ablation")
+    for refused_one in ({"draws": "all"}, {"skip_interval": 2}, {"derivative": "bfloat16"}):
+        with pytest.raises(UserError, match="laplace.subset=head"):
+            with_block(replace(sensitive, **refused_one), posterior)
 
 
 LAST = "laplace.subset=last_block"
@@ -563,7 +584,7 @@ def test_a_broken_file_is_found_before_training(compose: Compose, monkeypatch):
 
 
 def test_the_callback_alone_has_both_posteriors():
-    """In memory, without a run folder; whatever is fitted is fitted to the head."""
+    """In memory, without a run folder; evidence of the layers is their own."""
     net, _ = small_unet()
     model = model_of(net, num_classes=3)
 
@@ -576,6 +597,7 @@ def test_the_callback_alone_has_both_posteriors():
     head = laplace.fit(model, Data)
     alone = LastLayerLaplace(**options).fit(model, Data)
     assert laplace.block_path is None and head.settings == alone.settings
-    assert laplace.block.prior_precision == head.prior_precision
+    assert set(laplace.block.priors) == set(layers_of(net, "last_block"))
+    assert len({*laplace.block.priors.values(), head.prior_precision}) > 2
     assert head.curvature.source == alone.curvature.source
     assert laplace.block.factors.num_images == 16

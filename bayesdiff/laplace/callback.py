@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import space_of
 from bayesdiff.laplace.block.fit import check_block, check_subset, factors_of, stored_factors
-from bayesdiff.laplace.block.posterior import BlockPosterior
+from bayesdiff.laplace.block.layers import Subset, in_words, is_wider
+from bayesdiff.laplace.block.posterior import PRIORS, BlockPosterior
 from bayesdiff.laplace.block.record import BlockFactors
 from bayesdiff.laplace.curvature import check_pass_of, fit_curvature
 from bayesdiff.laplace.objective import curved_objective
@@ -30,8 +31,8 @@ from bayesdiff.storage.locks import together
 log = logging.getLogger(__name__)
 
 _OWN = (
-    "path", "structure", "sigma_noise", "prior_precision", "n_eff", "rank", "subset", "probes",
-    "folder", "context",
+    "path", "structure", "sigma_noise", "prior_precision", "prior_per", "n_eff", "rank", "subset",
+    "probes", "folder", "context",
 )  # fmt: skip
 # Options of fit_curvature, and those that make what there was without them.
 _PASS = ("draws", "num_images", "batch_size", "seed", "time_bins", "objective")
@@ -58,9 +59,11 @@ class LastLayerLaplace(Callback):
         prior_precision: number or ``evidence``.
         n_eff: images the likelihood counts; None for those of the pass.
         rank: of ``structure="subspace"``.
-        subset: ``head``, or ``last_block`` for a posterior of the network's last block beside it,
-            in ``block``; its factors are kept next to the curvature, as ``block-....safetensors``.
-            Whatever is fitted, such as the evidence, is fitted to the head.
+        subset: ``head``; or for a posterior of other layers beside it, in ``block``:
+            ``last_block``, ``all`` or names of modules in the network, see ``layers_of``. Their
+            factors are kept next to the curvature, as ``block-....safetensors``.
+        prior_per: what ``prior_precision="evidence"`` is fitted for beside the head: ``layer``, a
+            prior for every layer, or ``subset``, one for all of them.
         probes: of ``fit_block``.
         folder: in place of ``path``, where the file has a name of its own, see ``file_name``.
         context: what the features depend on beside the weights, plain values; a kept curvature of
@@ -80,7 +83,8 @@ class LastLayerLaplace(Callback):
         prior_precision: float | str = 1.0,
         n_eff: float | None = None,
         rank: int | None = None,
-        subset: str = "head",
+        subset: Subset = "head",
+        prior_per: str = "layer",
         probes: int | str = 4,
         folder: Path | None = None,
         context: tuple[Any, ...] = (),
@@ -90,7 +94,8 @@ class LastLayerLaplace(Callback):
             if name not in _PASS:
                 meant = near(name, (*_OWN, *_PASS))
                 raise UserError(f"LastLayerLaplace has no option {name!r}{meant}")
-        self.subset, self.probes = subset, probes
+        self.subset: Subset = subset if isinstance(subset, str) else list(subset)
+        self.probes, self.prior_per = probes, prior_per
         self.settings: dict[str, Any] = {
             "structure": structure,
             "sigma_noise": sigma_noise,
@@ -100,6 +105,8 @@ class LastLayerLaplace(Callback):
         }
         check_settings(**self.settings, time_bins=curvature.get("time_bins", 1))
         check_subset(subset, structure, sigma_noise, probes)
+        if prior_per not in PRIORS:
+            raise UserError(f"laplace.prior_per must be {' or '.join(PRIORS)}, got {prior_per!r}")
         self.pass_options, self.context = curvature, context
         self.objective = str(curvature.get("objective", "likelihood"))
         self.path = None if path is None else Path(path)
@@ -120,7 +127,7 @@ class LastLayerLaplace(Callback):
         given = () if module.condition is None else (module.condition.field,)
         data = require_data(trainer, "LastLayerLaplace", *given, "fingerprint")
         self.check(module, len(data.images), space_of(data).shape)
-        paths = (self.path, self.block_path if self.subset == "last_block" else None)
+        paths = (self.path, self.block_path if is_wider(self.subset) else None)
         for path in paths:
             if path is not None and path.exists():
                 raise UserError(
@@ -132,11 +139,11 @@ class LastLayerLaplace(Callback):
         """Refuse a head, or images of a number and shape, that the settings do not go with."""
         structure, sigma, rank = (self.settings[k] for k in ("structure", "sigma_noise", "rank"))
         curved = curved_objective(model, self.objective)
-        check_likelihood(curved.said, curved.scaled, structure, sigma, self.subset)
+        check_likelihood(curved.said, curved.scaled, structure, sigma, in_words(self.subset))
         count, size = check_pass_of(model, images, shape, self.pass_options)
         check_structure(structure, rank, size, count)
-        if self.subset == "last_block":
-            check_block(model.net, count)
+        if is_wider(self.subset):
+            check_block(model.net, count, self.subset)
 
     @property
     def file_name(self) -> str:
@@ -145,7 +152,7 @@ class LastLayerLaplace(Callback):
 
     @property
     def block_path(self) -> Path | None:
-        """Where the factors of the last block are kept."""
+        """Where the factors of other layers than the head are kept."""
         name = f"block-{key_of(self._block_pass)[:8]}.safetensors"
         return None if self.path is None else self.path.with_name(name)
 
@@ -157,7 +164,7 @@ class LastLayerLaplace(Callback):
     def _block_pass(self) -> dict[str, Any]:
         apart = [name for name, _ in _PLAIN]
         options = {k: v for k, v in self.pass_options.items() if k not in apart}
-        return options | {"probes": self.probes}
+        return options | {"probes": self.probes, "subset": self.subset}
 
     def discard_others(self, weights: str) -> None:
         """Remove files beside ``path`` that were made from other weights than these."""
@@ -175,7 +182,7 @@ class LastLayerLaplace(Callback):
         """Refuse kept files that cannot be read, before there is any work they could waste."""
         if self.path is not None and self.path.is_file():
             Curvature.load(self.path)
-        path = self.block_path if self.subset == "last_block" else None
+        path = self.block_path if is_wider(self.subset) else None
         if path is not None and path.is_file():
             BlockFactors.load(path)
 
@@ -194,7 +201,7 @@ class LastLayerLaplace(Callback):
             weights = weights_key(model)
             curvature = self._curvature(model, data, self.source(weights, data))
             factors = None
-            if self.subset == "last_block":
+            if is_wider(self.subset):
                 source = self._block_source(weights, data)
                 factors = factors_of(model, data, self.block_path, source, **self._block_pass)
         return self._settled(model, curvature, factors)
@@ -210,7 +217,7 @@ class LastLayerLaplace(Callback):
         """What ``fit`` keeps for the model's present weights, by stage; None for what is not."""
         weights = weights_key(model)
         found: dict[str, Any] = {"curvature": self._stored(self.source(weights, data))}
-        if self.subset == "last_block":
+        if is_wider(self.subset):
             source = self._block_source(weights, data)
             found["block"] = stored_factors(self.block_path, source)
         return found
@@ -233,7 +240,8 @@ class LastLayerLaplace(Callback):
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
         _remark(self.posterior)
         if factors is not None:
-            self.block = BlockPosterior.beside(self.posterior, factors)
+            prior = self.settings["prior_precision"], self.prior_per
+            self.block = BlockPosterior.beside(self.posterior, factors, *prior)
         return self.posterior
 
     def _block_source(self, weights: str, data: Any) -> str:
@@ -244,10 +252,14 @@ class LastLayerLaplace(Callback):
         return f"{weights}-{data.fingerprint}-{key_of(self._pass, *self.context)}"
 
     def block_statistics(self) -> dict[str, float]:
-        """How much the data say of the last block, as flat scalars; none without one."""
+        """How much the data say of other layers, as flat scalars; none without them."""
         if self.block is None:
             return {}
+        low, high = self.block.prior_range
         return {
+            "laplace/block_prior_precision_min": low,
+            "laplace/block_prior_precision_max": high,
+            "laplace/block_log_evidence": self.block.log_evidence(),
             "laplace/block_effective_parameters": self.block.effective_parameters,
             "laplace/block_parameters": self.block.num_parameters,
         }

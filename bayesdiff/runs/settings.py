@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from bayesdiff.laplace.block.layers import in_words
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.options.targets import word_of
 from bayesdiff.runs.address import overridden
@@ -39,7 +40,7 @@ def settings(
         "features": word_of(cfg.metrics.features),
         "structure": posterior.structure,
         **({} if posterior.rank is None else {"rank": posterior.rank}),
-        "subset": cfg.laplace.subset,
+        "subset": in_words(plain(cfg.laplace)["subset"]),
         "sigma_noise": posterior.sigma_noise,
         "prior_precision": posterior.prior_precision,
         "n_eff": posterior.n_eff,

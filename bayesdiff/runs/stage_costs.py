@@ -79,7 +79,8 @@ def kinds_of(run: Run, solver: Solver, estimator: Estimator) -> dict[str, Kind]:
     learning = [cfg.data.batch_size, cfg.data.flip, trainer, plain(cfg.callbacks), cfg.sample_from]
     sampled = [*network, plain(cfg.solver)]
     maps = [*sampled, with_effect(cfg.uncertainty, *OF_THE_RUN), list(estimator.times)]
-    maps += [cfg.laplace.get(name) for name in ("structure", "rank", "subset", "time_bins")]
+    laplace: Any = plain(cfg.laplace)
+    maps += [laplace.get(name) for name in ("structure", "rank", "subset", "time_bins")]
     at_once = [estimator.batch_size, estimator.max_memory]
     chosen = sample_numbers(estimator, run)
     count = estimator.num_images if chosen is None else len(chosen)
@@ -91,7 +92,9 @@ def kinds_of(run: Run, solver: Solver, estimator: Estimator) -> dict[str, Kind]:
     return {
         "training": Kind(_key(network, images, learning), run.length[0], "steps"),
         "curvature": Kind(_key(network, seen), part, "images"),
-        "block": Kind(_key(network, seen, cfg.laplace.get("probes")), part, "images"),
+        "block": Kind(
+            _key(network, seen, laplace.get("probes"), laplace.get("subset")), part, "images"
+        ),
         "images": Kind(_key(sampled, cfg.metrics.batch_size), cfg.metrics.num_images, "images"),
         "classifier": Kind(_key(images)),
         "scores": Kind(_key(images, scored(run), cfg.metrics.num_images)),

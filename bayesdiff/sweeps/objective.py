@@ -41,7 +41,7 @@ _NAMES = {
     "laplace": (
         "eigenvalue_min", "eigenvalue_max", "effective_parameters", "parameters", "log_evidence",
         "sigma_noise", "prior_precision", "n_eff", "distance_from_optimum",
-        "block_effective_parameters", "block_parameters",
+        "block_effective_parameters", "block_parameters", "block_log_evidence",
     ),
     "validation": (
         *(
@@ -143,8 +143,8 @@ def _check_made(objective: str, config: DictConfig, keys: list[str]) -> None:
         if not is_set("uncertainty.validate"):
             raise UserError(f"objective={objective} needs uncertainty.validate=true")
     elif objective.startswith("laplace/block_"):
-        if "laplace.subset" not in keys and config.laplace.subset != "last_block":
-            raise UserError(f"objective={objective} needs laplace.subset=last_block")
+        if "laplace.subset" not in keys and config.laplace.subset == "head":
+            raise UserError(f"objective={objective} needs laplace.subset=last_block or all")
     elif first in open_places() or makes_a_study(config.get(first)):
         if not is_set(first):
             raise UserError(f"objective={objective} needs that study; add an experiment= with it")

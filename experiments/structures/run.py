@@ -111,7 +111,8 @@ class Bench:
 
     def of_block(self, name: str, **settings: float) -> Tensor:
         """Variance ``(IMAGES, C, H, W)`` under the posterior of head and last block."""
-        block, head = replace(self.block, **settings), replace(self.posterior, **settings)
+        head = replace(self.posterior, **settings)
+        block = replace(self.block, priors=dict.fromkeys(self.block.priors, head.prior_precision))
         ensemble = BlockEnsemble(members=MEMBERS, seed=1, block=block)
         return self._kept(
             name, key_of(block.settings), head, lambda: ensemble.fit(self.starts, head)

@@ -1,6 +1,6 @@
-"""Beyond the head: Kronecker factors of the last block's layers, from one pass over the data.
+"""Beyond the head: Kronecker factors of other layers, from one pass over the data.
 
-The block is not linear in its weights, so this is an approximation where the head's posterior is
+The network is not linear in its weights, so this is an approximation where the head's posterior is
 exact: a Gaussian around the trained weights whose precision is the GGN, independent from layer to
 layer and Kronecker-factored in each (KFAC-expand, Martens and Grosse 2015; Eschenhagen et al.
 2023, section 3.2, for layers that are shared over positions), computed by curvlinops.
@@ -16,6 +16,14 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import space_of, to_model_range
+from bayesdiff.laplace.block.layers import (
+    Subset,
+    check_names,
+    in_words,
+    is_wider,
+    layer_matrix,
+    layers_of,
+)
 from bayesdiff.laplace.block.record import BlockFactors, LayerFactors, stored_factors
 from bayesdiff.laplace.training_draws import Encode, draws_of
 from bayesdiff.machine.ranks import total
@@ -24,7 +32,6 @@ from bayesdiff.models.conditions import values_of
 from bayesdiff.networks import Network
 from bayesdiff.storage.artefacts import Artefact
 
-SUBSETS = ("head", "last_block")
 # Structures of the head whose like exists for a Kronecker-factored layer: with and without what
 # ties weights and bias.
 _STRUCTURES = ("full", "kron")
@@ -32,11 +39,13 @@ _STRUCTURES = ("full", "kron")
 _FEWEST_IMAGES = 10
 
 
-def check_subset(subset: str, structure: str, sigma_noise: float | str, probes: int | str) -> None:
+def check_subset(
+    subset: Subset, structure: str, sigma_noise: float | str, probes: int | str
+) -> None:
     """Refuse settings that do not go with the subset, before any work.
 
     Args:
-        subset: ``head`` or ``last_block``.
+        subset: see ``layers_of``, or ``head``.
         structure: of the posterior.
         sigma_noise: of the likelihood.
         probes: see ``fit_block``.
@@ -44,75 +53,32 @@ def check_subset(subset: str, structure: str, sigma_noise: float | str, probes: 
     Raises:
         UserError: if one does not.
     """
-    if subset not in SUBSETS:
-        raise UserError(f"laplace.subset must be one of {', '.join(SUBSETS)}; got {subset!r}")
+    check_names(subset)
     if probes != "all" and (isinstance(probes, bool) or not isinstance(probes, int) or probes < 1):
         raise UserError(f"laplace.probes must be a whole number >= 1, or all; got {probes!r}")
-    if subset == "head":
+    if not is_wider(subset):
         return
+    asked = f"laplace.subset={in_words(subset)}"
     if structure not in _STRUCTURES:
         raise UserError(
-            f"laplace.structure={structure} is for laplace.subset=head; laplace.subset=last_block"
-            f" takes {' or '.join(_STRUCTURES)}"
+            f"laplace.structure={structure} is for laplace.subset=head; {asked} takes "
+            f"{' or '.join(_STRUCTURES)}"
         )
     if sigma_noise == "mle_per_time":
         raise UserError(
-            "laplace.sigma_noise=mle_per_time is for laplace.subset=head; "
-            "laplace.subset=last_block has one noise for all times, use mle"
+            f"laplace.sigma_noise=mle_per_time is for laplace.subset=head; {asked} has one noise "
+            "for all times, use mle"
         )
 
 
-def check_block(net: Network, images: int) -> None:
-    """Refuse a network without a last block, or too few images for its factors."""
-    block_layers(net)
+def check_block(net: Network, images: int, subset: Subset = "last_block") -> None:
+    """Refuse a network without these layers, or too few images for their factors."""
+    layers_of(net, subset)
     if images < _FEWEST_IMAGES:
         raise UserError(
-            f"laplace.subset=last_block needs {_FEWEST_IMAGES} images or more, got {images}; "
-            "raise laplace.num_images or use laplace.subset=head"
+            f"laplace.subset={in_words(subset)} needs {_FEWEST_IMAGES} images or more, got "
+            f"{images}; raise laplace.num_images or use laplace.subset=head"
         )
-
-
-def block_layers(net: Network) -> dict[str, nn.Module]:
-    """Layers of the network's ``last_block`` that have Kronecker factors, by name in the network.
-
-    These are linear layers and dense, zero-padded convolutions. All else in the block, such as
-    the scale and shift of a normalisation or an embedding, keeps its trained values.
-
-    Raises:
-        UserError: if the network declares no such block, or there is no such layer in it.
-    """
-    block = getattr(net, "last_block", None)
-    if not isinstance(block, nn.Module):
-        raise UserError(
-            f"laplace.subset=last_block: {type(net).__name__} has no last block; give it a "
-            "property last_block, the module before its head, or use laplace.subset=head"
-        )
-    inside = {id(module) for module in block.modules()}
-    found = {
-        name: module
-        for name, module in cast(nn.Module, net).named_modules()
-        if id(module) in inside and module is not net.head and _is_treated(module)
-    }
-    if not found:
-        raise UserError(
-            f"laplace.subset=last_block: the last block of {type(net).__name__} has no linear or "
-            "convolution layer; use laplace.subset=head"
-        )
-    return found
-
-
-def _is_treated(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and module.padding_mode == "zeros"
-    return isinstance(module, nn.Linear)
-
-
-def layer_matrix(layer: nn.Module) -> Tensor:
-    """Weights of a linear or convolution layer, its bias as last column, float64 ``(C, P)``."""
-    parts = [cast(Tensor, layer.weight).detach().flatten(1)]
-    if isinstance(layer.bias, Tensor):
-        parts.append(layer.bias.detach()[:, None])
-    return torch.cat(parts, 1).double()
 
 
 def fit_block(
@@ -121,6 +87,7 @@ def fit_block(
     labels: Tensor | None,
     *,
     source: str,
+    subset: Subset = "last_block",
     draws: int = 1,
     num_images: int | None = None,
     batch_size: int = 256,
@@ -128,7 +95,7 @@ def fit_block(
     probes: int | str = 4,
     encode: Encode = to_model_range,
 ) -> BlockFactors:
-    """Kronecker factors of the last block's layers, over the images and draws of the head's pass.
+    """Kronecker factors of the layers of a subset, over the images and draws of the head's pass.
 
     The likelihood is the head's, a Gaussian on every pixel and channel, so the curvature at the
     output is the identity: outer factors are sums of g g^T, g the layer's share of the gradient
@@ -139,16 +106,17 @@ def fit_block(
         images: ``(N, C, H, W)`` uint8.
         labels: values of the model's condition, ``(N, ...)``, or None.
         source: key of weights, data and pass, kept with the result.
+        subset: which layers, see ``layers_of``.
         draws: (t, noise) draws per image.
         num_images: use a random subset of this size; None for all.
         batch_size: images per network evaluation.
         seed: fixes subset, draws and z.
-        probes: backward passes through head and block for every batch; ``all`` for one per
+        probes: backward passes through head and layers for every batch; ``all`` for one per
             output of an image, which leaves no chance in the outer factors.
         encode: of the images' space, see ``draws_of``.
     """
     net = cast(Network, deepcopy(model.net).eval().requires_grad_(False))  # type: ignore[attr-defined]
-    layers, device = block_layers(net), next(model.parameters()).device
+    layers, device = layers_of(net, subset), next(model.parameters()).device
     sums = _Sums(net, layers, probes, device)
     count = num_images or len(images)
     for seen in draws_of(
@@ -159,7 +127,7 @@ def fit_block(
         num_images=count,
         batch_size=batch_size,
         seed=seed,
-        what="last block",
+        what="layers",
         encode=encode,
     ):
         probe = int(torch.randint(2**31, (), generator=seen.generator))
@@ -227,6 +195,7 @@ class _Sums:
             name: LayerFactors(
                 _symmetric(total(self.input[name]) / (draws * images)).cpu(),
                 _symmetric(total(self.output[name]) / draws).cpu(),
+                layer_matrix(layer).cpu(),
                 isinstance(layer.bias, Tensor),
             )
             for name, layer in self.layers.items()
@@ -258,7 +227,7 @@ def factors_of(
         data: with ``images`` and the values of the model's condition.
         path: None keeps nothing.
         source: as for ``fit_block``, like the options.
-        **options: draws, num_images, batch_size, seed and probes.
+        **options: draws, num_images, batch_size, seed, probes and subset.
     """
 
     def make() -> BlockFactors:

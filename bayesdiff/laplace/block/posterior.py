@@ -1,7 +1,7 @@
-"""The Gaussian posterior of the last block's weights, a Kronecker product in every layer."""
+"""The Gaussian posterior of layers beside the head, a Kronecker product in every one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,11 @@ from torch import Tensor
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.block.record import BlockFactors, LayerFactors
+from bayesdiff.laplace.evidence import best_prior
 from bayesdiff.laplace.posterior import HeadPosterior
+
+# What a prior that maximises the evidence is fitted for: every layer, or all of them as one.
+PRIORS = ("layer", "subset")
 
 
 @dataclass(frozen=True)
@@ -21,17 +25,17 @@ class LayerPosterior:
         eigenvalues: ``(C, P)`` of the likelihood's precision.
         output: eigenvectors ``(C, C)`` of the outer factor.
         input: eigenvectors ``(P, P)`` of the inner one.
-        variances: ``(C, P)``, 1 / (eigenvalues + prior_precision).
+        prior_precision: tau, of every weight.
     """
 
     eigenvalues: Tensor
     output: Tensor
     input: Tensor
-    variances: Tensor
+    prior_precision: float = 1.0
 
     @classmethod
     def of(
-        cls, factors: LayerFactors, structure: str, weight: float, prior: float
+        cls, factors: LayerFactors, structure: str, weight: float, prior: float = 1.0
     ) -> "LayerPosterior":
         """Posterior for ``weight`` times the factors' product, plus ``prior`` on every weight."""
         inner = factors.input
@@ -40,12 +44,17 @@ class LayerPosterior:
         (a, vectors), (b, others) = (torch.linalg.eigh(each) for each in (inner, factors.output))
         # Second moments; a negative value is rounding.
         values = weight * b.clamp(min=0)[:, None] * a.clamp(min=0)
-        return cls(values, others, vectors, 1 / (values + prior))
+        return cls(values, others, vectors, prior)
+
+    @property
+    def variances(self) -> Tensor:
+        """``(C, P)``, 1 / (eigenvalues + prior_precision)."""
+        return 1 / (self.eigenvalues + self.prior_precision)
 
     def deviations(self, n: int, generator: torch.Generator) -> Tensor:
         """Draws around zero, ``(n, C, P)``, on the generator's device, by the symmetric root."""
         device = generator.device
-        size = (n, *self.variances.shape)
+        size = (n, *self.eigenvalues.shape)
         noise = torch.randn(size, generator=generator, device=device, dtype=torch.float64)
         output, inner = self.output.to(device), self.input.to(device)
         noise = (output.T @ noise @ inner) * self.variances.sqrt().to(device)
@@ -60,34 +69,48 @@ class LayerPosterior:
 
 @dataclass(frozen=True)
 class BlockPosterior:
-    """Gaussian over the weights of the last block; layers are independent, the head as well.
+    """Gaussian over the weights of layers beside the head; all are independent, the head as well.
 
-    The precision of a layer is ``n_eff / num_images * output (x) input / sigma_noise^2 + tau I``:
-    likelihood and prior are those of the head's posterior. Structure ``full`` keeps what ties a
-    layer's weights and bias, ``kron`` leaves it out.
+    The precision of a layer is ``n_eff / num_images * output (x) input / sigma_noise^2 + tau I``,
+    with the likelihood of the head's posterior and a tau that is given, or fitted to the evidence
+    of these layers themselves. Structure ``full`` keeps what ties a layer's weights and bias,
+    ``kron`` leaves it out.
 
     The network is not linear in these weights, and its normalisations ignore some of their
     directions: the data leave those to the prior, which is felt here sooner than by the head. A
-    draw far along them is no longer what the GGN describes; ``effective_parameters`` near
-    ``num_parameters`` says that there are few.
+    draw far along them is no longer what the GGN describes; sensitivities to the weights
+    (``uncertainty=linearised``) do not go there.
 
     Attributes:
         factors: the data's part.
         structure: ``full`` or ``kron``.
         sigma_noise: sd of the likelihood, in units of the network's output.
-        prior_precision: tau, of every weight.
+        priors: tau of every layer, by its name.
         n_eff: images the likelihood counts for.
     """
 
     factors: BlockFactors
     structure: str
     sigma_noise: float
-    prior_precision: float
+    priors: Mapping[str, float]
     n_eff: float
 
     @classmethod
-    def beside(cls, head: HeadPosterior, factors: BlockFactors) -> "BlockPosterior":
-        """With the numbers of the head's posterior, whatever they were fitted to.
+    def beside(
+        cls,
+        head: HeadPosterior,
+        factors: BlockFactors,
+        prior_precision: float | str | None = None,
+        prior_per: str = "layer",
+    ) -> "BlockPosterior":
+        """With the likelihood of the head's posterior.
+
+        Args:
+            head: posterior of the head.
+            factors: of the layers.
+            prior_precision: a number, or ``evidence`` for what maximises the marginal likelihood
+                of these layers; None for the number of the head.
+            prior_per: ``layer`` for a prior of every layer's own, ``subset`` for one of all.
 
         Raises:
             UserError: if the two come from other weights or data, or the structure does not fit.
@@ -95,16 +118,37 @@ class BlockPosterior:
         factors.require_source(head.curvature.source)
         if head.structure not in ("full", "kron"):
             raise UserError(
-                f"the posterior of the last block cannot be {head.structure}; use full or kron"
+                f"the posterior of layers beside the head cannot be {head.structure}; use full or "
+                "kron"
             )
-        return cls(factors, head.structure, head.sigma_noise, head.prior_precision, head.n_eff)
+        number = prior_precision is not None and prior_precision != "evidence"
+        tau = float(prior_precision or 0) if number else head.prior_precision
+        same = dict.fromkeys(factors.layers, tau)
+        made = cls(factors, head.structure, head.sigma_noise, same, head.n_eff)
+        return made.with_evidence(prior_per) if prior_precision == "evidence" else made
+
+    def with_evidence(self, prior_per: str) -> "BlockPosterior":
+        """The posterior under the priors that maximise ``log_evidence``.
+
+        Args:
+            prior_per: ``layer`` or ``subset``.
+        """
+        means = {name: layer.mean for name, layer in self.factors.layers.items()}
+        values = {name: layer.eigenvalues for name, layer in self.layers.items()}
+        if prior_per == "layer":
+            priors = {name: best_prior(means[name], values[name]) for name in means}
+        else:
+            one = [torch.cat([each[name].flatten() for name in means])[None]
+                   for each in (means, values)]  # fmt: skip
+            priors = dict.fromkeys(means, best_prior(*one))
+        return replace(self, priors=priors)
 
     @cached_property
     def layers(self) -> Mapping[str, LayerPosterior]:
         """Every layer's posterior, by its name in the network."""
         weight = self.n_eff / self.factors.num_images / self.sigma_noise**2
         return {
-            name: LayerPosterior.of(layer, self.structure, weight, self.prior_precision)
+            name: LayerPosterior.of(layer, self.structure, weight, self.priors[name])
             for name, layer in self.factors.layers.items()
         }
 
@@ -112,10 +156,27 @@ class BlockPosterior:
         """Draws minus the trained weights, ``(n, C, P)`` float64 for every layer."""
         return {name: layer.deviations(n, generator) for name, layer in self.layers.items()}
 
+    def log_evidence(self) -> float:
+        """What these layers add to the log marginal likelihood of the head's posterior.
+
+        ``-1/2 sum (log(1 + a / tau) + tau w^2)`` over eigenvalues a and weights w of all layers,
+        Laplace's approximation with factors in the place of the GGN (Immer et al. 2021, eq. 6).
+        """
+        total = 0.0
+        for name, layer in self.layers.items():
+            tau, mean = layer.prior_precision, self.factors.layers[name].mean
+            total += float(torch.log1p(layer.eigenvalues / tau).sum() + tau * mean.square().sum())
+        return -0.5 * total
+
+    @property
+    def described(self) -> str:
+        """How many layers and weights, for the record of a map."""
+        return f"{len(self.layers)} layers of {self.num_parameters} weights beside the head"
+
     @property
     def num_parameters(self) -> int:
         """Weights and biases of all layers."""
-        return sum(layer.variances.numel() for layer in self.layers.values())
+        return sum(layer.eigenvalues.numel() for layer in self.layers.values())
 
     @property
     def effective_parameters(self) -> float:
@@ -124,8 +185,13 @@ class BlockPosterior:
         return float(sum(share.sum() for share in shares))
 
     @property
+    def prior_range(self) -> tuple[float, float]:
+        """The smallest and the largest tau of a layer."""
+        return min(self.priors.values()), max(self.priors.values())
+
+    @property
     def settings(self) -> list[Any]:
         """All that the posterior depends on, for a key; the factors by their content."""
-        numbers = self.sigma_noise, self.prior_precision, self.n_eff
+        numbers = self.sigma_noise, self.n_eff, *self.priors.values()
         digits = (float(f"{number:.9g}") for number in numbers)
-        return ["last_block", self.factors.source, self.factors.key, self.structure, *digits]
+        return ["layers", self.factors.source, self.factors.key, self.structure, *digits]

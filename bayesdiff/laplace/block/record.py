@@ -1,4 +1,4 @@
-"""What the pass over the last block leaves, and its file."""
+"""What the pass over the layers beside the head leaves, and its file."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from torch import Tensor
 from bayesdiff.checks import UserError
 from bayesdiff.storage.checked_file import checksum, load_checked, save_checked
 
-_FORMAT = "bayesdiff-block-1"
-_INPUT, _OUTPUT = "input.", "output."
+_FORMAT = "bayesdiff-block-2"
+_INPUT, _OUTPUT, _MEAN = "input.", "output.", "mean."
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class LayerFactors:
             (a patch of it for a convolution), with a trailing 1 where there is a bias.
         output: ``(C, C)`` float64, sum over images and positions of the outer products of what
             half the squared error's curvature sends back to the layer's output.
+        mean: ``(C, P)`` float64, the trained weights.
         bias: whether a ends with a 1.
     """
 
     input: Tensor
     output: Tensor
+    mean: Tensor
     bias: bool
 
     @property
@@ -82,7 +84,7 @@ class BlockFactors:
         mine, asked = (each.split("-")[:2] for each in (self.source, source))
         if mine[: len(asked)] != asked:
             raise UserError(
-                f"the factors of the last block were computed from {self.source}, not from"
+                f"the factors of layers were computed from {self.source}, not from"
                 f" {source}; delete the block file to compute them again, or give another"
                 " run_dir"
             )
@@ -90,6 +92,7 @@ class BlockFactors:
     @property
     def _tensors(self) -> dict[str, Tensor]:
         values = {_INPUT + name: layer.input for name, layer in self.layers.items()}
+        values |= {_MEAN + name: layer.mean for name, layer in self.layers.items()}
         values |= {_OUTPUT + name: layer.output for name, layer in self.layers.items()}
         return {name: value.cpu().contiguous() for name, value in values.items()}
 
@@ -106,12 +109,14 @@ class BlockFactors:
     def load(cls, path: str | Path) -> "BlockFactors":
         """Read what ``save`` wrote; what is damaged or something else is a ``UserError``."""
         cure = "delete it and run again"
-        return load_checked(path, [_FORMAT], "factors of the last block", cure, cls._of)
+        return load_checked(path, [_FORMAT], "factors of layers", cure, cls._of)
 
     @classmethod
     def _of(cls, _: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "BlockFactors":
         layers = {
-            name: LayerFactors(tensors[_INPUT + name], tensors[_OUTPUT + name], bias)
+            name: LayerFactors(
+                tensors[_INPUT + name], tensors[_OUTPUT + name], tensors[_MEAN + name], bias
+            )
             for name, bias in facts["layers"].items()
         }
         return cls(layers, facts["num_images"], facts["source"])

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from bayesdiff.cli import mendable
+from bayesdiff.laplace.block.layers import is_wider
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.pipeline import prepare
@@ -28,7 +29,7 @@ from bayesdiff.studies.report_scores import scores_key as scores_of_report
 from bayesdiff.studies.report_scores import scores_of
 from bayesdiff.studies.study import Place, study_keys
 from bayesdiff.uncertainty import Estimator
-from bayesdiff.uncertainty.members.block_ensemble import with_block
+from bayesdiff.uncertainty.wider import with_block
 
 STAGES = ("training", "curvature", "block", "images", "classifier", "scores", "refiner", "maps",
           "validation", "image_scores", "plane", "report")  # fmt: skip
@@ -98,8 +99,8 @@ def _works(
     source = laplace.source(known, data)
     stored = {} if weights is None else laplace.stored(run.model, data)
     works = [training, Work("curvature", f"{run.folder} {source}", bool(stored.get("curvature")))]
-    if laplace.subset == "last_block":
-        key = f"{run.folder} {source} {laplace.probes}"
+    if is_wider(laplace.subset):
+        key = f"{run.folder} {source} {laplace.probes} {laplace.subset}"
         works.append(Work("block", key, bool(stored.get("block"))))
     if run.cfg.metrics.num_images:
         works += _of_images(run, solver, known)

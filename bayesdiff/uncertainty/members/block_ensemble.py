@@ -1,19 +1,19 @@
 """The ensemble of a posterior that is wider than the head: whole networks as members."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from bayesdiff.checks import UserError, at_least
-from bayesdiff.laplace.block.fit import layer_matrix
+from bayesdiff.checks import at_least
+from bayesdiff.laplace.block.layers import layer_matrix, layer_tensors
 from bayesdiff.laplace.block.posterior import BlockPosterior
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
 from bayesdiff.storage.artefacts import weights_key
-from bayesdiff.uncertainty.estimator import Estimator, Training
+from bayesdiff.uncertainty.estimator import Training
 from bayesdiff.uncertainty.members.base import NetworkMembers, twin
 from bayesdiff.uncertainty.members.ensemble import Ensemble
 from bayesdiff.uncertainty.start import Starts
@@ -23,14 +23,14 @@ _SALT = 4_000_037
 
 @dataclass(frozen=True, kw_only=True)
 class BlockEnsemble(NetworkMembers):
-    """Variance over members whose head and last block are drawn once each.
+    """Variance over members whose head and other layers are drawn once each.
 
-    What ``uncertainty=ensemble`` is with ``laplace.subset=last_block``. The heads are the very
-    draws that ``Ensemble`` has under the same seed, so the two differ by the block alone.
+    What ``uncertainty=ensemble`` is under a ``laplace.subset`` beyond the head. The heads are the
+    very draws that ``Ensemble`` has under the same seed: the two differ by other layers alone.
 
     Args:
         members: weight draws, at least 2.
-        block: posterior of the last block.
+        block: posterior of the layers beside the head.
     """
 
     members: int = 16
@@ -50,10 +50,10 @@ class BlockEnsemble(NetworkMembers):
     @property
     def described(self) -> str:
         """Which members they are, for the record."""
-        return f"{super().described}, last block"
+        return f"{super().described}, {self.block.described}"
 
     def sources(self, run: Training) -> list[Any]:
-        """The posterior of the block."""
+        """The posterior of the layers."""
         return self.block.settings
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
@@ -70,7 +70,7 @@ class BlockEnsemble(NetworkMembers):
 
 
 def _moved(model: GenerativeModel, deviations: dict[str, Tensor], head: Tensor) -> GenerativeModel:
-    """Another model, its block moved by the deviations, with this head."""
+    """Another model, its layers moved by the deviations, with this head."""
     member = twin(model)
     net = cast(nn.Module, member.net)
     for name, deviation in deviations.items():
@@ -84,45 +84,5 @@ def _moved(model: GenerativeModel, deviations: dict[str, Tensor], head: Tensor) 
 @torch.no_grad()
 def _write(layer: nn.Module, matrix: Tensor) -> None:
     """Set weights and bias from ``(C, P)``, see ``layer_matrix``."""
-    weight, bias = cast(Tensor, layer.weight), layer.bias
-    if isinstance(bias, Tensor):
-        bias.copy_(matrix[:, -1])
-        matrix = matrix[:, :-1]
-    weight.copy_(matrix.reshape(weight.shape))
-
-
-def check_block_ensemble(estimator: Estimator, study: str | None = None) -> None:
-    """Refuse what knows the head alone, for a posterior of the last block.
-
-    Args:
-        estimator: as configured.
-        study: what else is asked for, such as ``ablation``.
-
-    Raises:
-        UserError: one line that names it and the cure.
-    """
-    cure = "use uncertainty=ensemble, or laplace.subset=head"
-    if not isinstance(estimator, Ensemble):
-        raise UserError(
-            f"laplace.subset=last_block needs an estimator that follows whole networks, and "
-            f"uncertainty={estimator.name} does not draw them from a posterior; {cure}"
-        )
-    if estimator.validate:
-        raise UserError(
-            "uncertainty.validate=true compares with draws of the head alone, which "
-            "laplace.subset=last_block is wider than; use uncertainty.validate=false"
-        )
-    if study:
-        raise UserError(
-            f"{study} follows the posterior of the head alone; use {study}=null, or "
-            "laplace.subset=head"
-        )
-
-
-def with_block(estimator: Estimator, block: BlockPosterior | None) -> Estimator:
-    """The estimator for this posterior of the last block; the same one where there is none."""
-    if block is None:
-        return estimator
-    check_block_ensemble(estimator)
-    given = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
-    return BlockEnsemble(**given, block=block)
+    for name, values in layer_tensors(layer, matrix).items():
+        getattr(layer, name).copy_(values)

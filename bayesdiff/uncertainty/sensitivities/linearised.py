@@ -1,16 +1,16 @@
 """Sensitivities of the image to the weights of the head, carried through the solver."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import HeadPosterior
-from bayesdiff.solvers import Solver, Step, integrate
+from bayesdiff.solvers import Field, Solver, Step, integrate
 from bayesdiff.uncertainty.decoded import decoded, decoded_sensitivities
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.recorder import Recorder
@@ -20,7 +20,7 @@ from bayesdiff.uncertainty.sensitivities.predicted_products import Rule, spread_
 from bayesdiff.uncertainty.sensitivities.products import PRODUCTS, Product, TangentField
 from bayesdiff.uncertainty.start import Start, Starts
 
-_ROWS = 64  # sensitivities of one image followed at once
+ROWS = 64  # sensitivities of one image followed at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Linearised(Estimator):
     def copies(self, solver: Solver) -> int:
         """Network inputs per image held at once."""
         noise = self.noise_draws if solver.stochastic else 0
-        return 1 + noise + (_ROWS if self.draws == "all" else min(int(self.draws), _ROWS))
+        return 1 + noise + (ROWS if self.draws == "all" else min(int(self.draws), ROWS))
 
     def evaluations(self, start: Start) -> float | None:
         """Of image and products, at all evaluations but the first; unknown where some are skipped.
@@ -97,7 +97,7 @@ class Linearised(Estimator):
             return None
         stochastic = any(step.stochastic for step in start.steps())
         rows = int(self.draws) + (self.noise_draws if stochastic else 0)
-        turns, count = -(-int(self.draws) // _ROWS), evaluations(start)
+        turns, count = -(-int(self.draws) // ROWS), evaluations(start)
         again = 0 if self.derivative == "difference" else turns
         each = start.nfe / count
         return each * (turns * count + (count - 1) * (rows + again))
@@ -131,17 +131,14 @@ class Linearised(Estimator):
         product = PRODUCTS[self.derivative]
         count = self.noise_draws
         # Many directions go in turns; the image is followed again with each.
-        turns, noise = deltas.split(_ROWS), start.noise.copy()
+        turns, noise = deltas.split(ROWS), start.noise.copy()
         followed = follow(start, turns[0], weight, product, self.rule, count, self.seed)
-        variance, nfe, shown = followed.variance, followed.nfe, followed.shown
         for turn in turns[1:]:
             again = replace(start, noise=noise.copy())
             more = follow(again, turn, weight, product, self.rule, 0, self.seed)
-            variance, nfe = variance + more.variance, nfe + more.nfe
-            shown = None if shown is None or more.shown is None else shown + more.shown
+            followed = followed.with_more(more)
         label = f"linearised, {self.draws} draws, {self.derivative}, skip {self.skip_interval}"
-        whole = replace(followed, variance=variance, nfe=nfe, shown=shown)
-        return whole.samples(start, label, self.times)
+        return followed.samples(start, label, self.times)
 
 
 def evaluations(start: Start) -> int:
@@ -179,6 +176,12 @@ class Followed:
     nfe: int
     shown: Tensor | None = None
 
+    def with_more(self, other: "Followed") -> "Followed":
+        """The same images with the variance of further directions added."""
+        shown = None if self.shown is None or other.shown is None else self.shown + other.shown
+        variance, nfe = self.variance + other.variance, self.nfe + other.nfe
+        return replace(self, variance=variance, nfe=nfe, shown=shown)
+
     def samples(self, start: Start, estimator: str, times: Sequence[float]) -> Samples:
         """The record that every estimator returns."""
         recorder = Recorder(len(self.ends), times)
@@ -194,6 +197,16 @@ class Followed:
             self.sampler_noise,
             None if self.shown is None else (state, variance),
         )
+
+
+class Rows(Protocol):
+    """Outputs for rows ``(1 + M, B, C, H, W)``, an image and its sensitivities, at a time."""
+
+    field: Field
+    features: Mapping[int, Tensor]
+
+    def __call__(self, rows: Tensor, t: float) -> Tensor:
+        """Outputs of all rows."""
 
 
 @torch.no_grad()
@@ -217,11 +230,35 @@ def follow(
         noise_draws: directions of the sampler's own noise, for a stochastic solver.
         seed: of these.
     """
-    steps, x_0, count = start.steps(), start.initial(), len(deltas)
-    extra = noise_draws if any(step.stochastic for step in steps) else 0
-    fork = start.noise.fork(seed)
     field = start.field()
     tangent = TangentField(field, deltas.to(start.device), product, rule)
+    return follow_rows(start, tangent, len(deltas), weight, noise_draws, seed, rule)
+
+
+@torch.no_grad()
+def follow_rows(
+    start: Start,
+    tangent: Rows,
+    count: int,
+    weight: float,
+    noise_draws: int = 0,
+    seed: int = 0,
+    rule: Rule | None = None,
+) -> Followed:
+    """Image and sensitivities through all steps, whatever the sensitivities are to.
+
+    Args:
+        start: the batch.
+        tangent: outputs of an image and of its sensitivities; further rows see no weights.
+        count: M, sensitivities.
+        weight: of each squared sensitivity in the variance.
+        noise_draws: directions of the sampler's own noise, for a stochastic solver.
+        seed: of these.
+        rule: its correction of the variance; None for none.
+    """
+    steps, x_0 = start.steps(), start.initial()
+    extra = noise_draws if any(step.stochastic for step in steps) else 0
+    fork = start.noise.fork(seed)
     states: list[Tensor] = []
     variance: list[Tensor] = []
 
@@ -248,6 +285,6 @@ def follow(
         sampler_noise=own.square().mean(0) if extra else None,
         features=list(tangent.features.values()),
         ends=[step.end for step in steps],
-        nfe=field.evaluations,
+        nfe=tangent.field.evaluations,
         shown=shown,
     )
