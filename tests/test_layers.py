@@ -1,0 +1,173 @@
+"""Layers beside the head: which they are, priors of their own, sensitivities to their weights."""
+
+import pytest
+import torch
+from conftest import Compose
+from hand import model_of, plain, real_start, small_unet, start_of
+from test_bad_input import check_line, refused
+from test_block import Small, some_factors, unet_posterior
+from torch import nn
+from torch.func import functional_call
+
+from bayesdiff.checks import UserError
+from bayesdiff.laplace.block.layers import check_names, layer_matrix, layer_tensors, layers_of
+from bayesdiff.laplace.block.posterior import BlockPosterior
+from bayesdiff.paths import CondOT
+from bayesdiff.solvers import Heun
+from bayesdiff.uncertainty import Linearised
+from bayesdiff.uncertainty.sensitivities.linearised import directions, follow, follow_rows
+from bayesdiff.uncertainty.sensitivities.products import PRODUCTS
+from bayesdiff.uncertainty.sensitivities.weights import WeightTangentField
+from bayesdiff.uncertainty.wider import with_block
+
+
+def bend():
+    """A float64 network with two layers that bend before the head."""
+    layers = lambda: [nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 1)]  # noqa: E731
+    return Small(layers, lambda: nn.Conv2d(2, 1, 3, padding=1))
+
+
+@pytest.mark.parametrize("solver", [Heun(num_steps=2)])
+def test_sensitivities_are_the_derivative_of_the_whole_sampler_in_all_weights(solver):
+    """Against reverse-mode differentiation of the sampled image in every weight, in float64."""
+    net = bend()
+    model = model_of(net, CondOT())
+    start = start_of(model, solver, count=2, shape=(1, 4, 4))
+    names = [name for name, _ in net.named_parameters()]
+    generator = torch.Generator().manual_seed(0)
+    along = {
+        name: torch.randn(3, *value.shape, dtype=torch.float64, generator=generator)
+        for name, value in net.named_parameters()
+    }
+    field = start.field()
+    tangent = WeightTangentField(field, along)
+    found = follow_rows(start, tangent, 3, 1.0).sensitivities
+
+    class Sampled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self):
+            again = start_of(model, solver, count=2, shape=(1, 4, 4))
+            steps, x = again.steps(), again.initial()
+            from bayesdiff.solvers import integrate
+
+            return integrate(again.field(), steps, x, again.draw)
+
+    sampled = Sampled()
+    weights = tuple(value.detach().clone() for value in net.parameters())
+
+    def image(*values):
+        given = {f"net.{name}": value for name, value in zip(names, values, strict=True)}
+        return functional_call(sampled, given, ())
+
+    with torch.enable_grad():
+        jacobians = torch.autograd.functional.jacobian(image, weights)
+    truth = sum(
+        torch.einsum("...k,mk->m...", jacobian.flatten(4), along[name].flatten(1))
+        for name, jacobian in zip(names, jacobians, strict=True)
+    )
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["euler", "euler-guided", "ddim-eta"])
+def test_along_the_heads_weights_alone_they_are_those_of_the_head(name):
+    net, posterior = small_unet()
+    deltas = directions(posterior, 3, seed=1)
+    truth = follow(real_start(net, name), deltas, 1.0, PRODUCTS["exact"], noise_draws=2, seed=4)
+    along = {f"head.{k}": v for k, v in layer_tensors(net.head, deltas).items()}
+    for derivative, tolerance in (("exact", 1e-4), ("difference", 3e-2)):
+        start = real_start(net, name)
+        tangent = WeightTangentField(start.field(), along, derivative)
+        found = follow_rows(start, tangent, 3, 1.0, noise_draws=2, seed=4)
+        size = truth.sensitivities.abs().amax()
+        assert (found.sensitivities - truth.sensitivities).abs().amax() < tolerance * size
+        assert torch.equal(found.states, truth.states)
+        if truth.sampler_noise is not None:
+            size = truth.sampler_noise.amax()
+            assert (found.sampler_noise - truth.sampler_noise).abs().amax() < tolerance * size
+
+
+@torch.no_grad()
+def test_the_estimator_is_the_mean_square_along_its_directions():
+    """Turns of directions, the images, the count of evaluations, and the record."""
+    net, head, posterior = unet_posterior(prior=2e4)
+    start = real_start(net, "euler")
+    wide = with_block(Linearised(draws=66, seed=3, derivative="difference"), posterior)
+    samples = wide(start, head)
+    along = wide.directions(start.model, head)
+    assert {name.rpartition(".")[0] for name in along} == {*posterior.layers, "head"}
+    again = real_start(net, "euler")
+    tangent = WeightTangentField(again.field(), along, "difference")
+    truth = follow_rows(again, tangent, 66, 1.0).sensitivities.square().mean(0)
+    torch.testing.assert_close(samples.variance, truth, rtol=1e-4, atol=1e-9)
+    assert torch.equal(samples.images, plain(real_start(net, "euler")))
+    assert samples.nfe == wide.evaluations(start) == start.nfe * (2 + 66)
+    assert posterior.described in samples.estimator
+    alone = Linearised(draws=66, seed=3)(real_start(net, "euler"), head)
+    assert samples.variance.mean() > alone.variance.mean()
+
+
+def test_priors_maximise_the_evidence_of_these_layers():
+    """By hand: log N(w | 0, 1 / tau) and the log-determinants of dense matrices."""
+    factors = some_factors(a=(2, 4), b=(3, 2))
+    flat = BlockPosterior(factors, "full", 0.5, {"a": 2.0, "b": 7.0}, 60.0)
+    truth = 0.0
+    for name, layer in factors.layers.items():
+        data = 60 / 20 / 0.5**2 * torch.kron(layer.output, layer.input)
+        tau = flat.priors[name]
+        eye = torch.eye(len(data), dtype=torch.float64)
+        truth -= 0.5 * float(torch.logdet(data + tau * eye) - len(data) * torch.tensor(tau).log())
+        truth -= 0.5 * tau * float(layer.mean.square().sum())
+    assert flat.log_evidence() == pytest.approx(truth, rel=1e-6)
+    for per in ("layer", "subset"):
+        best = flat.with_evidence(per)
+        assert len(set(best.priors.values())) == (2 if per == "layer" else 1)
+        for factor in (0.9, 1.1):
+            for moved in [list(best.priors)] if per == "subset" else [[n] for n in best.priors]:
+                other = {n: t * factor if n in moved else t for n, t in best.priors.items()}
+                worse = BlockPosterior(factors, "full", 0.5, other, 60.0)
+                assert worse.log_evidence() < best.log_evidence()
+        assert best.prior_range == (min(best.priors.values()), max(best.priors.values()))
+    assert flat.with_evidence("layer").log_evidence() > flat.with_evidence("subset").log_evidence()
+
+
+def test_names_choose_layers_with_all_inside_them():
+    net, _ = small_unet()
+    every = layers_of(net, "all")
+    kinds = (nn.Conv2d, nn.Linear)
+    assert set(every) == {
+        name for name, module in net.named_modules() if isinstance(module, kinds)
+    } - {"head"}
+    some = layers_of(net, ["up.1", "stem"])
+    assert "stem" in some and len(some) > 2
+    assert all(name == "stem" or name.startswith("up.1.") for name in some)
+    assert list(layers_of(net, ["middle", "middle.0"])) == list(layers_of(net, ["middle"]))
+    for subset, fragments in (
+        (["up.77"], ["'up.77'", "did you mean up."]),
+        (["nothing at all"], ["the network has time"]),
+        (["head"], ["no linear or convolution layer beside the head"]),
+        (["norm"], ["[norm] of UNet", "laplace.subset=head"]),
+    ):
+        with pytest.raises(UserError) as error:
+            layers_of(net, subset)
+        check_line(str(error.value), fragments)
+    for subset in ("body", [], [3]):
+        with pytest.raises(UserError, match=r"laplace.subset"):
+            check_names(subset)
+
+
+def test_tensors_of_a_layer_are_its_matrix_taken_apart():
+    for layer in (nn.Conv2d(2, 3, 3), nn.Linear(4, 2, bias=False)):
+        found = layer_tensors(layer, layer_matrix(layer))
+        assert found.keys() == dict(layer.named_parameters()).keys()
+        assert all(torch.equal(found[k], v) for k, v in layer.named_parameters())
+
+
+def test_bad_names_are_refused_before_any_work(compose: Compose):
+    given = "laplace.subset=[up.99]", "uncertainty=linearised"
+    check_line(refused(compose, *given), ["'up.99'", "did you mean"])
+    given = "laplace.subset=all", "laplace.prior_per=channel", "uncertainty=linearised"
+    check_line(refused(compose, *given), ["laplace.prior_per", "layer or subset", "'channel'"])
