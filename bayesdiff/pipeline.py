@@ -1,7 +1,7 @@
 """fit -> curvature -> images -> maps -> validation -> score -> report; nothing is made twice."""
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from bayesdiff.checks import at_least, seed_of
-from bayesdiff.laplace.block.fit import check_subset
-from bayesdiff.laplace.block.layers import is_wider
+from bayesdiff.laplace.block.kinds import Beside
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.evidence_grid import evidence_curve
 from bayesdiff.laplace.structures import check_settings
@@ -35,7 +34,7 @@ from bayesdiff.runs.settings import settings
 from bayesdiff.runs.setup import Setup, settings_of
 from bayesdiff.runs.stage_costs import recorded
 from bayesdiff.runs.stages import make_images, make_maps, make_validation
-from bayesdiff.runs.training import fit, weights_in_words
+from bayesdiff.runs.training import fit, images_seen, weights_in_words
 from bayesdiff.solvers import Solver, plan
 from bayesdiff.solvers.step import check_finite, check_solver
 from bayesdiff.storage.locks import alone, together
@@ -55,6 +54,7 @@ from bayesdiff.uncertainty.wider import check_wider, with_block
 
 __all__ = ["Result", "prepare", "run", "settings_of", "show"]
 log = logging.getLogger(__name__)
+SEEN = "seen"  # of laplace.n_eff: as many images as the training has seen
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
     """All stages, one after the other."""
     cfg = this.cfg
     weights = fit(this, laplace)
+    laplace.settings["n_eff"] = n_eff_of(this)
     this.model.to(this.device).eval()
     with stage("curvature"):
         posterior = laplace.fit(this.model, this.data.data)
@@ -150,10 +151,10 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     check_groups(cfg)
     settle(cfg)
     devices = check_devices(cfg)
-    check_settings(**{k: cfg.laplace[k] for k in _POSTERIOR})
-    check_subset(
-        **{k: plain(cfg.laplace)[k] for k in ("subset", "structure", "sigma_noise", "probes")}
-    )
+    n_eff = None if cfg.laplace.n_eff == SEEN else cfg.laplace.n_eff
+    check_settings(**{k: cfg.laplace[k] for k in _POSTERIOR}, n_eff=n_eff)
+    beside = Beside(**{field.name: plain(cfg.laplace)[field.name] for field in fields(Beside)})
+    beside.check(cfg.laplace.structure, cfg.laplace.sigma_noise)
     seed_of("laplace.seed", cfg.laplace.seed)
     solver: Solver = instantiated(cfg.solver, "solver", Solver)
     estimator: Estimator = instantiated(cfg.uncertainty, "uncertainty", Estimator)
@@ -162,11 +163,12 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     this = build(cfg)
     this = replace(this, studies=studies_of(cfg), callbacks=check_callbacks(this))
     context = (cfg.model.prediction, plain(cfg.path), network_code(cfg), *seen_options(cfg))
-    laplace = LastLayerLaplace(**plain(cfg.laplace), folder=this.folder, context=context)
+    options = plain(cfg.laplace) | {"n_eff": n_eff_of(this)}
+    laplace = LastLayerLaplace(**options, folder=this.folder, context=context)
     laplace.check(this.model, len(this.data.data.images), this.data.space.shape)
     this, estimator = settle_estimator(this, solver, estimator)
-    if is_wider(laplace.subset):
-        check_wider(estimator, laplace.subset, *list(this.studies)[:1])
+    if beside.asked:
+        check_wider(estimator, beside.subset, *list(this.studies)[:1])
     model = this.model
     check_solver(solver, model.path, model.condition is not None and model.class_dropout > 0)
     check_finite(solver, model.prediction, plan(solver, model.path, model.prediction))
@@ -186,7 +188,13 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     return this, solver, estimator, laplace
 
 
-_POSTERIOR = ("structure", "sigma_noise", "prior_precision", "n_eff", "rank", "time_bins")
+def n_eff_of(run: Run) -> float | None:
+    """Images that the likelihood counts, as asked for; None for those of the pass."""
+    asked = run.cfg.laplace.n_eff
+    return images_seen(run) if asked == SEEN else asked
+
+
+_POSTERIOR = ("structure", "sigma_noise", "prior_precision", "rank", "time_bins")
 
 
 def statistics_of(samples: Samples, classes: tuple[str, ...] = ()) -> dict[str, float]:

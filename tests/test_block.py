@@ -16,12 +16,8 @@ from torch import nn
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.block import fit as block
-from bayesdiff.laplace.block.fit import (
-    check_block,
-    check_subset,
-    fit_block,
-    stored_factors,
-)
+from bayesdiff.laplace.block.fit import check_block, fit_block
+from bayesdiff.laplace.block.kinds import KINDS, Beside
 from bayesdiff.laplace.block.layers import layer_matrix, layers_of
 from bayesdiff.laplace.block.posterior import BlockPosterior, LayerPosterior
 from bayesdiff.laplace.block.record import BlockFactors, LayerFactors
@@ -75,13 +71,13 @@ def pictures(count, size, channels=1):
 @pytest.fixture
 def seen(monkeypatch):
     """Networks and inputs of every batch of the pass."""
-    found, forward = [], block._Flat.forward
+    found, forward = [], block.Flat.forward
 
     def record(self, inputs):
         found.append((self.net, inputs))
         return forward(self, inputs)
 
-    monkeypatch.setattr(block._Flat, "forward", record)
+    monkeypatch.setattr(block.Flat, "forward", record)
     return found
 
 
@@ -400,10 +396,13 @@ def test_factors_survive_their_file_and_their_key_tells_them_apart(tmp_path):
         replace(factors, source="w-d-q").key,
     }
     assert len(keys) == 4
-    assert stored_factors(path, "w-d-p") is not None and stored_factors(None, "w-d-p") is None
-    assert stored_factors(path, "w-d-more draws") is None
+    assert (
+        KINDS["kronecker"].stored(path, "w-d-p") is not None
+        and KINDS["kronecker"].stored(None, "w-d-p") is None
+    )
+    assert KINDS["kronecker"].stored(path, "w-d-more draws") is None
     with pytest.raises(UserError, match="computed from w-d-p"):
-        stored_factors(path, "w-other images-p")
+        KINDS["kronecker"].stored(path, "w-other images-p")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -462,18 +461,22 @@ def test_what_kfac_cannot_take_keeps_its_values():
         ({"subset": "body"}, ["laplace.subset", "head, last_block", "'body'"]),
         ({"structure": "diag"}, ["laplace.structure=diag", "full or kron"]),
         ({"sigma_noise": "mle_per_time"}, ["mle_per_time", "use mle"]),
+        ({"layers": "dense"}, ["laplace.layers", "kronecker, low_rank", "'dense'"]),
+        ({"layers_rank": 0}, ["laplace.layers_rank", "got 0"]),
         ({"probes": 0}, ["laplace.probes", "all", "got 0"]),
         ({"probes": True}, ["laplace.probes", "got True"]),
         ({"probes": "some"}, ["laplace.probes", "'some'"]),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(options, fragments):
-    given = {"subset": "last_block", "structure": "full", "sigma_noise": "mle", "probes": 4}
+    head = {"structure": "full", "sigma_noise": "mle"}
+    of_head = head | {k: v for k, v in options.items() if k in head}
+    beside = {"subset": "last_block"} | {k: v for k, v in options.items() if k not in head}
     with pytest.raises(UserError) as error:
-        check_subset(**given | options)
+        Beside(**beside).check(**of_head)
     check_line(str(error.value), fragments)
     if set(options) <= {"structure", "sigma_noise"}:
-        check_subset(**given | options | {"subset": "head"})
+        Beside().check(**of_head)
 
 
 def test_estimators_that_follow_whole_networks_take_a_wider_posterior():
@@ -511,7 +514,8 @@ def work(monkeypatch):
         calls["pass"] += 1
         return pass_over(*args, **options)
 
-    monkeypatch.setattr(block, "fit_block", counted)
+    kind = replace(KINDS["kronecker"], fit=counted)
+    monkeypatch.setitem(KINDS, "kronecker", kind)
     monkeypatch.setattr("bayesdiff.report.board.write", lambda *args, **options: [])
     return calls
 

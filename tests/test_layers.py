@@ -1,19 +1,23 @@
 """Layers beside the head: which they are, priors of their own, sensitivities to their weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import Compose
+from conftest import Compose, Trained
 from hand import model_of, plain, real_start, small_unet, start_of
 from test_bad_input import check_line, refused
-from test_block import Small, some_factors, unet_posterior
+from test_block import Small, pictures, some_factors, unet_posterior
 from torch import nn
 from torch.func import functional_call
 
+from bayesdiff import pipeline
 from bayesdiff.checks import UserError
+from bayesdiff.laplace.block import low_rank
 from bayesdiff.laplace.block.layers import check_names, layer_matrix, layer_tensors, layers_of
 from bayesdiff.laplace.block.posterior import BlockPosterior
 from bayesdiff.paths import CondOT
-from bayesdiff.solvers import Heun
+from bayesdiff.solvers import Heun, integrate
 from bayesdiff.uncertainty import Linearised
 from bayesdiff.uncertainty.sensitivities.linearised import directions, follow, follow_rows
 from bayesdiff.uncertainty.sensitivities.products import PRODUCTS
@@ -51,8 +55,6 @@ def test_sensitivities_are_the_derivative_of_the_whole_sampler_in_all_weights(so
         def forward(self):
             again = start_of(model, solver, count=2, shape=(1, 4, 4))
             steps, x = again.steps(), again.initial()
-            from bayesdiff.solvers import integrate
-
             return integrate(again.field(), steps, x, again.draw)
 
     sampled = Sampled()
@@ -171,3 +173,99 @@ def test_bad_names_are_refused_before_any_work(compose: Compose):
     check_line(refused(compose, *given), ["'up.99'", "did you mean"])
     given = "laplace.subset=all", "laplace.prior_per=channel", "uncertainty=linearised"
     check_line(refused(compose, *given), ["laplace.prior_per", "layer or subset", "'channel'"])
+
+
+def dense(net, layers, seen):
+    """J^T J over all batches by autograd, all weights of these layers in the order of matrices."""
+    total = 0
+    for x, t in seen:
+        sizes = [layer_matrix(layer).shape for layer in layers.values()]
+
+        def outputs(flat, x=x, t=t, sizes=sizes):
+            given, at = {}, 0
+            for (name, layer), size in zip(layers.items(), sizes, strict=True):
+                matrix = flat[at : at + size.numel()].view(size)
+                at += size.numel()
+                given |= {f"{name}.{k}": v for k, v in layer_tensors(layer, matrix).items()}
+            return functional_call(net, given, (x, t)).flatten()
+
+        point = torch.cat([layer_matrix(layer).flatten() for layer in layers.values()])
+        jacobian = torch.autograd.functional.jacobian(outputs, point)
+        total = total + jacobian.T @ jacobian
+    return total
+
+
+def test_leading_directions_are_those_of_the_dense_ggn(monkeypatch):
+    """Over all layers together, what ties them included; and the draws' covariance."""
+    net = bend()
+    model = model_of(net, CondOT())
+    seen = []
+    forward = low_rank.Flat.forward
+
+    def record(self, inputs):
+        given = (inputs["x"].detach().double(), inputs["t"].detach().double())
+        if not any(torch.equal(given[1], t) for _, t in seen):
+            seen.append(given)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(low_rank.Flat, "forward", record)
+    options = {"source": "w-d-p", "subset": "all", "batch_size": 6}
+    images = pictures(12, 4)
+    factors = low_rank.fit_low_rank(model.double(), images, None, rank=8, **options)
+    layers = layers_of(net, "all")
+    assert len(seen) == 2
+    truth = dense(net, layers, seen)
+    values, vectors = torch.linalg.eigh(truth)
+    torch.testing.assert_close(factors.values, values.flip(0)[:8], rtol=1e-5, atol=1e-8)
+    found = torch.cat([factors.vectors[name].flatten(1) for name in layers], 1)
+    overlap = (found @ vectors.flip(1)[:, :8]).abs()
+    torch.testing.assert_close(overlap, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-3)
+    posterior = low_rank.LowRankPosterior(factors, 0.5, 3.0, 24.0)
+    likelihood = found.T * (factors.values * 24 / 12 / 0.25) @ found
+    eye = torch.eye(len(truth), dtype=torch.float64)
+    covariance = torch.linalg.inv(likelihood + 3 * eye)
+    drawn = posterior.deviations(40_000, torch.Generator().manual_seed(0))
+    flat = torch.cat([drawn[name].flatten(1) for name in layers], 1)
+    sd = covariance.diagonal().sqrt()
+    assert ((flat.T @ flat / len(flat) - covariance) / (sd[:, None] * sd)).abs().max() < 0.04
+    counted = float(torch.linalg.solve(likelihood + 3 * eye, likelihood).trace())
+    assert posterior.effective_parameters == pytest.approx(counted)
+    squares = sum(float(layer_matrix(layer).square().sum()) for layer in layers.values())
+    logs = torch.logdet(likelihood + 3 * eye) - len(eye) * torch.tensor(3.0).log()
+    assert posterior.log_evidence() == pytest.approx(-0.5 * (float(logs) + 3 * squares))
+    with pytest.raises(UserError, match="laplace.layers=kronecker"):
+        low_rank.fit_low_rank(model, images, None, rank=10_000, **options)
+
+
+def test_directions_survive_their_file_and_are_of_their_weights(tmp_path):
+    mean = torch.arange(6, dtype=torch.float64).view(2, 3)
+    vectors = torch.eye(6, dtype=torch.float64)[:2].view(2, 2, 3)
+    values = torch.tensor([5.0, 2.0], dtype=torch.float64)
+    factors = low_rank.LowRankFactors(values, {"a": vectors}, {"a": mean}, 12, "w-d-p")
+    factors.save(tmp_path / "f.safetensors")
+    again = low_rank.LowRankFactors.load(tmp_path / "f.safetensors")
+    assert again.key == factors.key and torch.equal(again.vectors["a"], vectors)
+    assert replace(again, num_images=13).key != factors.key
+    again.require_source("w-d")
+    with pytest.raises(UserError, match="delete the block"):
+        again.require_source("v-d")
+    head = unet_posterior()[1]
+    head = replace(head, curvature=replace(head.curvature, source="w-d-q"))
+    best = low_rank.LowRankPosterior.beside(head, factors, "evidence")
+    for tau in (0.9, 1.1):
+        worse = replace(best, prior_precision=best.prior_precision * tau)
+        assert worse.log_evidence() < best.log_evidence()
+    assert best.settings != replace(best, n_eff=3.0).settings
+
+
+def test_a_run_by_leading_directions(copied: Trained, compose: Compose):
+    wide = ["laplace.subset=[up.0,middle]", "laplace.prior_precision=evidence"]
+    wide += ["uncertainty=linearised", "uncertainty.draws=2", "uncertainty.num_images=2"]
+    low = ["laplace.layers=low_rank", "laplace.layers_rank=2", "laplace.num_images=16"]
+    results = [pipeline.run(compose(*wide, *more)) for more in ([], low)]
+    for result in results:
+        assert result.settings["subset"] == "[up.0,middle]"
+        assert result.metrics["laplace/block_log_evidence"] < 0
+        low, high = (result.metrics[f"laplace/block_prior_precision_{k}"] for k in ("min", "max"))
+        assert 0 < low <= high
+    assert results[0].metrics["laplace/block_prior_precision_max"] != high

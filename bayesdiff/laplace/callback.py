@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from lightning.pytorch.callbacks import Callback
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import space_of
-from bayesdiff.laplace.block.fit import check_block, check_subset, factors_of, stored_factors
-from bayesdiff.laplace.block.layers import Subset, in_words, is_wider
-from bayesdiff.laplace.block.posterior import PRIORS, BlockPosterior
-from bayesdiff.laplace.block.record import BlockFactors
+from bayesdiff.laplace.block.fit import check_block
+from bayesdiff.laplace.block.kinds import Beside
+from bayesdiff.laplace.block.layers import in_words
+from bayesdiff.laplace.block.posterior import LayersPosterior
 from bayesdiff.laplace.curvature import check_pass_of, fit_curvature
 from bayesdiff.laplace.objective import curved_objective
 from bayesdiff.laplace.posterior import HeadPosterior
@@ -31,9 +32,9 @@ from bayesdiff.storage.locks import together
 log = logging.getLogger(__name__)
 
 _OWN = (
-    "path", "structure", "sigma_noise", "prior_precision", "prior_per", "n_eff", "rank", "subset",
-    "probes", "folder", "context",
+    "path", "structure", "sigma_noise", "prior_precision", "n_eff", "rank", "folder", "context",
 )  # fmt: skip
+_BESIDE = tuple(field.name for field in fields(Beside))
 # Options of fit_curvature, and those that make what there was without them.
 _PASS = ("draws", "num_images", "batch_size", "seed", "time_bins", "objective")
 _PLAIN = (("time_bins", 1), ("objective", "likelihood"))
@@ -59,17 +60,13 @@ class LastLayerLaplace(Callback):
         prior_precision: number or ``evidence``.
         n_eff: images the likelihood counts; None for those of the pass.
         rank: of ``structure="subspace"``.
-        subset: ``head``; or for a posterior of other layers beside it, in ``block``:
-            ``last_block``, ``all`` or names of modules in the network, see ``layers_of``. Their
-            factors are kept next to the curvature, as ``block-....safetensors``.
-        prior_per: what ``prior_precision="evidence"`` is fitted for beside the head: ``layer``, a
-            prior for every layer, or ``subset``, one for all of them.
-        probes: of ``fit_block``.
         folder: in place of ``path``, where the file has a name of its own, see ``file_name``.
         context: what the features depend on beside the weights, plain values; a kept curvature of
             another context is made again.
-        curvature: options of ``fit_curvature``: draws, num_images, batch_size, seed, time_bins,
-            objective.
+        options: those of ``fit_curvature``, draws, num_images, batch_size, seed, time_bins and
+            objective; and those of ``Beside`` for a posterior of layers beside the head, in
+            ``block``, such as ``subset="all"``. What is kept of them lies next to the curvature,
+            as ``block-....safetensors``.
 
     Raises:
         UserError: for an option that there is not, or a value that cannot work.
@@ -83,19 +80,16 @@ class LastLayerLaplace(Callback):
         prior_precision: float | str = 1.0,
         n_eff: float | None = None,
         rank: int | None = None,
-        subset: Subset = "head",
-        prior_per: str = "layer",
-        probes: int | str = 4,
         folder: Path | None = None,
         context: tuple[Any, ...] = (),
-        **curvature: Any,
+        **options: Any,
     ) -> None:
-        for name in curvature:
-            if name not in _PASS:
-                meant = near(name, (*_OWN, *_PASS))
+        for name in options:
+            if name not in (*_PASS, *_BESIDE):
+                meant = near(name, (*_OWN, *_PASS, *_BESIDE))
                 raise UserError(f"LastLayerLaplace has no option {name!r}{meant}")
-        self.subset: Subset = subset if isinstance(subset, str) else list(subset)
-        self.probes, self.prior_per = probes, prior_per
+        self.beside = Beside(**{k: v for k, v in options.items() if k in _BESIDE})
+        curvature = {k: v for k, v in options.items() if k in _PASS}
         self.settings: dict[str, Any] = {
             "structure": structure,
             "sigma_noise": sigma_noise,
@@ -104,16 +98,14 @@ class LastLayerLaplace(Callback):
             "rank": rank,
         }
         check_settings(**self.settings, time_bins=curvature.get("time_bins", 1))
-        check_subset(subset, structure, sigma_noise, probes)
-        if prior_per not in PRIORS:
-            raise UserError(f"laplace.prior_per must be {' or '.join(PRIORS)}, got {prior_per!r}")
+        self.beside.check(structure, sigma_noise)
         self.pass_options, self.context = curvature, context
         self.objective = str(curvature.get("objective", "likelihood"))
         self.path = None if path is None else Path(path)
         if folder is not None:
             self.path = folder / self.file_name
         self.posterior: HeadPosterior | None = None
-        self.block: BlockPosterior | None = None
+        self.block: LayersPosterior | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse before training what would fail after it.
@@ -127,7 +119,7 @@ class LastLayerLaplace(Callback):
         given = () if module.condition is None else (module.condition.field,)
         data = require_data(trainer, "LastLayerLaplace", *given, "fingerprint")
         self.check(module, len(data.images), space_of(data).shape)
-        paths = (self.path, self.block_path if is_wider(self.subset) else None)
+        paths = (self.path, self.block_path if self.beside.asked else None)
         for path in paths:
             if path is not None and path.exists():
                 raise UserError(
@@ -139,11 +131,13 @@ class LastLayerLaplace(Callback):
         """Refuse a head, or images of a number and shape, that the settings do not go with."""
         structure, sigma, rank = (self.settings[k] for k in ("structure", "sigma_noise", "rank"))
         curved = curved_objective(model, self.objective)
-        check_likelihood(curved.said, curved.scaled, structure, sigma, in_words(self.subset))
+        check_likelihood(
+            curved.said, curved.scaled, structure, sigma, in_words(self.beside.subset)
+        )
         count, size = check_pass_of(model, images, shape, self.pass_options)
         check_structure(structure, rank, size, count)
-        if is_wider(self.subset):
-            check_block(model.net, count, self.subset)
+        if self.beside.asked:
+            check_block(model.net, count, self.beside.subset)
 
     @property
     def file_name(self) -> str:
@@ -164,13 +158,16 @@ class LastLayerLaplace(Callback):
     def _block_pass(self) -> dict[str, Any]:
         apart = [name for name, _ in _PLAIN]
         options = {k: v for k, v in self.pass_options.items() if k not in apart}
-        return options | {"probes": self.probes, "subset": self.subset}
+        return options | self.beside.options
 
     def discard_others(self, weights: str) -> None:
         """Remove files beside ``path`` that were made from other weights than these."""
         if self.path is None or rank():
             return
-        kinds: tuple[tuple[str, Any], ...] = (("curvature", Curvature), ("block", BlockFactors))
+        kinds: tuple[tuple[str, Any], ...] = (
+            ("curvature", Curvature),
+            ("block", self.beside.kind.factors),
+        )
         for name, kind in kinds:
             for path in self.path.parent.glob(f"{name}-*.safetensors"):
                 with suppress(UserError):  # what cannot be read is refused where it is needed
@@ -182,9 +179,9 @@ class LastLayerLaplace(Callback):
         """Refuse kept files that cannot be read, before there is any work they could waste."""
         if self.path is not None and self.path.is_file():
             Curvature.load(self.path)
-        path = self.block_path if is_wider(self.subset) else None
+        path = self.block_path if self.beside.asked else None
         if path is not None and path.is_file():
-            BlockFactors.load(path)
+            self.beside.kind.factors.load(path)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit the posterior of the trained weights."""
@@ -201,9 +198,10 @@ class LastLayerLaplace(Callback):
             weights = weights_key(model)
             curvature = self._curvature(model, data, self.source(weights, data))
             factors = None
-            if is_wider(self.subset):
+            if self.beside.asked:
                 source = self._block_source(weights, data)
-                factors = factors_of(model, data, self.block_path, source, **self._block_pass)
+                kept = self.block_path, source
+                factors = self.beside.kind.once(model, data, *kept, **self._block_pass)
         return self._settled(model, curvature, factors)
 
     def kept(self, model: Any, data: Any) -> HeadPosterior | None:
@@ -217,9 +215,9 @@ class LastLayerLaplace(Callback):
         """What ``fit`` keeps for the model's present weights, by stage; None for what is not."""
         weights = weights_key(model)
         found: dict[str, Any] = {"curvature": self._stored(self.source(weights, data))}
-        if is_wider(self.subset):
+        if self.beside.asked:
             source = self._block_source(weights, data)
-            found["block"] = stored_factors(self.block_path, source)
+            found["block"] = self.beside.kind.stored(self.block_path, source)
         return found
 
     def _curvature(self, model: Any, data: Any, source: str) -> Curvature:
@@ -240,8 +238,8 @@ class LastLayerLaplace(Callback):
         self.posterior = HeadPosterior.fit(curvature, **self.settings)
         _remark(self.posterior)
         if factors is not None:
-            prior = self.settings["prior_precision"], self.prior_per
-            self.block = BlockPosterior.beside(self.posterior, factors, *prior)
+            prior = self.settings["prior_precision"], self.beside.prior_per
+            self.block = self.beside.kind.posterior(self.posterior, factors, *prior)
         return self.posterior
 
     def _block_source(self, weights: str, data: Any) -> str:

@@ -288,4 +288,4 @@ def check_settings(
             f"laplace.structure={structure} has no evidence; give laplace.prior_precision a number"
         )
     if n_eff is not None:
-        positive("laplace.n_eff", n_eff, "give a number of images above 0, or null")
+        positive("laplace.n_eff", n_eff, "give a number of images above 0, seen or null")

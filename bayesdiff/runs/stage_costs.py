@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bayesdiff.laplace.block.kinds import Beside
 from bayesdiff.machine.costs import kept_by
 from bayesdiff.machine.device import device_name
 from bayesdiff.machine.ranks import rank, world_size
@@ -21,6 +22,7 @@ from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.chosen import sample_numbers
 
 NAME = "stages.jsonl"
+_BESIDE = [field.name for field in fields(Beside)]
 # Values of options that change numbers, and not how many of them are computed.
 _VALUES = ("seed", "lr", "prior_precision", "sigma_noise", "n_eff")
 # How long a training is, which its steps say.
@@ -80,7 +82,7 @@ def kinds_of(run: Run, solver: Solver, estimator: Estimator) -> dict[str, Kind]:
     sampled = [*network, plain(cfg.solver)]
     maps = [*sampled, with_effect(cfg.uncertainty, *OF_THE_RUN), list(estimator.times)]
     laplace: Any = plain(cfg.laplace)
-    maps += [laplace.get(name) for name in ("structure", "rank", "subset", "time_bins")]
+    maps += [laplace.get(name) for name in ("structure", "rank", "time_bins", *_BESIDE)]
     at_once = [estimator.batch_size, estimator.max_memory]
     chosen = sample_numbers(estimator, run)
     count = estimator.num_images if chosen is None else len(chosen)
@@ -93,7 +95,7 @@ def kinds_of(run: Run, solver: Solver, estimator: Estimator) -> dict[str, Kind]:
         "training": Kind(_key(network, images, learning), run.length[0], "steps"),
         "curvature": Kind(_key(network, seen), part, "images"),
         "block": Kind(
-            _key(network, seen, laplace.get("probes"), laplace.get("subset")), part, "images"
+            _key(network, seen, [laplace.get(name) for name in _BESIDE]), part, "images"
         ),
         "images": Kind(_key(sampled, cfg.metrics.batch_size), cfg.metrics.num_images, "images"),
         "classifier": Kind(_key(images)),

@@ -111,6 +111,23 @@ def _trained(run: Run, laplace: LastLayerLaplace, resume: Path | None) -> dict[s
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
+def images_seen(run: Run) -> int:
+    """Images that the training has seen, each time anew with fresh noise; planned ones before it.
+
+    Raises:
+        UserError: for weights that were trained elsewhere, of which nobody knows.
+    """
+    cfg = run.cfg
+    if takes_weights(cfg):
+        raise UserError(
+            "laplace.n_eff=seen counts the images of this run's training, and there is none; give "
+            "a number, such as epochs times training images"
+        )
+    record = read_json(run.folder / "fit.json") or {}
+    steps: int = record.get("steps") or run.length[0]
+    return steps * run.data.batch_size * int(cfg.trainer.get("accumulate_grad_batches") or 1)
+
+
 def chosen(run: Run) -> str:
     """Name of the checkpoint that the stages after the training read."""
     return BEST if run.cfg.sample_from == "best" else LAST

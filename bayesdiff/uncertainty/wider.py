@@ -6,7 +6,7 @@ from typing import Any
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.block.layers import Subset, in_words
-from bayesdiff.laplace.block.posterior import BlockPosterior
+from bayesdiff.laplace.block.posterior import LayersPosterior
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.members.block_ensemble import BlockEnsemble
 from bayesdiff.uncertainty.members.ensemble import Ensemble
@@ -47,11 +47,11 @@ def check_wider(estimator: Estimator, subset: Subset, study: str | None = None) 
         )
 
 
-def with_block(estimator: Estimator, block: BlockPosterior | None) -> Estimator:
+def with_block(estimator: Estimator, block: LayersPosterior | None) -> Estimator:
     """The estimator for this posterior of other layers; the same one where there is none."""
     if block is None:
         return estimator
-    check_wider(estimator, list(block.factors.layers))
+    check_wider(estimator, "all")
     given = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
     wider: Estimator = _WIDER[type(estimator)](**given, block=block)
     return wider

@@ -8,67 +8,40 @@ layer and Kronecker-factored in each (KFAC-expand, Martens and Grosse 2015; Esch
 
 import warnings
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
-from bayesdiff.data.spaces import space_of, to_model_range
+from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.block.layers import (
     Subset,
-    check_names,
     in_words,
-    is_wider,
     layer_matrix,
     layers_of,
 )
-from bayesdiff.laplace.block.record import BlockFactors, LayerFactors, stored_factors
+from bayesdiff.laplace.block.record import BlockFactors, LayerFactors
 from bayesdiff.laplace.training_draws import Encode, draws_of
 from bayesdiff.machine.ranks import total
 from bayesdiff.models import GenerativeModel
-from bayesdiff.models.conditions import values_of
 from bayesdiff.networks import Network
-from bayesdiff.storage.artefacts import Artefact
 
-# Structures of the head whose like exists for a Kronecker-factored layer: with and without what
-# ties weights and bias.
-_STRUCTURES = ("full", "kron")
 # Of an outer factor from fewer images, next to nothing is known.
 _FEWEST_IMAGES = 10
 
 
-def check_subset(
-    subset: Subset, structure: str, sigma_noise: float | str, probes: int | str
-) -> None:
-    """Refuse settings that do not go with the subset, before any work.
+def check_probes(probes: int | str) -> None:
+    """Refuse what is no number of backward passes.
 
     Args:
-        subset: see ``layers_of``, or ``head``.
-        structure: of the posterior.
-        sigma_noise: of the likelihood.
         probes: see ``fit_block``.
 
     Raises:
-        UserError: if one does not.
+        UserError: if it is none.
     """
-    check_names(subset)
     if probes != "all" and (isinstance(probes, bool) or not isinstance(probes, int) or probes < 1):
         raise UserError(f"laplace.probes must be a whole number >= 1, or all; got {probes!r}")
-    if not is_wider(subset):
-        return
-    asked = f"laplace.subset={in_words(subset)}"
-    if structure not in _STRUCTURES:
-        raise UserError(
-            f"laplace.structure={structure} is for laplace.subset=head; {asked} takes "
-            f"{' or '.join(_STRUCTURES)}"
-        )
-    if sigma_noise == "mle_per_time":
-        raise UserError(
-            f"laplace.sigma_noise=mle_per_time is for laplace.subset=head; {asked} has one noise "
-            "for all times, use mle"
-        )
 
 
 def check_block(net: Network, images: int, subset: Subset = "last_block") -> None:
@@ -141,7 +114,7 @@ class _Sums:
     def __init__(
         self, net: Network, layers: dict[str, nn.Module], probes: int | str, device: torch.device
     ) -> None:
-        self.model, self.probes = _Flat(net), probes
+        self.model, self.probes = Flat(net), probes
         self.layers = layers
         self.params = [
             parameter
@@ -202,7 +175,7 @@ class _Sums:
         }
 
 
-class _Flat(nn.Module):
+class Flat(nn.Module):
     """The network as curvlinops takes it: one input, one row of outputs per image."""
 
     def __init__(self, net: Network) -> None:
@@ -210,31 +183,9 @@ class _Flat(nn.Module):
         self.net = net
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
+        """Outputs ``(B, C H W)`` for states, times and conditions."""
         return self.net(inputs["x"], inputs["t"], inputs["y"]).flatten(1)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
-
-
-def factors_of(
-    model: GenerativeModel, data: Any, path: Path | None, source: str, **options: Any
-) -> BlockFactors:
-    """The factors kept at ``path`` if they are of this very pass, else those of a new one, kept.
-
-    Args:
-        model: with its trained weights.
-        data: with ``images`` and the values of the model's condition.
-        path: None keeps nothing.
-        source: as for ``fit_block``, like the options.
-        **options: draws, num_images, batch_size, seed, probes and subset.
-    """
-
-    def make() -> BlockFactors:
-        encode, given = space_of(data).encode, values_of(model.condition, data)
-        return fit_block(model, data.images, given, source=source, encode=encode, **options)
-
-    if path is None:
-        return make()
-    file = Artefact(path, source, "block")
-    return file.once(lambda: stored_factors(path, source), make, lambda new: new.save(path))

@@ -15,11 +15,6 @@ Subset = str | Sequence[str]
 SUBSETS = ("head", "last_block", "all")
 
 
-def is_wider(subset: Subset) -> bool:
-    """Whether layers beside the head are asked for."""
-    return subset != "head"
-
-
 def in_words(subset: Subset) -> str:
     """As it stands on a command line."""
     return subset if isinstance(subset, str) else f"[{','.join(subset)}]"

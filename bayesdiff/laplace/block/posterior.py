@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,42 @@ from bayesdiff.laplace.posterior import HeadPosterior
 
 # What a prior that maximises the evidence is fitted for: every layer, or all of them as one.
 PRIORS = ("layer", "subset")
+# Of the head: those whose like exists for a layer, with and without what ties weights and bias.
+STRUCTURES = ("full", "kron")
+
+
+class LayersPosterior(Protocol):
+    """What is known of the weights of layers beside the head, however their GGN is kept."""
+
+    @property
+    def factors(self) -> Any:
+        """The data's part, with ``require_source``."""
+
+    @property
+    def described(self) -> str:
+        """For the record of a map."""
+
+    @property
+    def settings(self) -> list[Any]:
+        """All that it depends on, for a key."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases of all layers."""
+
+    @property
+    def effective_parameters(self) -> float:
+        """Weights that the data determine."""
+
+    @property
+    def prior_range(self) -> tuple[float, float]:
+        """The smallest and the largest prior precision of a layer."""
+
+    def log_evidence(self) -> float:
+        """What the layers add to the log marginal likelihood of the head's posterior."""
+
+    def deviations(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draws minus the trained weights, ``(n, C, P)`` float64 for every layer."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +152,7 @@ class BlockPosterior:
             UserError: if the two come from other weights or data, or the structure does not fit.
         """
         factors.require_source(head.curvature.source)
-        if head.structure not in ("full", "kron"):
+        if head.structure not in STRUCTURES:
             raise UserError(
                 f"the posterior of layers beside the head cannot be {head.structure}; use full or "
                 "kron"

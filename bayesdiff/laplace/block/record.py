@@ -80,14 +80,8 @@ class BlockFactors:
 
         Raises:
             UserError: if they are not those the factors were computed from.
-        """
-        mine, asked = (each.split("-")[:2] for each in (self.source, source))
-        if mine[: len(asked)] != asked:
-            raise UserError(
-                f"the factors of layers were computed from {self.source}, not from"
-                f" {source}; delete the block file to compute them again, or give another"
-                " run_dir"
-            )
+        """  # noqa: DOC502 - raised one level down
+        require_same(self.source, source)
 
     @property
     def _tensors(self) -> dict[str, Tensor]:
@@ -122,14 +116,19 @@ class BlockFactors:
         return cls(layers, facts["num_images"], facts["source"])
 
 
-def stored_factors(path: Path | None, source: str) -> BlockFactors | None:
-    """The factors in this file, None where there are none of this very pass.
+def require_same(own: str, source: str) -> None:
+    """Refuse to pair what came from one source with another.
 
-    Refused, as a ``UserError``, if they are damaged, or of other weights or data.
+    Args:
+        own: hash of weights, data and pass.
+        source: hash of weights and data, or one that begins with it.
+
+    Raises:
+        UserError: if they are two.
     """
-    if path is None or not path.is_file():
-        return None
-    factors = BlockFactors.load(path)
-    factors.require_source(source)
-    # The same weights and data, but another number of draws, probes or images: made anew.
-    return factors if factors.source == source else None
+    mine, asked = (each.split("-")[:2] for each in (own, source))
+    if mine[: len(asked)] != asked:
+        raise UserError(
+            f"the factors of layers were computed from {own}, not from {source}; delete the block "
+            "file to compute them again, or give another run_dir"
+        )

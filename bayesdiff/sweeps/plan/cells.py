@@ -8,7 +8,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from bayesdiff.cli import mendable
-from bayesdiff.laplace.block.layers import is_wider
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.pipeline import prepare
@@ -99,8 +98,8 @@ def _works(
     source = laplace.source(known, data)
     stored = {} if weights is None else laplace.stored(run.model, data)
     works = [training, Work("curvature", f"{run.folder} {source}", bool(stored.get("curvature")))]
-    if is_wider(laplace.subset):
-        key = f"{run.folder} {source} {laplace.probes} {laplace.subset}"
+    if laplace.beside.asked:
+        key = f"{run.folder} {source} {laplace.beside.options}"
         works.append(Work("block", key, bool(stored.get("block"))))
     if run.cfg.metrics.num_images:
         works += _of_images(run, solver, known)

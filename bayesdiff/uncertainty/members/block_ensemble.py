@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bayesdiff.checks import at_least
 from bayesdiff.laplace.block.layers import layer_matrix, layer_tensors
-from bayesdiff.laplace.block.posterior import BlockPosterior
+from bayesdiff.laplace.block.posterior import LayersPosterior
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
 from bayesdiff.storage.artefacts import weights_key
@@ -34,7 +34,7 @@ class BlockEnsemble(NetworkMembers):
     """
 
     members: int = 16
-    block: BlockPosterior
+    block: LayersPosterior
 
     name: ClassVar[str] = "ensemble"
 

@@ -8,7 +8,7 @@ import torch
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.block.layers import layer_tensors
-from bayesdiff.laplace.block.posterior import BlockPosterior
+from bayesdiff.laplace.block.posterior import LayersPosterior
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
 from bayesdiff.storage.artefacts import weights_key
@@ -44,7 +44,7 @@ class LayersLinearised(Linearised):
         block: posterior of the layers beside the head.
     """
 
-    block: BlockPosterior
+    block: LayersPosterior
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,290 @@
+"""Layers beside the head by the leading directions of their GGN, where factors do not fit.
+
+Kronecker factors of a wide layer are matrices of its inputs and outputs; the whole GGN of all
+layers is larger still. Its leading eigenvectors come from products with vectors alone: Lanczos
+iterations (scipy's eigsh) over curvlinops' GGN. What ties layers together is kept, which factors
+leave out; all but ``rank`` directions are left to the prior.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bayesdiff.checks import UserError
+from bayesdiff.data.spaces import to_model_range
+from bayesdiff.laplace.block.fit import Flat
+from bayesdiff.laplace.block.layers import Subset, layer_matrix, layers_of
+from bayesdiff.laplace.block.record import require_same
+from bayesdiff.laplace.evidence import best_prior
+from bayesdiff.laplace.posterior import HeadPosterior
+from bayesdiff.laplace.training_draws import Encode, draws_of
+from bayesdiff.machine.ranks import total
+from bayesdiff.models import GenerativeModel
+from bayesdiff.networks import Network
+from bayesdiff.storage.checked_file import checksum, load_checked, save_checked
+
+_FORMAT = "bayesdiff-low-rank-1"
+_VECTORS, _MEAN = "vectors.", "mean."
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """Leading eigenpairs of the GGN of layers, half the squared error's, summed over the pass.
+
+    Attributes:
+        values: ``(R,)`` float64, descending.
+        vectors: of every layer ``(R, C, P)``, its part of the orthonormal eigenvectors.
+        means: of every layer ``(C, P)``, the trained weights with the bias as last column.
+        num_images: N, images in the pass, each counted once whatever its draws.
+        source: hash of the checkpoint, the data and the pass this came from.
+    """
+
+    values: Tensor
+    vectors: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
+    num_images: int
+    source: str
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits that change with any number."""
+        return checksum(self._tensors, json.dumps(self._facts))[:16]
+
+    def require_source(self, source: str) -> None:
+        """Refuse to pair these directions with other weights or data, as a ``UserError``."""
+        require_same(self.source, source)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"values": self.values}
+        tensors |= {_VECTORS + name: value for name, value in self.vectors.items()}
+        tensors |= {_MEAN + name: value for name, value in self.means.items()}
+        return {name: value.cpu().contiguous() for name, value in tensors.items()}
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        return {"num_images": self.num_images, "source": self.source, "layers": list(self.means)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the directions, whole or not at all."""
+        save_checked(path, _FORMAT, self._tensors, self._facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LowRankFactors":
+        """Read what ``save`` wrote; what is damaged or something else is a ``UserError``."""
+        cure = "delete it and run again"
+        return load_checked(path, [_FORMAT], "directions of layers", cure, cls._of)
+
+    @classmethod
+    def _of(cls, _: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "LowRankFactors":
+        vectors, means = (
+            {name: tensors[part + name] for name in facts["layers"]} for part in (_VECTORS, _MEAN)
+        )
+        return cls(tensors["values"], vectors, means, facts["num_images"], facts["source"])
+
+
+def fit_low_rank(
+    model: GenerativeModel,
+    images: Tensor,
+    labels: Tensor | None,
+    *,
+    source: str,
+    subset: Subset,
+    rank: int,
+    draws: int = 1,
+    num_images: int | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    encode: Encode = to_model_range,
+) -> LowRankFactors:
+    """Leading eigenpairs of the layers' GGN, over the images and draws of the head's pass.
+
+    Some three products for each of the ``rank`` directions, and a product is a forward-mode and a
+    reverse-mode pass over all the images: ``num_images`` bounds what it costs.
+
+    Args:
+        model: with its trained weights; neither they nor its mode are touched.
+        images: ``(N, C, H, W)`` uint8.
+        labels: values of the model's condition, ``(N, ...)``, or None.
+        source: key of weights, data and pass, kept with the result.
+        subset: which layers, see ``layers_of``.
+        rank: R.
+        draws: (t, noise) draws per image.
+        num_images: use a random subset of this size; None for all.
+        batch_size: images per network evaluation.
+        seed: fixes subset, draws and the first vector.
+        encode: of the images' space, see ``draws_of``.
+
+    Raises:
+        UserError: for as many directions as weights.
+    """
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    net = cast(Network, deepcopy(model.net).eval().requires_grad_(False))  # type: ignore[attr-defined]
+    layers = layers_of(net, subset)
+    count = num_images or len(images)
+    chosen: dict[str, Any] = {
+        "draws": draws, "num_images": count, "batch_size": batch_size, "seed": seed
+    }  # fmt: skip
+    data = [
+        ({"x": seen.x_t, "t": seen.time, "y": seen.y}, seen.target.flatten(1))
+        for seen in draws_of(model, images, labels, what="layers", encode=encode, **chosen)
+    ]
+    params = [parameter for layer in layers.values() for parameter in layer.parameters()]
+    size = sum(parameter.numel() for parameter in params)
+    if not 0 < rank < size:
+        raise UserError(
+            f"laplace.rank={rank} must be below the {size} weights of these layers; use "
+            "laplace.layers=kronecker for all of them"
+        )
+    product = _product(net, params, data)
+    generator = np.random.default_rng(seed)
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)  # type: ignore[call-overload]
+    values, vectors = eigsh(operator, k=rank, v0=generator.standard_normal(size), tol=1e-4)
+    order = np.argsort(values)[::-1]
+    found = torch.from_numpy(vectors[:, order].copy()).T.split([p.numel() for p in params], 1)
+    return LowRankFactors(
+        torch.from_numpy(values[order].copy()).clamp(min=0) / draws,
+        _by_layer(layers, list(found)),
+        {name: layer_matrix(layer).cpu() for name, layer in layers.items()},
+        count,
+        source,
+    )
+
+
+def _product(net: Network, params: list[nn.Parameter], data: list[Any]) -> Any:
+    """GGN times a vector of all weights in a row, summed over all processes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from curvlinops import GGNLinearOperator
+
+    for parameter in params:
+        parameter.requires_grad_(True)
+    operator = GGNLinearOperator(
+        Flat(net), nn.MSELoss(reduction="sum"), params, data, check_deterministic=False,
+        num_data=sum(len(target) for _, target in data), batch_size_fn=lambda b: len(b["x"]),
+    )  # fmt: skip
+    device, dtype = params[0].device, params[0].dtype
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        given = torch.from_numpy(vector.reshape(-1)).to(device, dtype)
+        with torch.inference_mode(False), torch.enable_grad():
+            found = operator @ given.clone()
+        # Its loss lacks the half.
+        result: np.ndarray = (total(found.detach().double()) / 2).cpu().numpy()
+        return result
+
+    return product
+
+
+def _by_layer(layers: dict[str, nn.Module], parts: list[Tensor]) -> dict[str, Tensor]:
+    """Rows of every parameter as matrices ``(R, C, P)`` of every layer."""
+    rows, found = iter(parts), {}
+    for name, layer in layers.items():
+        own = [next(rows).unflatten(1, parameter.shape) for parameter in layer.parameters()]
+        columns = [own[0].flatten(2), *(each[..., None] for each in own[1:])]
+        found[name] = torch.cat(columns, 2).double()
+    return found
+
+
+@dataclass(frozen=True)
+class LowRankPosterior:
+    """Gaussian over the weights of layers, with the GGN's leading directions and the prior.
+
+    With values a and orthonormal vectors u of the likelihood's precision its covariance is
+    ``I / tau - sum_r u_r u_r^T (1 / tau - 1 / (a_r + tau))``: all other directions are as wide as
+    the prior, however well the data know them. It is an upper bound of the posterior of all.
+
+    Attributes:
+        factors: the data's part.
+        sigma_noise: sd of the likelihood, in units of the network's output.
+        prior_precision: tau, of every weight.
+        n_eff: images the likelihood counts for.
+    """
+
+    factors: LowRankFactors
+    sigma_noise: float
+    prior_precision: float
+    n_eff: float
+
+    @classmethod
+    def beside(
+        cls, head: HeadPosterior, factors: LowRankFactors, prior_precision: float | str = 1.0
+    ) -> "LowRankPosterior":
+        """With the likelihood of the head's posterior, and a prior for all layers.
+
+        Raises:
+            UserError: if the two come from other weights or data.
+        """  # noqa: DOC502 - raised one level down
+        factors.require_source(head.curvature.source)
+        number = 1.0 if prior_precision == "evidence" else float(prior_precision)
+        made = cls(factors, head.sigma_noise, number, head.n_eff)
+        if prior_precision != "evidence":
+            return made
+        mean = torch.cat([each.flatten() for each in factors.means.values()])[None]
+        return replace(made, prior_precision=best_prior(mean, made.eigenvalues[None]))
+
+    @cached_property
+    def eigenvalues(self) -> Tensor:
+        """``(R,)``, of the likelihood's precision."""
+        return self.factors.values * (self.n_eff / self.factors.num_images / self.sigma_noise**2)
+
+    def deviations(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draws minus the trained weights, ``(n, C, P)`` float64 for every layer."""
+        device, tau = generator.device, self.prior_precision
+        means, vectors = self.factors.means, self.factors.vectors
+        noise = {
+            name: torch.randn(n, *mean.shape, generator=generator, device=device).double()
+            for name, mean in means.items()
+        }
+        along = sum(noise[k].flatten(1) @ vectors[k].to(device).flatten(1).T for k in means)
+        less = 1 - (tau / (self.eigenvalues + tau)).sqrt().to(device)
+        assert isinstance(along, Tensor)
+        return {
+            name: (noise[name] - torch.tensordot(along * less, vectors[name].to(device), 1))
+            / tau**0.5
+            for name in means
+        }
+
+    def log_evidence(self) -> float:
+        """What these layers add to the log marginal likelihood of the head's posterior."""
+        squares = sum(float(mean.square().sum()) for mean in self.factors.means.values())
+        ratio = float(torch.log1p(self.eigenvalues / self.prior_precision).sum())
+        return -0.5 * (ratio + self.prior_precision * squares)
+
+    @property
+    def described(self) -> str:
+        """How many layers and directions, for the record of a map."""
+        layers, rank = len(self.factors.means), len(self.factors.values)
+        return f"{layers} layers by {rank} directions beside the head"
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases of all layers."""
+        return sum(mean.numel() for mean in self.factors.means.values())
+
+    @property
+    def effective_parameters(self) -> float:
+        """Weights that the data determine among the directions that are kept."""
+        return float((self.eigenvalues / (self.eigenvalues + self.prior_precision)).sum())
+
+    @property
+    def prior_range(self) -> tuple[float, float]:
+        """The prior precision, twice."""
+        return self.prior_precision, self.prior_precision
+
+    @property
+    def settings(self) -> list[Any]:
+        """All that the posterior depends on, for a key; the directions by their content."""
+        numbers = self.sigma_noise, self.n_eff, self.prior_precision
+        digits = (float(f"{number:.9g}") for number in numbers)
+        return ["low_rank", self.factors.source, self.factors.key, *digits]
