@@ -1,5 +1,6 @@
 """Layers beside the head: which they are, priors of their own, sensitivities to their weights."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.block import low_rank
 from bayesdiff.laplace.block.layers import check_names, layer_matrix, layer_tensors, layers_of
+from bayesdiff.laplace.block.low_rank_posterior import LowRankPosterior
 from bayesdiff.laplace.block.posterior import BlockPosterior
 from bayesdiff.paths import CondOT
 from bayesdiff.solvers import Heun, integrate
@@ -220,7 +222,7 @@ def test_leading_directions_are_those_of_the_dense_ggn(monkeypatch):
     found = torch.cat([factors.vectors[name].flatten(1) for name in layers], 1)
     overlap = (found @ vectors.flip(1)[:, :8]).abs()
     torch.testing.assert_close(overlap, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-3)
-    posterior = low_rank.LowRankPosterior(factors, 0.5, 3.0, 24.0)
+    posterior = LowRankPosterior(factors, 0.5, 3.0, 24.0)
     likelihood = found.T * (factors.values * 24 / 12 / 0.25) @ found
     eye = torch.eye(len(truth), dtype=torch.float64)
     covariance = torch.linalg.inv(likelihood + 3 * eye)
@@ -251,7 +253,7 @@ def test_directions_survive_their_file_and_are_of_their_weights(tmp_path):
         again.require_source("v-d")
     head = unet_posterior()[1]
     head = replace(head, curvature=replace(head.curvature, source="w-d-q"))
-    best = low_rank.LowRankPosterior.beside(head, factors, "evidence")
+    best = LowRankPosterior.beside(head, factors, "evidence")
     for tau in (0.9, 1.1):
         worse = replace(best, prior_precision=best.prior_precision * tau)
         assert worse.log_evidence() < best.log_evidence()
@@ -269,3 +271,20 @@ def test_a_run_by_leading_directions(copied: Trained, compose: Compose):
         low, high = (result.metrics[f"laplace/block_prior_precision_{k}"] for k in ("min", "max"))
         assert 0 < low <= high
     assert results[0].metrics["laplace/block_prior_precision_max"] != high
+
+
+def test_auto_follows_all_layers_by_their_sensitivities(compose: Compose):
+    cfg = compose("laplace.subset=all", "uncertainty=auto")
+    this, _, estimator, _ = pipeline.prepare(cfg)
+    assert type(estimator) is Linearised and cfg.uncertainty.draws == estimator.draws
+    assert this.instead_of == "refined, which is of the head alone, not of all"
+
+
+def test_the_likelihood_counts_what_the_training_saw(copied: Trained, compose: Compose):
+    seen = pipeline.run(compose("laplace.n_eff=seen", "metrics.num_images=0"))
+    record = json.loads((copied.folder / "fit.json").read_text())
+    cfg = compose()
+    assert seen.metrics["laplace/n_eff"] == record["steps"] * cfg.data.batch_size
+    taken = ("fit=false", f"ckpt_path={copied.folder}/checkpoints/last.ckpt")
+    check_line(refused(compose, "laplace.n_eff=seen", *taken), ["laplace.n_eff=seen", "a number"])
+    check_line(refused(compose, "laplace.n_eff=most"), ["laplace.n_eff", "'most'", "seen or null"])

@@ -15,7 +15,7 @@ from bayesdiff.data.spaces import space_of
 from bayesdiff.laplace.block.fit import check_block
 from bayesdiff.laplace.block.kinds import Beside
 from bayesdiff.laplace.block.layers import in_words
-from bayesdiff.laplace.block.posterior import LayersPosterior
+from bayesdiff.laplace.block.posterior import LayersPosterior, statistics_of
 from bayesdiff.laplace.curvature import check_pass_of, fit_curvature
 from bayesdiff.laplace.objective import curved_objective
 from bayesdiff.laplace.posterior import HeadPosterior
@@ -251,16 +251,7 @@ class LastLayerLaplace(Callback):
 
     def block_statistics(self) -> dict[str, float]:
         """How much the data say of other layers, as flat scalars; none without them."""
-        if self.block is None:
-            return {}
-        low, high = self.block.prior_range
-        return {
-            "laplace/block_prior_precision_min": low,
-            "laplace/block_prior_precision_max": high,
-            "laplace/block_log_evidence": self.block.log_evidence(),
-            "laplace/block_effective_parameters": self.block.effective_parameters,
-            "laplace/block_parameters": self.block.num_parameters,
-        }
+        return {} if self.block is None else statistics_of(self.block)
 
     def statistics(self) -> dict[str, float]:
         """What the fit found, as flat scalars for a logger."""

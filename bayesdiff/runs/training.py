@@ -13,7 +13,7 @@ from bayesdiff.machine.costs import keep
 from bayesdiff.machine.ranks import barrier
 from bayesdiff.options.trainer import reached
 from bayesdiff.runs.build import Run, is_main_process, plain
-from bayesdiff.runs.fit_key import has_weights
+from bayesdiff.runs.fit_key import has_weights, takes_weights
 from bayesdiff.runs.stopping import cut_by, rule_of
 from bayesdiff.runs.trainer import how_far, train
 from bayesdiff.storage.artefacts import read_json, weights_key, write_atomic, write_json
@@ -120,8 +120,8 @@ def images_seen(run: Run) -> int:
     cfg = run.cfg
     if takes_weights(cfg):
         raise UserError(
-            "laplace.n_eff=seen counts the images of this run's training, and there is none; give "
-            "a number, such as epochs times training images"
+            "laplace.n_eff=seen counts the images of this run's training, and there is none; "
+            "give a number, such as epochs times training images"
         )
     record = read_json(run.folder / "fit.json") or {}
     steps: int = record.get("steps") or run.length[0]

@@ -6,6 +6,7 @@ depend on the order of their cells.
 
 import logging
 from dataclasses import fields
+from typing import Any
 
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.members.ensemble import Ensemble
@@ -36,12 +37,10 @@ def for_few_maps(
     Returns:
         The estimator and why it is another one, nothing if it is not.
     """
-    if not isinstance(estimator, Refined) or estimator.few_maps != "ensemble":
+    if not is_default(estimator):
         return estimator, ""
-    shared = {field.name: getattr(estimator, field.name) for field in fields(Estimator)}
-    if estimator != Refined(few_maps="ensemble", **shared):
-        return estimator, ""
-    ensemble = Ensemble(members=MEMBERS, **shared)
+    shared = shared_options(estimator)
+    ensemble: Estimator = Ensemble(members=MEMBERS, **shared)
     if unfit:
         return ensemble, f"ensemble in place of refined: {unfit}"
     cost = maps * ensemble.evaluations(start)
@@ -53,6 +52,18 @@ def for_few_maps(
         f"by it and {refined:,.0f} by refined, which trains a network first; "
         "uncertainty=refined keeps that"
     )
+
+
+def is_default(estimator: Estimator) -> bool:
+    """Whether it is what ``uncertainty=auto`` stands for, without options of its own."""
+    if not isinstance(estimator, Refined) or estimator.few_maps != "ensemble":
+        return False
+    return estimator == Refined(few_maps="ensemble", **shared_options(estimator))
+
+
+def shared_options(estimator: Estimator) -> dict[str, Any]:
+    """Options that all estimators have."""
+    return {field.name: getattr(estimator, field.name) for field in fields(Estimator)}
 
 
 def training(refined: Refined, start: Start) -> float:

@@ -8,6 +8,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.laplace.block.layers import Subset, in_words
 from bayesdiff.laplace.block.posterior import LayersPosterior
 from bayesdiff.uncertainty.estimator import Estimator
+from bayesdiff.uncertainty.few_maps import is_default, shared_options
 from bayesdiff.uncertainty.members.block_ensemble import BlockEnsemble
 from bayesdiff.uncertainty.members.ensemble import Ensemble
 from bayesdiff.uncertainty.sensitivities.layers_linearised import LayersLinearised
@@ -45,6 +46,18 @@ def check_wider(estimator: Estimator, subset: Subset, study: str | None = None) 
             f"{study} follows the posterior of the head alone; use {study}=null, or "
             "laplace.subset=head"
         )
+
+
+def for_wider(estimator: Estimator, subset: Subset) -> tuple[Estimator, str]:
+    """What makes the maps by default where the posterior is wider than the head, and why.
+
+    Sensitivities stay where the GGN describes the network; members drawn from a wide posterior
+    do not, and rank worse (``experiments/retraining``).
+    """
+    if subset == "head" or not is_default(estimator):
+        return estimator, ""
+    reason = f"linearised in place of refined, for laplace.subset={in_words(subset)}"
+    return Linearised(**shared_options(estimator)), reason
 
 
 def with_block(estimator: Estimator, block: LayersPosterior | None) -> Estimator:

@@ -9,7 +9,8 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.spaces import space_of
 from bayesdiff.laplace.block.fit import check_probes, fit_block
 from bayesdiff.laplace.block.layers import Subset, check_names, in_words
-from bayesdiff.laplace.block.low_rank import LowRankFactors, LowRankPosterior, fit_low_rank
+from bayesdiff.laplace.block.low_rank import LowRankFactors, fit_low_rank
+from bayesdiff.laplace.block.low_rank_posterior import LowRankPosterior
 from bayesdiff.laplace.block.posterior import PRIORS, STRUCTURES, BlockPosterior, LayersPosterior
 from bayesdiff.laplace.block.record import BlockFactors
 from bayesdiff.laplace.posterior import HeadPosterior

@@ -8,9 +8,9 @@ leave out; all but ``rank`` directions are left to the prior.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +24,6 @@ from bayesdiff.data.spaces import to_model_range
 from bayesdiff.laplace.block.fit import Flat
 from bayesdiff.laplace.block.layers import Subset, layer_matrix, layers_of
 from bayesdiff.laplace.block.record import require_same
-from bayesdiff.laplace.evidence import best_prior
-from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.training_draws import Encode, draws_of
 from bayesdiff.machine.ranks import total
 from bayesdiff.models import GenerativeModel
@@ -126,9 +124,7 @@ def fit_low_rank(
 
     Raises:
         UserError: for as many directions as weights.
-    """
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
+    """  # noqa: DOC502 - raised one level down
     net = cast(Network, deepcopy(model.net).eval().requires_grad_(False))  # type: ignore[attr-defined]
     layers = layers_of(net, subset)
     count = num_images or len(images)
@@ -140,25 +136,30 @@ def fit_low_rank(
         for seen in draws_of(model, images, labels, what="layers", encode=encode, **chosen)
     ]
     params = [parameter for layer in layers.values() for parameter in layer.parameters()]
-    size = sum(parameter.numel() for parameter in params)
+    sizes = [parameter.numel() for parameter in params]
+    values, vectors = _leading(_product(net, params, data), sizes, rank, seed)
+    means = {name: layer_matrix(layer).cpu() for name, layer in layers.items()}
+    return LowRankFactors(values / draws, _by_layer(layers, vectors), means, count, source)
+
+
+def _leading(
+    product: Callable[[np.ndarray], np.ndarray], sizes: list[int], rank: int, seed: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Eigenvalues ``(R,)`` and the vectors' parts ``(R, size)`` for parameters of these sizes."""
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    size = sum(sizes)
     if not 0 < rank < size:
         raise UserError(
-            f"laplace.rank={rank} must be below the {size} weights of these layers; use "
+            f"laplace.layers_rank={rank} must be below the {size} weights of these layers; use "
             "laplace.layers=kronecker for all of them"
         )
-    product = _product(net, params, data)
-    generator = np.random.default_rng(seed)
     operator = LinearOperator((size, size), matvec=product, dtype=np.float64)  # type: ignore[call-overload]
-    values, vectors = eigsh(operator, k=rank, v0=generator.standard_normal(size), tol=1e-4)
+    first = np.random.default_rng(seed).standard_normal(size)
+    values, vectors = eigsh(operator, k=rank, v0=first, tol=1e-4)
     order = np.argsort(values)[::-1]
-    found = torch.from_numpy(vectors[:, order].copy()).T.split([p.numel() for p in params], 1)
-    return LowRankFactors(
-        torch.from_numpy(values[order].copy()).clamp(min=0) / draws,
-        _by_layer(layers, list(found)),
-        {name: layer_matrix(layer).cpu() for name, layer in layers.items()},
-        count,
-        source,
-    )
+    found = torch.from_numpy(vectors[:, order].copy()).T.split(sizes, 1)
+    return torch.from_numpy(values[order].copy()).clamp(min=0), list(found)
 
 
 def _product(net: Network, params: list[nn.Parameter], data: list[Any]) -> Any:
@@ -194,97 +195,3 @@ def _by_layer(layers: dict[str, nn.Module], parts: list[Tensor]) -> dict[str, Te
         columns = [own[0].flatten(2), *(each[..., None] for each in own[1:])]
         found[name] = torch.cat(columns, 2).double()
     return found
-
-
-@dataclass(frozen=True)
-class LowRankPosterior:
-    """Gaussian over the weights of layers, with the GGN's leading directions and the prior.
-
-    With values a and orthonormal vectors u of the likelihood's precision its covariance is
-    ``I / tau - sum_r u_r u_r^T (1 / tau - 1 / (a_r + tau))``: all other directions are as wide as
-    the prior, however well the data know them. It is an upper bound of the posterior of all.
-
-    Attributes:
-        factors: the data's part.
-        sigma_noise: sd of the likelihood, in units of the network's output.
-        prior_precision: tau, of every weight.
-        n_eff: images the likelihood counts for.
-    """
-
-    factors: LowRankFactors
-    sigma_noise: float
-    prior_precision: float
-    n_eff: float
-
-    @classmethod
-    def beside(
-        cls, head: HeadPosterior, factors: LowRankFactors, prior_precision: float | str = 1.0
-    ) -> "LowRankPosterior":
-        """With the likelihood of the head's posterior, and a prior for all layers.
-
-        Raises:
-            UserError: if the two come from other weights or data.
-        """  # noqa: DOC502 - raised one level down
-        factors.require_source(head.curvature.source)
-        number = 1.0 if prior_precision == "evidence" else float(prior_precision)
-        made = cls(factors, head.sigma_noise, number, head.n_eff)
-        if prior_precision != "evidence":
-            return made
-        mean = torch.cat([each.flatten() for each in factors.means.values()])[None]
-        return replace(made, prior_precision=best_prior(mean, made.eigenvalues[None]))
-
-    @cached_property
-    def eigenvalues(self) -> Tensor:
-        """``(R,)``, of the likelihood's precision."""
-        return self.factors.values * (self.n_eff / self.factors.num_images / self.sigma_noise**2)
-
-    def deviations(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draws minus the trained weights, ``(n, C, P)`` float64 for every layer."""
-        device, tau = generator.device, self.prior_precision
-        means, vectors = self.factors.means, self.factors.vectors
-        noise = {
-            name: torch.randn(n, *mean.shape, generator=generator, device=device).double()
-            for name, mean in means.items()
-        }
-        along = sum(noise[k].flatten(1) @ vectors[k].to(device).flatten(1).T for k in means)
-        less = 1 - (tau / (self.eigenvalues + tau)).sqrt().to(device)
-        assert isinstance(along, Tensor)
-        return {
-            name: (noise[name] - torch.tensordot(along * less, vectors[name].to(device), 1))
-            / tau**0.5
-            for name in means
-        }
-
-    def log_evidence(self) -> float:
-        """What these layers add to the log marginal likelihood of the head's posterior."""
-        squares = sum(float(mean.square().sum()) for mean in self.factors.means.values())
-        ratio = float(torch.log1p(self.eigenvalues / self.prior_precision).sum())
-        return -0.5 * (ratio + self.prior_precision * squares)
-
-    @property
-    def described(self) -> str:
-        """How many layers and directions, for the record of a map."""
-        layers, rank = len(self.factors.means), len(self.factors.values)
-        return f"{layers} layers by {rank} directions beside the head"
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights and biases of all layers."""
-        return sum(mean.numel() for mean in self.factors.means.values())
-
-    @property
-    def effective_parameters(self) -> float:
-        """Weights that the data determine among the directions that are kept."""
-        return float((self.eigenvalues / (self.eigenvalues + self.prior_precision)).sum())
-
-    @property
-    def prior_range(self) -> tuple[float, float]:
-        """The prior precision, twice."""
-        return self.prior_precision, self.prior_precision
-
-    @property
-    def settings(self) -> list[Any]:
-        """All that the posterior depends on, for a key; the directions by their content."""
-        numbers = self.sigma_noise, self.n_eff, self.prior_precision
-        digits = (float(f"{number:.9g}") for number in numbers)
-        return ["low_rank", self.factors.source, self.factors.key, *digits]

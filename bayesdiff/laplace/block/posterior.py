@@ -53,6 +53,18 @@ class LayersPosterior(Protocol):
         """Draws minus the trained weights, ``(n, C, P)`` float64 for every layer."""
 
 
+def statistics_of(posterior: LayersPosterior) -> dict[str, float]:
+    """How much the data say of the layers, as flat scalars for a logger."""
+    low, high = posterior.prior_range
+    return {
+        "laplace/block_prior_precision_min": low,
+        "laplace/block_prior_precision_max": high,
+        "laplace/block_log_evidence": posterior.log_evidence(),
+        "laplace/block_effective_parameters": posterior.effective_parameters,
+        "laplace/block_parameters": posterior.num_parameters,
+    }
+
+
 @dataclass(frozen=True)
 class LayerPosterior:
     """Covariance of one layer's weights ``(C, P)``, in the eigenvectors of its factors.
