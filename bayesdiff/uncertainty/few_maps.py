@@ -37,10 +37,10 @@ def for_few_maps(
     Returns:
         The estimator and why it is another one, nothing if it is not.
     """
-    if not is_default(estimator):
+    if not isinstance(estimator, Refined) or not is_default(estimator):
         return estimator, ""
     shared = shared_options(estimator)
-    ensemble: Estimator = Ensemble(members=MEMBERS, **shared)
+    ensemble = Ensemble(members=MEMBERS, **shared)
     if unfit:
         return ensemble, f"ensemble in place of refined: {unfit}"
     cost = maps * ensemble.evaluations(start)

@@ -154,7 +154,7 @@ def _leading(
             f"laplace.layers_rank={rank} must be below the {size} weights of these layers; use "
             "laplace.layers=kronecker for all of them"
         )
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)  # type: ignore[call-overload]
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
     first = np.random.default_rng(seed).standard_normal(size)
     values, vectors = eigsh(operator, k=rank, v0=first, tol=1e-4)
     order = np.argsort(values)[::-1]

@@ -202,8 +202,13 @@ class Followed:
 class Rows(Protocol):
     """Outputs for rows ``(1 + M, B, C, H, W)``, an image and its sensitivities, at a time."""
 
-    field: Field
-    features: Mapping[int, Tensor]
+    @property
+    def field(self) -> Field:
+        """At the batch's condition; it counts evaluations."""
+
+    @property
+    def features(self) -> Mapping[int, Tensor]:
+        """Of the evaluations that a rule reads."""
 
     def __call__(self, rows: Tensor, t: float) -> Tensor:
         """Outputs of all rows."""

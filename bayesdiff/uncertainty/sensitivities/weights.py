@@ -40,7 +40,7 @@ class WeightTangentField:
 
     def __init__(self, field: Field, directions: Directions, derivative: str = "exact") -> None:
         self.field, self.directions, self.derivative = field, directions, derivative
-        self.features: dict[int, Tensor] = {}
+        self.features: Mapping[int, Tensor] = {}
         self.count = len(next(iter(directions.values())))
 
     def __call__(self, rows: Tensor, t: float) -> Tensor:
@@ -76,7 +76,8 @@ def derivatives(
     field: Field, x: Tensor, output: Tensor, d: Tensor, directions: Directions, t: float
 ) -> Tensor:
     """J_x d + J_w delta by forward-mode differentiation, all directions at once."""
-    called, weights = _Called(field), dict(field.model.net.named_parameters())
+    called = _Called(field)
+    weights = dict(called.net.named_parameters())
     trained = called.named({name: weights[name].detach() for name in directions})
 
     def tangent(row: Tensor, delta: dict[str, Tensor]) -> Tensor:
@@ -95,7 +96,8 @@ def differences(
     field: Field, x: Tensor, output: Tensor, d: Tensor, directions: Directions, t: float
 ) -> Tensor:
     """J_x d + J_w delta by forward differences: one evaluation per direction."""
-    called, weights = _Called(field), dict(field.model.net.named_parameters())
+    called = _Called(field)
+    weights = dict(called.net.named_parameters())
     found = []
     for number, row in enumerate(d):
         moved = {name: weights[name] + _SHARE * each[number] for name, each in directions.items()}
