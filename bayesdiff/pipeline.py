@@ -31,7 +31,7 @@ from bayesdiff.runs.fit_key import network_code, seen_options
 from bayesdiff.runs.processes import check_devices, launch
 from bayesdiff.runs.scores import check_metrics, make_scores
 from bayesdiff.runs.settings import settings
-from bayesdiff.runs.setup import Setup, settings_of
+from bayesdiff.runs.setup import Setup, settings_of, starts
 from bayesdiff.runs.stage_costs import recorded
 from bayesdiff.runs.stages import make_images, make_maps, make_validation
 from bayesdiff.runs.training import fit, images_seen, weights_in_words
@@ -176,6 +176,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     images_at_once(estimator, solver, model, shape)
     estimator.check_run(this)
     check_samples(estimator, this)
+    estimator.check_aleatoric(starts(this, solver)([0]), this.data.data)
     note_missing_snapshots(this.folder, plain(cfg.callbacks), cfg.trainer.get("max_epochs"))
     if estimator.validate:
         reference_at_once(estimator, solver, model, shape)
@@ -206,6 +207,9 @@ def statistics_of(samples: Samples, classes: tuple[str, ...] = ()) -> dict[str, 
     metrics: dict[str, float] = {"nfe": samples.nfe}
     if samples.sampler_noise is not None:
         metrics["sampler_noise/mean"] = variance_statistics(samples.sampler_noise)["mean"]
+    if samples.aleatoric is not None:
+        found = variance_statistics(samples.aleatoric)
+        metrics |= {f"aleatoric/{name}": found[name] for name in ("mean", "negative_share")}
     return metrics | {f"summed_variance/{name}": value for name, value in statistics.items()}
 
 

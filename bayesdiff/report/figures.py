@@ -15,6 +15,7 @@ from bayesdiff.report.charts import (
 from bayesdiff.report.layout import (
     GAP,
     by_class,
+    ceiling,
     cell_size,
     class_name,
     descending,
@@ -46,12 +47,6 @@ __all__ = [
     "summed_over_time",
     "validation_scatter",
 ]
-
-
-def ceiling(values: np.ndarray) -> float:
-    """Upper end of a colour scale: 99.9 % of the pixels lie below; never 0."""
-    finite = values[np.isfinite(values)]
-    return (float(np.quantile(finite, 0.999)) if finite.size else 1.0) or 1e-12
 
 
 @style()

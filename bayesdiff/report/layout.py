@@ -135,6 +135,12 @@ def standard_deviation(variance: Tensor) -> np.ndarray:
     return variance.detach().cpu().double().clamp(min=0).mean(-3).sqrt().numpy()
 
 
+def ceiling(values: np.ndarray) -> float:
+    """Upper end of a colour scale: 99.9 % of the pixels lie below; never 0."""
+    finite = values[np.isfinite(values)]
+    return (float(np.quantile(finite, 0.999)) if finite.size else 1.0) or 1e-12
+
+
 def descending(values: Tensor) -> np.ndarray:
     """Numbers of the values, the highest first, infinite ones in their places; NaN comes last."""
     given = values.detach().cpu().double().numpy()

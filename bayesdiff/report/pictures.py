@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import Space
 from bayesdiff.report import figures
+from bayesdiff.report.apart import epistemic_and_aleatoric
 from bayesdiff.report.layout import conditions, image_range
 from bayesdiff.report.options import SUM, SUM_IN_WORDS, SUM_UNIT, ReportOptions
 from bayesdiff.report.sorted_sheet import Block, sorted_images
@@ -138,6 +139,9 @@ class Pictures:
         grid = samples.images, samples.labels, classes, 10, made, samples.units
         yield "samples/samples", figures.sample_grid(*grid)
         yield "uncertainty/image_and_map", figures.image_and_map(samples, classes, **look)
+        if samples.aleatoric is not None:
+            figure = epistemic_and_aleatoric(samples, classes, settings=settings)
+            yield "uncertainty/epistemic_and_aleatoric", figure
         if self.frames:
             yield "uncertainty/over_time", figures.over_time(samples, classes, settings=settings)
         yield (

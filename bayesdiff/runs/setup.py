@@ -12,7 +12,7 @@ from bayesdiff.solvers import Solver
 from bayesdiff.storage.artefacts import key_of
 from bayesdiff.storage.source_code import code_of
 from bayesdiff.uncertainty import Estimator, Starts, starts_of
-from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+from bayesdiff.uncertainty.estimator import AS_BEFORE, WITHOUT_EFFECT
 
 # Options of ``metrics`` that change no score.
 UNSCORED = ("batch_size", "export")
@@ -88,7 +88,8 @@ def settings_of(posterior: HeadPosterior) -> list[Any]:
 
 def with_effect(options: Any, *without: str) -> dict[str, Any]:
     """Options of an estimator, without these and those that change no map."""
-    return {k: v for k, v in plain(options).items() if k not in (*WITHOUT_EFFECT, *without)}
+    given = {k: v for k, v in plain(options).items() if (k, v) not in AS_BEFORE}
+    return {k: v for k, v in given.items() if k not in (*WITHOUT_EFFECT, *without)}
 
 
 def scored(run: Run) -> dict[str, Any]:

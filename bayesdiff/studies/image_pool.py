@@ -19,7 +19,7 @@ from bayesdiff.runs.stages import made_rows, make_maps
 from bayesdiff.storage.artefacts import Artefact, key_of
 from bayesdiff.storage.source_code import code_of
 from bayesdiff.uncertainty import Ensemble, Estimator, Samples, Start
-from bayesdiff.uncertainty.estimator import WITHOUT_EFFECT
+from bayesdiff.uncertainty.estimator import AS_BEFORE, WITHOUT_EFFECT
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.scores.aleatoric import aleatoric
 from bayesdiff.uncertainty.scores.likelihood import log_likelihood, random_probes
@@ -170,6 +170,7 @@ class ImagePool:
 def _settings(estimator: Estimator) -> dict[str, object]:
     """Those that change a map; which samples get one is the pool's own business."""
     values = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
+    values = {k: v for k, v in values.items() if (k, v) not in AS_BEFORE}
     return {k: v for k, v in values.items() if k not in (*WITHOUT_EFFECT, "num_images")}
 
 

@@ -24,6 +24,7 @@ from bayesdiff.studies.own_scores import (
     try_scores,
 )
 from bayesdiff.uncertainty import Samples
+from bayesdiff.uncertainty.data_variance import data_variance_scores
 from bayesdiff.uncertainty.scores.likelihood import check_likelihood
 from bayesdiff.uncertainty.scores.of_maps_and_images import (
     IMAGE_SCORES,
@@ -194,7 +195,7 @@ def score_table(run: Run, maps: Mapping[str, Samples], seen: Seen, seed: int) ->
                   if m.sampler_noise is not None), None)  # fmt: skip
     if noise is not None:  # a stochastic solver's own, of which the posterior knows nothing
         scores["sampler_noise.sum"] = MAP_SCORES["sum"](noise, samples.images)
-    scores |= seen.known
+    scores |= {**data_variance_scores(maps.values()), **seen.known}
     scores |= {f"image.{k}": of(samples.images) for k, of in IMAGE_SCORES.items()}
     return scores | judged(run, samples, seen) | _of_own(run, maps, seen)
 

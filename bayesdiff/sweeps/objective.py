@@ -19,12 +19,14 @@ _SCORES = re.compile(
     r"(real/)?(fid|is|is_sd|kid|kid_sd|precision|recall|density|coverage|cmmd"
     rf"|{_OF_POINTS})@"
 )
-_LESS = re.compile(rf"(real/)?(fid|kid|cmmd|{_OF_POINTS})@|nfe$|(summed_variance|sampler_noise)/")
+_LESS = re.compile(
+    rf"(real/)?(fid|kid|cmmd|{_OF_POINTS})@|nfe$|(summed_variance|sampler_noise|aleatoric)/"
+)
 _MORE = re.compile(
     r"(real/)?(is|precision|recall|density|coverage)@|validation/.*rank$|laplace/log_evidence"
     r"|classifier_test_accuracy|.*/(z|\w*gain)(@|$)"
 )
-_OF_MAPS = r"summed_variance/|sampler_noise/|validation/"
+_OF_MAPS = r"summed_variance/|sampler_noise/|aleatoric/|validation/"
 DEFAULT = "fid@"
 # Parts of the configuration that cannot move a metric; what is trained moves these.
 _WITHOUT_EFFECT = {
@@ -53,6 +55,7 @@ _NAMES = {
     ),
     "summed_variance": ("mean", "sd", "negative_share", "class_"),
     "sampler_noise": ("mean",),
+    "aleatoric": ("mean", "negative_share"),
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver
+from bayesdiff.uncertainty.data_variance import check_probes, step_at
 from bayesdiff.uncertainty.samples import UNITS, Samples
 from bayesdiff.uncertainty.start import Start, Starts
 
@@ -26,6 +27,8 @@ WITHOUT_EFFECT = (
     *("labels", "numbers", "export"),
     "few_maps",  # whatever it chose has said so
 )
+# Options that change nothing at these values: maps are those from before there were such options.
+AS_BEFORE = (("aleatoric", 0), ("aleatoric_time", None))
 
 
 class Training(Protocol):
@@ -85,6 +88,9 @@ class Estimator(ABC):
         validate_images: how many of them.
         validate_members: members of the reference.
         export: ``png`` for files of single images and maps, None for none.
+        aleatoric: probes for the variance of the data given the sample's state on the way, beside
+            the map, see ``data_variance``; ``all`` for its exact value, 0 for none.
+        aleatoric_time: of that state; None where data and noise weigh the same.
     """
 
     num_images: int = 64
@@ -99,6 +105,8 @@ class Estimator(ABC):
     validate_images: int = 16
     validate_members: int = 32
     export: str | None = None
+    aleatoric: int | str = 0
+    aleatoric_time: float | None = None
 
     # What a user types for it, as in uncertainty=ensemble.
     name: ClassVar[str]
@@ -121,6 +129,7 @@ class Estimator(ABC):
         self._check_chosen()
         self._check_times()
         self._check_validation()
+        check_probes(self.aleatoric, self.aleatoric_time)
 
     @abstractmethod
     def __call__(self, start: Start, posterior: HeadPosterior) -> Samples:
@@ -171,6 +180,23 @@ class Estimator(ABC):
                 f"uncertainty.units={self.units} is of pictures, and {data.name} has none; "
                 "leave it at model"
             )
+
+    def check_aleatoric(self, start: Start, data: ImageData) -> None:
+        """Refuse, before any work, what has no variance of the data on the way.
+
+        Raises:
+            UserError: for values that are decoded from states; and a drawn prediction, or a solver
+                without a state on the way.
+        """
+        if not self.aleatoric:
+            return
+        check_derivative(start.model, "uncertainty.aleatoric")
+        if data.space.decoded:
+            raise UserError(
+                f"uncertainty.aleatoric is a variance of states, and those of {data.name} are "
+                "decoded; use uncertainty.aleatoric=0"
+            )
+        step_at(start, self.aleatoric_time)
 
     def check_decoded(self) -> None:  # noqa: B027 - most can
         """Refuse states that are decoded, with a ``UserError``."""

@@ -44,6 +44,10 @@ class Samples:
         latents: ``(B, *shape)``, the states that the images are decoded from; None where states
             are images. All that is recorded on the way is of states.
         latent_variance: their variance, of the same shape.
+        aleatoric: ``(B, C, H, W)``, variance of the data given the sample's own state at
+            ``aleatoric_time``, an estimate that can be negative, see ``data_variance``; None
+            where it was not asked for.
+        aleatoric_time: ``()``, at which the state was.
     """
 
     images: Tensor
@@ -65,6 +69,13 @@ class Samples:
     spatial: Tensor | None = None
     latents: Tensor | None = None
     latent_variance: Tensor | None = None
+    aleatoric: Tensor | None = None
+    aleatoric_time: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor | None:
+        """Epistemic and aleatoric variance added up, ``(B, C, H, W)``; None without the latter."""
+        return None if self.aleatoric is None else self.variance + self.aleatoric
 
     @property
     def over_time(self) -> dict[str, Tensor]:
@@ -87,7 +98,7 @@ class Samples:
         """Batches put together; frames are kept from the first one."""
         batched = {"images": 0, "variance": 0, "labels": 0, "summed": 1, "sampler_noise": 0}
         batched |= {"states": 1, "state_variance": 1, "numbers": 0, "spatial": 1}
-        batched |= {"latents": 0, "latent_variance": 0}
+        batched |= {"latents": 0, "latent_variance": 0, "aleatoric": 0}
         values = {f.name: getattr(parts[0], f.name) for f in fields(cls)}
         for name, dim in batched.items():
             own = [getattr(part, name) for part in parts]
@@ -105,7 +116,7 @@ class Samples:
     def _in(self, units: str, convert: Callable[[Tensor], Tensor], scale: float) -> Self:
         if self.units == units:
             return self
-        images, squares = ["images"], ["variance", "sampler_noise"]
+        images, squares = ["images"], ["variance", "sampler_noise", "aleatoric"]
         if self.latents is None:  # else what is recorded on the way has units of its own
             images += ["frames", "states"]
             squares += ["summed", "frame_variance", "state_variance"]
