@@ -176,7 +176,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     images_at_once(estimator, solver, model, shape)
     estimator.check_run(this)
     check_samples(estimator, this)
-    estimator.check_aleatoric(starts(this, solver)([0]), this.data.data)
+    estimator.check_aleatoric(starts(this, solver)([0]))
     note_missing_snapshots(this.folder, plain(cfg.callbacks), cfg.trainer.get("max_epochs"))
     if estimator.validate:
         reference_at_once(estimator, solver, model, shape)

@@ -275,11 +275,14 @@ class BayesianPipeline:
         device = next(model.parameters()).device
         decoder = None if coder.trivial else coder.decode
         start_of = starts_of(model, solver, seed, coder.shape, device, decoder)
+        estimator.check_aleatoric(start_of([0]))
         check_finite(solver, model.prediction, start_of([0]).steps())
         ready = estimator.fit(start_of, posterior)
         size = images_at_once(ready, solver, model, coder.shape)
         batches = [batch.tolist() for batch in torch.arange(count).split(size)]
-        made = [ready(start_of(b), posterior) for b in track(batches, "maps", "images", len)]
+        made = [
+            ready.mapped(start_of, b, posterior) for b in track(batches, "maps", "images", len)
+        ]
         return replace(Samples.join(made), numbers=torch.arange(count))
 
 

@@ -23,7 +23,6 @@ from bayesdiff.runs.setup import Setup, starts
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.storage.artefacts import Artefact
 from bayesdiff.uncertainty import Samples
-from bayesdiff.uncertainty.data_variance import with_data_variance
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.stored import from_arrays, to_arrays
 
@@ -93,11 +92,7 @@ def _maps(at: Setup, seed: int | None, numbers: Sequence[int] | None) -> Samples
     for number in track(
         dealt(range(len(batches))), "maps", "images", lambda k: len(batches[k]), each
     ):
-        rows = batches[number].tolist()
-        mine[number] = ready(start_of(rows), posterior)
-        if probes := ready.aleatoric:
-            beside = start_of(rows), probes, ready.aleatoric_time, ready.seed
-            mine[number] = with_data_variance(mine[number], *beside)
+        mine[number] = ready.mapped(start_of, batches[number].tolist(), posterior)
     samples = Samples.join([part for _, part in sorted(_share(mine).items())])
     return replace(samples.in_unit_range() if ready.units == "unit" else samples, numbers=chosen)
 

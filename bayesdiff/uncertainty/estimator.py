@@ -16,7 +16,7 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver
-from bayesdiff.uncertainty.data_variance import check_probes, step_at
+from bayesdiff.uncertainty.data_variance import check_probes, step_at, with_data_variance
 from bayesdiff.uncertainty.samples import UNITS, Samples
 from bayesdiff.uncertainty.start import Start, Starts
 
@@ -181,7 +181,21 @@ class Estimator(ABC):
                 "leave it at model"
             )
 
-    def check_aleatoric(self, start: Start, data: ImageData) -> None:
+    def mapped(self, starts: Starts, numbers: Sequence[int], posterior: HeadPosterior) -> Samples:
+        """Images of one batch with their variance, and that of the data where it is asked for.
+
+        Args:
+            starts: gives their start.
+            numbers: of the samples.
+            posterior: of the head.
+        """
+        samples = self(starts(numbers), posterior)
+        if not self.aleatoric:
+            return samples
+        asked = self.aleatoric, self.aleatoric_time, self.seed
+        return with_data_variance(samples, starts(numbers), *asked)
+
+    def check_aleatoric(self, start: Start) -> None:
         """Refuse, before any work, what has no variance of the data on the way.
 
         Raises:
@@ -191,10 +205,10 @@ class Estimator(ABC):
         if not self.aleatoric:
             return
         check_derivative(start.model, "uncertainty.aleatoric")
-        if data.space.decoded:
+        if start.decoder is not None:
             raise UserError(
-                f"uncertainty.aleatoric is a variance of states, and those of {data.name} are "
-                "decoded; use uncertainty.aleatoric=0"
+                "uncertainty.aleatoric is a variance of states, and these are decoded to what is "
+                "shown; use uncertainty.aleatoric=0"
             )
         step_at(start, self.aleatoric_time)
 
