@@ -24,6 +24,7 @@ from bayesdiff.report.layout import estimator_of
 from bayesdiff.runs import run_log
 from bayesdiff.runs.address import Address
 from bayesdiff.runs.build import Run, build, check_groups, is_main_process, plain
+from bayesdiff.runs.calibration import check_calibration, make_calibration
 from bayesdiff.runs.callback_options import check_callbacks
 from bayesdiff.runs.cell_report import measured, report
 from bayesdiff.runs.chosen_estimator import settle_estimator
@@ -33,7 +34,7 @@ from bayesdiff.runs.scores import check_metrics, make_scores
 from bayesdiff.runs.settings import settings
 from bayesdiff.runs.setup import Setup, settings_of, starts
 from bayesdiff.runs.stage_costs import recorded
-from bayesdiff.runs.stages import make_images, make_maps, make_validation
+from bayesdiff.runs.stages import make_calibrated, make_images, make_maps, make_validation
 from bayesdiff.runs.training import fit, images_seen, weights_in_words
 from bayesdiff.solvers import Solver, plan
 from bayesdiff.solvers.step import check_finite, check_solver
@@ -110,7 +111,10 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
     images = None
     if cfg.metrics.num_images:
         images = make_images(this, solver, cfg.metrics.num_images, at.images)
-    samples = make_maps(setup, at.maps, numbers=sample_numbers(estimator, this))
+    factor = None if at.calibration is None else make_calibration(setup, at.calibration)
+    samples = make_maps(setup, at.uncalibrated, numbers=sample_numbers(estimator, this))
+    if factor is not None:
+        samples = make_calibrated(at.maps, samples, factor)
     checked = None if at.checked is None else make_validation(setup, samples, at.checked)
     scores: dict[str, float] = {}
     if images is not None:
@@ -127,6 +131,7 @@ def _run(this: Run, solver: Solver, estimator: Estimator, laplace: LastLayerLapl
             metrics = scores | statistics_of(samples, this.classes)
             if checked is not None:
                 metrics |= checked.metrics(cfg.seed)
+            metrics |= factor.metrics() if factor is not None else {}
             metrics |= laplace.statistics() | laplace.block_statistics() | result.headlines
             evidence = evidence_curve(posterior)
             loggers = report(at, metrics, samples, shown, checked, evidence, beside)
@@ -175,6 +180,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     shape = this.data.space.shape
     images_at_once(estimator, solver, model, shape)
     estimator.check_run(this)
+    check_calibration(this, estimator)
     check_samples(estimator, this)
     estimator.check_aleatoric(starts(this, solver)([0]))
     note_missing_snapshots(this.folder, plain(cfg.callbacks), cfg.trainer.get("max_epochs"))

@@ -145,7 +145,7 @@ def test_a_plan_quotes_what_finished_runs_took(timed, plan):
     made = {stage: text for stage, text in row.items() if stage in SECONDS}
     assert made.pop("classifier") == "made"
     assert made == {stage: SECONDS[stage] for stage in made} and len(made) == 6
-    assert row["time"] == "33 s" and row["memory"] == "3 GiB"  # the sum, and the most
+    assert row["time"] == "35 s" and row["memory"] == "3.2 GiB"  # the sum, and the most
     assert told["time, 1 worker"] == row["time"] and not {"scaled", "not known"} & told.keys()
 
 

@@ -100,7 +100,7 @@ def variance_of_output(seen: "Seen") -> "Figure":
     caption = (
         f"Standard deviation of each coordinate of the predicted {what} at states all over the "
         "plane, due to the head's weights; times from noise, t = 0, to data, t = 1. One scale for "
-        f"all. Conditions: {map_conditions(samples, seen.settings)}."
+        f"all. {_own_size(seen)}Conditions: {map_conditions(samples, seen.settings)}."
     )
     rows, columns = maps.shape[:2]
     size, shared = (180 * columns + 110, 190 * rows + 40), {"sharex": True, "sharey": True}
@@ -128,7 +128,7 @@ def variance_over_starts(seen: "Seen") -> "Figure":
     caption = (
         "Each place is a starting noise, its colour the standard deviation of the sample that "
         "starts there, root of its variance's mean over both coordinates. One scale for all. "
-        f"Conditions: {map_conditions(samples, seen.settings)}."
+        f"{_own_size(seen)}Conditions: {map_conditions(samples, seen.settings)}."
     )
     title = "Uncertainty of samples over the plane of their noise"
     figure, panels = chart(400 * len(maps) + 160, 400, title, caption, 1, len(maps))
@@ -165,6 +165,12 @@ def _places(x: Tensor, y: Tensor) -> Tensor:
     """All places ``(n n, 2)``, row by row from below."""
     rows, columns = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([columns.flatten(), rows.flatten()], 1)
+
+
+def _own_size(seen: "Seen") -> str:
+    """A sentence about maps that are shown in another size than this; nothing where none are."""
+    calibrated = seen.settings.get("uncertainty.calibrate") is not None
+    return "In the posterior's own size, not calibrated. " if calibrated else ""
 
 
 def _output_variance(

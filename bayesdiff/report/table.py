@@ -15,8 +15,8 @@ _SHOWN = (
     "sliced_wasserstein@", "real/sliced_wasserstein@", "energy_distance@",
     "fid@", "is@", "kid@", "precision@", "recall@", "cmmd@", "real/fid@",
     "classifier_test_accuracy", "nfe",
-    "summed_variance/mean", "sampler_noise/mean", "aleatoric/mean", "validation/",
-    "laplace/effective_parameters",
+    "summed_variance/mean", "sampler_noise/mean", "aleatoric/mean", "calibration/factor",
+    "validation/", "laplace/effective_parameters",
     "laplace/block_effective_parameters", "laplace/sigma_noise",
 )  # fmt: skip
 _ENDS = ("_low", "_high")

@@ -8,6 +8,7 @@ from typing import Any
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.options.targets import word_of
 from bayesdiff.runs.build import Run, plain
+from bayesdiff.runs.calibration import calibration_at
 from bayesdiff.runs.defaults import damage_of, differences, likelihood_choice, named, words
 from bayesdiff.runs.setup import UNSCORED, Setup, sampled_from, scored, settings_of, with_effect
 from bayesdiff.solvers import Solver
@@ -30,7 +31,9 @@ class Address:
         folder: of the cell, inside the run folder: its numbers and pictures.
         images: for the scores.
         scores: of these images.
-        maps: the images with their maps.
+        uncalibrated: the images with their maps, as the estimator makes them.
+        calibration: their factor, None for none.
+        maps: the images with their maps, as they are shown.
         checked: the maps' comparison with a reference, None where none is asked for.
         cell: key of all numbers of the cell.
         setup: what the cell works with.
@@ -39,6 +42,8 @@ class Address:
     folder: Path
     images: Artefact
     scores: Artefact
+    uncalibrated: Artefact
+    calibration: Artefact | None
     maps: Artefact
     checked: Artefact | None
     cell: str
@@ -56,7 +61,9 @@ class Address:
         name = f"{solver.name}-{estimator.name}"
         images = images_at(run, solver, setup.weights)
         parts, sources = maps_settings(run, estimator), estimator.sources(run)
-        maps = key_of(*sampled_from(run, setup.weights), settings_of(posterior), parts, *sources)
+        made = key_of(*sampled_from(run, setup.weights), settings_of(posterior), parts, *sources)
+        factor = calibration_at(setup)
+        maps = made if factor is None else key_of(made, factor.key)
         asked = key_of(maps, estimator.validate_images, estimator.validate_members)
         checked = Artefact(run.folder / f"validation-{asked[:8]}.json", asked, "validation")
         validated = asked if estimator.validate else None
@@ -65,11 +72,18 @@ class Address:
             folder=named(run.folder, name, cell_words(run, solver, estimator, posterior), cell),
             images=images,
             scores=scores_at(run, images.key),
-            maps=Artefact(run.folder / f"samples-{name}-{maps[:8]}.npz", maps, "maps"),
+            uncalibrated=maps_at(run, name, made, "maps"),
+            calibration=factor,
+            maps=maps_at(run, name, maps, "maps" if factor is None else ""),
             checked=checked if estimator.validate else None,
             cell=cell,
             setup=setup,
         )
+
+
+def maps_at(run: Run, name: str, key: str, stage: str) -> Artefact:
+    """The file of maps with this key."""
+    return Artefact(run.folder / f"samples-{name}-{key[:8]}.npz", key, stage)
 
 
 def maps_settings(run: Run, estimator: Estimator) -> dict[str, Any]:
@@ -106,7 +120,8 @@ def cell_words(run: Run, solver: Solver, estimator: Estimator, posterior: HeadPo
     parts |= _of_posterior(posterior)
     left = [f"laplace.{name}" for name in (*_FITTED, "structure", "rank")]
     # The chosen samples are in the key, by their numbers.
-    idle = set(WITHOUT_EFFECT) - {"labels", "numbers"}
+    idle = {name for name in WITHOUT_EFFECT if name not in ("labels", "numbers")}
+    idle = {name for name in idle if not name.startswith("calibrate")}
     left += [f"uncertainty.{name}" for name in idle]
     left += [f"metrics.{name}" for name in UNSCORED]
     parts |= {

@@ -104,6 +104,7 @@ def kinds_of(run: Run, solver: Solver, estimator: Estimator) -> dict[str, Kind]:
         "maps": Kind(_key(maps, at_once), count, "images")
         if apart
         else Kind(_key(maps, at_once, count)),
+        "calibration": Kind(_key(maps, at_once, plain(cfg.uncertainty.get("calibrate")))),
         "validation": Kind(
             _key(sampled, at_once, estimator.validate_members), estimator.validate_images, "images"
         ),

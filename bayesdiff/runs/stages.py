@@ -23,6 +23,7 @@ from bayesdiff.runs.setup import Setup, starts
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.storage.artefacts import Artefact
 from bayesdiff.uncertainty import Samples
+from bayesdiff.uncertainty.calibration import Calibration
 from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.stored import from_arrays, to_arrays
 
@@ -75,10 +76,22 @@ def make_maps(
         seed: of their noise; None is the run's own.
         numbers: of the samples; None for 0, 1, ... as many as the estimator is asked for.
     """
-    return from_arrays(file.arrays(lambda: to_arrays(_maps(at, seed, numbers))))
+    return from_arrays(file.arrays(lambda: to_arrays(maps_of(at, seed, numbers))))
 
 
-def _maps(at: Setup, seed: int | None, numbers: Sequence[int] | None) -> Samples:
+def make_calibrated(file: Artefact, samples: Samples, calibration: Calibration) -> Samples:
+    """The maps in their calibrated size, kept beside those they are of."""
+    return from_arrays(file.arrays(lambda: to_arrays(calibration.applied(samples))))
+
+
+def maps_of(at: Setup, seed: int | None, numbers: Sequence[int] | None) -> Samples:
+    """Images with their maps, made now; every process gets all of them.
+
+    Args:
+        at: what they are made with.
+        seed: of their noise; None is the run's own.
+        numbers: of the samples; None for 0, 1, ... as many as the estimator is asked for.
+    """
     run, solver, posterior = at.run, at.solver, at.posterior
     # Fitted on the run's own seed, so that the pools of a study share what is fitted.
     ready = at.estimator.for_run(run).fit(at.starts, posterior, run.folder)

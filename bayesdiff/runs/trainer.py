@@ -44,7 +44,7 @@ _PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch":
 
 
 def train(
-    run: Run, laplace: LastLayerLaplace, ckpt_path: Path | None
+    run: Run, laplace: LastLayerLaplace | None, ckpt_path: Path | None
 ) -> tuple[L.Trainer, RunCheckpoints]:
     """Run Lightning's trainer and return it, with what kept the checkpoints.
 
@@ -94,7 +94,7 @@ def how_far(run: Run, trainer: L.Trainer, checkpoints: RunCheckpoints) -> str:
 
 def trainer_of(
     run: Run,
-    laplace: LastLayerLaplace,
+    laplace: LastLayerLaplace | None,
     checkpoints: RunCheckpoints,
     sharded: bool,
     options: dict[str, Any],
@@ -106,7 +106,9 @@ def trainer_of(
         options["enable_progress_bar"] = any(isinstance(c, ProgressBar) for c in asked)
     if limit := time_limit(run.cfg.trainer.get("max_time")):
         callbacks.append(RunTime(limit))
-    if not sharded:  # a split network is whole again only after the training
+    if (
+        laplace is not None and not sharded
+    ):  # a split network is whole again only after the training
         callbacks.append(PosteriorAtEnd(laplace, checkpoints))
     loggers = Loggers(run.cfg.get("logger"), run.folder, run.folder.name, "training")
     plugins = instantiate(run.cfg.trainer.get("plugins"), _convert_="all") or []

@@ -24,8 +24,12 @@ from bayesdiff.storage.same_kind import kind_of, require_guidance, require_optio
 log = logging.getLogger(__name__)
 
 
-def fit(run: Run, laplace: LastLayerLaplace) -> str:
+def fit(run: Run, laplace: LastLayerLaplace | None = None) -> str:
     """Leave trained (averaged) weights in the model, training only as far as is needed.
+
+    Args:
+        run: with its model.
+        laplace: fits the posterior when a training ends; None for none.
 
     Returns:
         Content key of the weights.
@@ -46,7 +50,7 @@ def fit(run: Run, laplace: LastLayerLaplace) -> str:
         return _finish(run, laplace, last)
 
 
-def _finish(run: Run, laplace: LastLayerLaplace, last: Path) -> str:
+def _finish(run: Run, laplace: LastLayerLaplace | None, last: Path) -> str:
     record = read_json(run.folder / "fit.json") or {}
     sampled = last.with_name(chosen(run))
     if record.get("key") == run.key and last.is_file() and sampled.is_file():
@@ -94,7 +98,7 @@ def record_of(run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _trained(run: Run, laplace: LastLayerLaplace, resume: Path | None) -> dict[str, Any]:
+def _trained(run: Run, laplace: LastLayerLaplace | None, resume: Path | None) -> dict[str, Any]:
     """Train to the end and return what was logged last."""
     trainer, checkpoints = train(run, laplace, resume)
     far = how_far(run, trainer, checkpoints)

@@ -2,8 +2,9 @@
 
 The locks are the operating system's: they end with the process that holds them, however it ends,
 so a lock file that was left behind blocks nobody. To exclude deadlocks, a lock is only ever asked
-for inside one of an earlier stage, in the order fit > curvature > images > maps > refiner >
-validation > scores > classifier > statistics of the training images > report.
+for inside one of an earlier stage, in the order fit > curvature > images > calibration > its
+trainings > maps > refiner > validation > scores > classifier > statistics of the training images >
+report.
 """
 
 import errno

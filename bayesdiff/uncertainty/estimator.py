@@ -16,6 +16,7 @@ from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.likelihoods import likelihood_of
 from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver
+from bayesdiff.uncertainty.calibration import check_calibrate
 from bayesdiff.uncertainty.data_variance import check_probes, step_at, with_data_variance
 from bayesdiff.uncertainty.samples import UNITS, Samples
 from bayesdiff.uncertainty.start import Start, Starts
@@ -26,6 +27,7 @@ WITHOUT_EFFECT = (
     *("batch_size", "max_memory", "validate", "validate_images", "validate_members"),
     *("labels", "numbers", "export"),
     "few_maps",  # whatever it chose has said so
+    *("calibrate", "calibrate_images", "calibrate_per_time"),  # what was made is scaled afterwards
 )
 # Options that change nothing at these values: maps are those from before there were such options.
 AS_BEFORE = (("aleatoric", 0), ("aleatoric_time", None))
@@ -91,6 +93,11 @@ class Estimator(ABC):
         aleatoric: probes for the variance of the data given the sample's state on the way, beside
             the map, see ``data_variance``; ``all`` for its exact value, 0 for none.
         aleatoric_time: of that state; None where data and noise weigh the same.
+        calibrate: what the size of the maps is fitted to: a number of further trainings from other
+            seeds, run folders or checkpoints of some, ``held_out`` for the held-out error of the
+            network's output; None for maps as they are (read by the pipeline, as the next two).
+        calibrate_images: that this compares, which are not among those mapped.
+        calibrate_per_time: whether each of ``times`` gets a factor of its own.
     """
 
     num_images: int = 64
@@ -107,11 +114,16 @@ class Estimator(ABC):
     export: str | None = None
     aleatoric: int | str = 0
     aleatoric_time: float | None = None
+    calibrate: int | str | Sequence[str] | None = None
+    calibrate_images: int = 64
+    calibrate_per_time: bool = False
 
     # What a user types for it, as in uncertainty=ensemble.
     name: ClassVar[str]
     # Whether it needs the derivative of the network's prediction.
     differentiates: ClassVar[bool] = False
+    # Whether its maps are the doing of the head's posterior.
+    of_posterior: ClassVar[bool] = True
     # Whether it looks at states as images.
     of_pixels: ClassVar[bool] = False
     # The stage of ``fit`` whose result stays in the run folder; empty where nothing does.
@@ -130,6 +142,8 @@ class Estimator(ABC):
         self._check_times()
         self._check_validation()
         check_probes(self.aleatoric, self.aleatoric_time)
+        options = self.calibrate_images, self.calibrate_per_time, self.times, self.validate
+        check_calibrate(self.calibrate, *options)
 
     @abstractmethod
     def __call__(self, start: Start, posterior: HeadPosterior) -> Samples:

@@ -30,8 +30,8 @@ from bayesdiff.studies.study import Place, study_keys
 from bayesdiff.uncertainty import Estimator
 from bayesdiff.uncertainty.wider import with_block
 
-STAGES = ("training", "curvature", "block", "images", "classifier", "scores", "refiner", "maps",
-          "validation", "image_scores", "plane", "report")  # fmt: skip
+STAGES = ("training", "curvature", "block", "images", "classifier", "scores", "refiner",
+          "calibration", "maps", "validation", "image_scores", "plane", "report")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,20 @@ def _to_come(
     parts = [*sampled_from(run, known), source, plain(run.cfg.laplace)]
     key = key_of(*parts, maps_settings(run, estimator), *estimator.sources(run))
     check = key_of(key, estimator.validate_images, estimator.validate_members)
+    factor = key_of(key, _calibrated(estimator))
+    shown = key if estimator.calibrate is None else factor
     images = images_at(run, solver, known).key
     studies = {name: key_of(*parts, plain(run.cfg[name])) for name in run.studies}
     keys = {
         estimator.prepares: key_of(*parts, with_effect(run.cfg.uncertainty, *OF_THE_RUN)),
+        "calibration": factor,
         "maps": key,
         "validation": check,
-        "image_scores": scores_of_report(run, key),
-        "plane": key,
+        "image_scores": scores_of_report(run, shown),
+        "plane": shown,
         **studies,
         "report": key_of(
-            key, scored(run), estimator.validate and check, images, *studies.values()
+            shown, scored(run), estimator.validate and check, images, *studies.values()
         ),
     }
     return [Work(stage, keys[stage], False) for stage in _asked(run, estimator)]
@@ -137,7 +140,12 @@ def _of_cell(setup: Setup, posterior: HeadPosterior) -> list[Work]:
     """What comes after the curvature."""
     run, estimator = setup.run, setup.estimator
     at = Address.of(setup, study_keys(setup))
-    files = {"maps": at.maps, "validation": at.checked, "image_scores": scores_of(at)}
+    files = {
+        "calibration": at.calibration,
+        "maps": at.uncalibrated,
+        "validation": at.checked,
+        "image_scores": scores_of(at),
+    }
     files["plane"] = plane_at(at)
     works = []
     for stage in _asked(run, estimator):
@@ -148,7 +156,7 @@ def _of_cell(setup: Setup, posterior: HeadPosterior) -> list[Work]:
         elif stage == estimator.prepares:
             first = starts(run, setup.solver)([0])
             key, made = estimator.prepared(first, posterior, run.folder)
-            made = made or at.maps.is_made
+            made = made or at.uncalibrated.is_made
         else:
             place = Place.of(setup, stage, run.studies[stage])
             key, made = place.key, place.is_made
@@ -160,6 +168,7 @@ def _asked(run: Run, estimator: Estimator) -> list[str]:
     """Names of the stages after the curvature and the scores."""
     asked = {
         estimator.prepares: bool(estimator.prepares),
+        "calibration": estimator.calibrate is not None,
         "maps": True,
         "validation": estimator.validate,
         # Those of maps and images take no longer than a look.
@@ -169,6 +178,12 @@ def _asked(run: Run, estimator: Estimator) -> list[str]:
         "report": True,
     }
     return [stage for stage, is_asked in asked.items() if is_asked]
+
+
+def _calibrated(estimator: Estimator) -> list[Any]:
+    """What a calibration is asked for with."""
+    times = list(estimator.times) if estimator.calibrate_per_time else []
+    return [plain(estimator.calibrate), estimator.calibrate_images, times]
 
 
 def _of_images(run: Run, solver: Solver, weights: str) -> list[Work]:

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +180,8 @@ class NetworkMembers(Members):
     """
 
     networks: tuple[GenerativeModel, ...] = ()
+
+    of_posterior: ClassVar[bool] = False
 
     @property
     def count(self) -> int:

@@ -62,6 +62,7 @@ class MCDropout(Members):
     mask: str = "fixed"
 
     name: ClassVar[str] = "mc_dropout"
+    of_posterior: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -128,12 +128,12 @@ def log_likelihood(
     field.evaluations += field.evaluations - before  # a derivative costs about as much again
     latents, gained = state[:, :-1], state[:, -1]
     latents = latents.unflatten(1, images.shape[1:])
-    prior = _log_prior(field.model.path, latents)
+    prior = log_prior(field.model.path, latents)
     scaled = alpha.log().sum()  # of d(alpha x) / dx
     return Likelihood(prior + gained + scaled, latents, field.evaluations - before)
 
 
-def _log_prior(path: ProbabilityPath, latents: Tensor) -> Tensor:
+def log_prior(path: ProbabilityPath, latents: Tensor) -> Tensor:
     """Log-density ``(B,)`` of states at t = 0."""
     scale = path.noise_scale
     if is_one(scale):
