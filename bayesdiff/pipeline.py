@@ -28,7 +28,7 @@ from bayesdiff.runs.calibration import check_calibration, make_calibration
 from bayesdiff.runs.callback_options import check_callbacks
 from bayesdiff.runs.cell_report import measured, report
 from bayesdiff.runs.chosen_estimator import settle_estimator
-from bayesdiff.runs.fit_key import network_code, seen_options
+from bayesdiff.runs.fit_key import pass_context
 from bayesdiff.runs.processes import check_devices, launch
 from bayesdiff.runs.scores import check_metrics, make_scores
 from bayesdiff.runs.settings import settings
@@ -167,9 +167,8 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     estimator.check(solver)
     this = build(cfg)
     this = replace(this, studies=studies_of(cfg), callbacks=check_callbacks(this))
-    context = (cfg.model.prediction, plain(cfg.path), network_code(cfg), *seen_options(cfg))
     options = plain(cfg.laplace) | {"n_eff": n_eff_of(this)}
-    laplace = LastLayerLaplace(**options, folder=this.folder, context=context)
+    laplace = LastLayerLaplace(**options, folder=this.folder, context=pass_context(cfg))
     laplace.check(this.model, len(this.data.data.images), this.data.space.shape)
     this, estimator = settle_estimator(this, solver, estimator)
     if beside.asked:

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "skip-interval": "test_studies",
     "filtering": "test_filtering_study",
     "known-corruption": "test_corruption",
+    "guarantee": "test_guarantee_script",
 }
 
 

@@ -100,6 +100,12 @@ def seen_options(cfg: DictConfig) -> list[Any]:
     return [options[name] for name in ("condition", "likelihood") if name in options]
 
 
+def pass_context(cfg: DictConfig) -> tuple[Any, ...]:
+    """What a curvature comes from beside the weights, the data and the options of its pass."""
+    own = (cfg.model.prediction, plain(cfg.path), network_code(cfg))
+    return (*own, *seen_options(cfg))
+
+
 def network_code(cfg: DictConfig) -> list[Any]:
     """What code features and predictions depend on, beside the weights."""
     return [ARITHMETIC, _code(cfg.model, cfg.net, cfg.path)]

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
     from bayesdiff.uncertainty.samples import Samples
 
-_SHOWN = 20  # images on each side
-_COLUMNS = 4
+SHOWN = 20  # images on each side
+COLUMNS = 4
+MARK = "#d62728"  # frames of bad images
 _CURVES = 4  # the best scores, beside the run's own and a random one
 # These look alike in every figure of every run; other scores take what is left.
 _KNOWN = (
@@ -202,8 +203,8 @@ def kept_and_discarded(
     """The least doubtful images on the left, the most doubtful on the right, with their maps."""
     left_out = int(scores.isnan().sum())
     order = torch.from_numpy(descending(scores)[: len(scores) - left_out][::-1].copy())
-    count = min(_SHOWN, len(order) // 2)
-    columns = min(_COLUMNS, count)
+    count = min(SHOWN, len(order) // 2)
+    columns = min(COLUMNS, count)
     size = cell_size(samples.images, 44)
     side = columns * (2 * (size[0] + GAP) + 8)
     tall = size[1] + 22
@@ -224,14 +225,14 @@ def kept_and_discarded(
     for place, (name, indices) in enumerate(groups):
         x = left + place * (side + gap)
         axes.text(x, top - 10, name, weight="bold", va="bottom")
-        drawn = _with_maps(axes, samples, scores, indices.tolist(), (x, top), size, high)
+        drawn = with_maps(axes, samples, scores, indices.tolist(), (x, top), size, high)
     bar = axes.inset_axes((left + 2 * side + gap, top, 14, min(height - top - 12, 240)),
                           transform=axes.transData)  # fmt: skip
     figure.colorbar(drawn, cax=bar, extend="max").set_label("standard deviation")
     return figure
 
 
-def _with_maps(
+def with_maps(
     axes: "Axes",
     samples: "Samples",
     scores: Tensor,
@@ -239,9 +240,12 @@ def _with_maps(
     at: tuple[int, int],
     size: tuple[int, int],
     high: float,
+    marked: Tensor | None = None,
 ) -> Any:
-    """Images, maps and scores in rows; returns what was drawn last."""
-    columns = min(_COLUMNS, len(indices))
+    """Images, maps and scores in rows, marked ones framed; returns what was drawn last."""
+    from matplotlib.patches import Rectangle
+
+    columns = min(COLUMNS, len(indices))
     drawn = None
     for place, index in enumerate(indices):
         row, column = divmod(place, columns)
@@ -251,6 +255,10 @@ def _with_maps(
         of = standard_deviation(samples.variance[index])
         scale = {"cmap": MAP_COLOURS, "vmin": 0, "vmax": high}
         drawn = put(axes, of, x + size[0] + GAP, y, size, **scale)
+        if marked is not None and marked[index]:
+            frame = Rectangle((x - 1, y - 1), size[0] + 2, size[1] + 2, fill=False, zorder=4)
+            frame.set(edgecolor=MARK, linewidth=2)
+            axes.add_patch(frame)
         middle = x + size[0] + GAP / 2
         value = three_digits(float(scores[index]))
         axes.text(middle, y + size[1] + 3, value, ha="center", va="top", size=8)

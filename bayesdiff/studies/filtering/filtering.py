@@ -8,9 +8,11 @@ features.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import isfinite
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, listed, seed_of, share
@@ -25,8 +27,18 @@ from bayesdiff.runs.scores import judge
 from bayesdiff.runs.setup import Setup, scored
 from bayesdiff.solvers import Solver
 from bayesdiff.studies.filtering import figures as pictures
+from bayesdiff.studies.filtering.calibration import (
+    LINE,
+    Calibration,
+    guarantee_headlines,
+    guarantee_results,
+    lines_of,
+    marked_otherwise,
+)
 from bayesdiff.studies.filtering.choice import choice
 from bayesdiff.studies.filtering.gains import NAMES, SCORES, VALUES, Row, gains
+from bayesdiff.studies.filtering.guarantee_sheet import under_guarantee
+from bayesdiff.studies.filtering.guaranteed import GuaranteeOptions
 from bayesdiff.studies.filtering.profile import PROFILE, profile
 from bayesdiff.studies.filtering.rules import RULE_NAMES, factor_of, rule_gains
 from bayesdiff.studies.image_pool import ImagePool
@@ -37,11 +49,12 @@ from bayesdiff.uncertainty.memory import images_at_once
 
 
 class Judged(NamedTuple):
-    """Rows of one pool: what every score gains, what it follows, and what rules gain by it."""
+    """One pool: what every score gains, what it follows, and what rules gain by it."""
 
     gains: list[Row]
     profile: list[Row]
     rules: Sequence[Row] = ()
+    logits: Tensor = torch.empty(0)  # of the classifier that judges
 
 
 # Samples with their scores by name.
@@ -54,8 +67,8 @@ _KEPT = ("keep", "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filtering(ScoreOptions, Study):
-    """What is generated, scored and kept; the options of the scores come on top.
+class Filtering(GuaranteeOptions, ScoreOptions, Study):
+    """What is generated, scored and kept; options of scores and of the guarantee come on top.
 
     Args:
         num_images: of the pool of each seed.
@@ -100,7 +113,8 @@ class Filtering(ScoreOptions, Study):
                 f"filtering.maps must name estimators with their settings, got {self.maps!r};"
                 " for none remove them by name: ~filtering.maps.published"
             )
-        super().__post_init__()
+        ScoreOptions.__post_init__(self)
+        self.check_guarantee_values()
         at_least("filtering.subsets", self.subsets, 2)
         at_least("filtering.draws", self.draws, 2)
         seed_of("filtering.seed", self.seed)
@@ -137,38 +151,43 @@ class Filtering(ScoreOptions, Study):
             except UserError as error:
                 raise UserError(f"{error}; or leave it out: ~filtering.maps.{name}") from error
         check_scores(self, run)
+        self.check_guarantee(run, estimator.name, self.seeds, self.num_images)
 
     def made_from(self, at: Setup) -> list[Any]:
         """Every estimator's maps, and what judges them."""
         others = [other.sources(at.run) for other in self.maps.values()]
-        return [at.made_from, at.of_maps, others, scored(at.run)]
+        more = self.guarantee_sources(at.run)
+        return [at.made_from, at.of_maps, others, scored(at.run), *more]
 
     def make(self, at: Setup, place: Place) -> Report | None:
-        """Every score's gain."""
-        own = at.estimator.name
-        results, shown = self._over_seeds(at)
+        """Every score's gain, and what the guarantee comes to."""
+        own, beside = at.estimator.name, Calibration.of(self, self.seeds, self.num_images)
+        results, shown = self._over_seeds(at, beside)
+        others = marked_otherwise(self, at, self._estimators(at))
         if shown is None:  # on another process than the first
             return None
+        said = conditions(at.settings)
+        tables, figures = {}, pictures.every(results, *shown, own, said)
+        headlines = pictures.headlines(results, own)
+        if beside.shown is not None:
+            found = results["guarantee"] = guarantee_results(self, beside.pools, others)
+            tables["table-guarantee.md"] = table.markdown(lines_of(found), LINE)
+            figures = chain(figures, under_guarantee(*beside.shown, found, said))
+            headlines |= guarantee_headlines(found)
         rows = sorted(
             (row for row in results["over_seeds"] if row["keep"] == self.main_keep),
             key=lambda row: (row["mode"], -row["z"]),
         )
-        return Report(
-            results,
-            pictures.every(results, *shown, own, conditions(at.settings)),
-            _tables(results, rows),
-            {f"{row['mode']}/{row['score']}/z": row["z"] for row in rows},
-            pictures.headlines(results, own),
-        )
+        scalars = {f"{row['mode']}/{row['score']}/z": row["z"] for row in rows}
+        return Report(results, figures, _tables(results, rows) | tables, scalars, headlines)
 
-    def _over_seeds(self, at: Setup) -> tuple[dict[str, Any], Shown | None]:
+    def _over_seeds(self, at: Setup, beside: Calibration) -> tuple[dict[str, Any], Shown | None]:
         """Numbers of all seeds, empty but on the first process, and what the first pool shows."""
         tables: list[Judged] = []
         shown: Shown | None = None
         for seed in self.seeds:
             made = ImagePool(at, self.num_images, seed)
-            by_name = {at.estimator.name: at.estimator, **self.maps}
-            maps = {name: made.maps(each).in_model_range() for name, each in by_name.items()}
+            maps = {k: made.maps(e).in_model_range() for k, e in self._estimators(at).items()}
             own = maps[at.estimator.name]
             seen, spent = seen_of(made, self, own.images)
             nfe = {name: each.nfe for name, each in maps.items()} | spent
@@ -176,7 +195,11 @@ class Filtering(ScoreOptions, Study):
                 scores = score_table(at.run, maps, seen, self.seed)
                 tables.append(_judged(at.run, self, maps, scores))
                 shown = shown or (own, scores)
+                beside.add(seed, own, scores, tables[-1].logits)
         return (_results(self, tables, nfe) if tables else {}), shown
+
+    def _estimators(self, at: Setup) -> dict[str, Estimator]:
+        return {at.estimator.name: at.estimator, **self.maps}
 
 
 def _check_keep(options: Filtering, run: Run) -> None:
@@ -210,7 +233,8 @@ def _judged(
     rows += gains(scores, few, rest, **chance) if rest else []
     labels, busy = samples.labels, scores["image.total_variation"]
     follows = [] if labels is None else profile(scores, read.logits, labels, busy)
-    return Judged(rows, follows, rule_gains(scores, few, options.rules, **chance))
+    by_rules = rule_gains(scores, few, options.rules, **chance)
+    return Judged(rows, follows, by_rules, read.logits)
 
 
 def _rivals(options: Filtering) -> set[str]:
