@@ -15,6 +15,7 @@ from bayesdiff.laplace.gram import gram
 from bayesdiff.laplace.head import HeadGeometry, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
+from bayesdiff.laplace.structures import orthogonal_rows
 from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import CondOT
 
@@ -450,3 +451,19 @@ def test_a_curvature_with_wrong_shapes_or_values_is_refused():
         replace(curvature, gram=curvature.gram[:5, :5])
     with pytest.raises(UserError, match="not finite"):
         replace(curvature, gram=curvature.gram * math.nan)
+
+
+def test_orthogonal_draws_share_nothing_and_average_the_covariance():
+    """Rows of length sqrt(D) at right angles, in groups of D; uniform over all directions."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 7, 1, 3, dtype=torch.float64, generator=generator)
+    rows = torch.stack([orthogonal_rows(each) for each in noise]).flatten(2)
+    products = rows @ rows.mT
+    for part in (slice(0, 3), slice(3, 6)):
+        truth = 3 * torch.eye(3, dtype=torch.float64).expand(2000, 3, 3)
+        torch.testing.assert_close(products[:, part, part], truth, rtol=0, atol=1e-10)
+    assert products[:, 0, 3].abs().mean() > 0.5
+    for number in range(7):
+        own = rows[:, number]
+        apart = own.T @ own / 2000 - torch.eye(3, dtype=torch.float64)
+        assert apart.abs().max() < 0.1 and own.mean(0).abs().max() < 0.1

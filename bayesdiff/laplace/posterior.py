@@ -26,6 +26,7 @@ from bayesdiff.laplace.structures import (
     check_likelihood,
     check_settings,
     check_structure,
+    orthogonal_rows,
     rotated,
     structure_of,
 )
@@ -241,15 +242,22 @@ class HeadPosterior:
         step = self.optimum - self.curvature.mean
         return math.sqrt(float((step @ self.precision * step).mean()))
 
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator, orthogonal: bool = False) -> Tensor:
         """Weights ``(n, C_out, P)`` float64 from the posterior, on the generator's device.
 
         By the symmetric root of Sigma: there are no signs in it that rounding could turn.
+
+        Args:
+            n: draws.
+            generator: gives the noise behind them.
+            orthogonal: as directions that share nothing, see ``orthogonal_rows``: outer products
+                still average Sigma, and sums of squares along them vary less.
         """
         device, vectors = generator.device, self.eigenvectors
         curvature, scale = self.curvature, self._variances.sqrt().to(device)
         mean = curvature.blocks(curvature.mean.to(device))
         noise = mean.new_empty(n, *mean.shape).normal_(generator=generator)
+        noise = orthogonal_rows(noise) if orthogonal else noise
         if vectors is None:
             return curvature.channels(mean + noise * scale)
         vectors = vectors.to(device)

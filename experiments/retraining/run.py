@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import IMAGES, Bench, Maps, images_of
-from networks import EXTRA, REFERENCE, SETTINGS, UNDER_TEST
+from bench import Bench, Maps, images_of
+from networks import EXTRA, REFERENCE, SETTINGS, UNDER_TEST, WITH_DROPOUT
 from torch import Tensor
 
 from bayesdiff.laplace.block.posterior import BlockPosterior
@@ -24,7 +24,15 @@ from bayesdiff.metrics.agreement import agreement, image_rank, pixel_rank
 from bayesdiff.runs.training import images_seen
 from bayesdiff.storage.artefacts import read_json, write_json
 from bayesdiff.studies.script import Asked
-from bayesdiff.uncertainty import Checkpoints, Ensemble, Linearised, MCDropout, Published, Swag
+from bayesdiff.uncertainty import (
+    Checkpoints,
+    Ensemble,
+    Linearised,
+    MCDropout,
+    Published,
+    Subnetwork,
+    Swag,
+)
 
 HERE = Path(__file__).parent
 MEMBERS = 32
@@ -36,7 +44,7 @@ STATISTICS = ("image_rank", "pixel_rank", "size", "mean_size", "coverage")
 
 def linearised() -> Linearised:
     """First-order maps along as many directions as ensembles have members."""
-    return Linearised(draws=MEMBERS, noise_draws=0, seed=1)
+    return Linearised(draws=MEMBERS, derivative="difference", noise_draws=0, seed=1)
 
 
 def sampled() -> Ensemble:
@@ -68,7 +76,21 @@ METHODS: dict[str, Callable[[Bench], Maps]] = {
     "checkpoints": lambda b: b.maps("checkpoints", Checkpoints()),
     "swag": lambda b: b.maps("swag", Swag(members=MEMBERS, seed=1)),
     "mc_dropout_head": lambda b: b.maps("mc_dropout_head", MCDropout(members=MEMBERS, seed=1)),
+    "subnetwork": lambda b: b.maps("subnetwork", Subnetwork(members=MEMBERS, seed=1)),
+    "subnetwork_1_percent": lambda b: b.maps(
+        "subnetwork_1_percent", Subnetwork(members=MEMBERS, share=0.01, seed=1)
+    ),
     "published": lambda b: b.maps("published", Published()),
+}
+# Variants that are compared on the small images alone.
+OF_DIGITS = (
+    *("head_linearised", "last_block_sampled", "all_sampled", "all_seen_once", "subnetwork"),
+)
+# Of a network that was trained with dropout, against the same retrainings.
+DROPPED: dict[str, Callable[[Bench], Maps]] = {
+    "mc_dropout_network": lambda b: b.maps(
+        "mc_dropout_network", MCDropout(members=MEMBERS, where="network", seed=1)
+    ),
 }
 
 
@@ -108,12 +130,14 @@ def of_network(setting: str, seed: int, names: Sequence[str]) -> dict[str, dict[
     apart = (torch.stack(others) - own).square()
     found = {}
     for name in names:
-        if name in METHODS:
+        if setting.startswith("digits") or name not in OF_DIGITS:
             maps = METHODS[name](bench)
             found[name] = compared(maps, reference, apart)
             print(setting, seed, name, {k: round(found[name][k], 3) for k in STATISTICS})
+    if seed in WITH_DROPOUT:
+        found |= of_dropped(setting, seed, reference, others)
     if BEST in names:
-        maps, half = METHODS[BEST](bench), IMAGES // 2
+        maps, half = METHODS[BEST](bench), bench.count // 2
         fitted = calibrated(maps.variance, own, [images[k] for k in EXTRA])
         there = replace(maps, variance=fitted)
         found[f"{BEST}_calibrated"] = compared(there, reference[half:], apart[:, half:])
@@ -123,6 +147,19 @@ def of_network(setting: str, seed: int, names: Sequence[str]) -> dict[str, dict[
         "coverage": float((apart <= Z**2 * reference).double().mean()),
         "summed_variance": float(reference.flatten(1).sum(1).mean()),
     }
+    return found
+
+
+def of_dropped(
+    setting: str, seed: int, reference: Tensor, others: Sequence[Tensor]
+) -> dict[str, dict[str, float]]:
+    """Methods on the network that was trained with dropout: its images are its own."""
+    bench, found = Bench(setting, seed, dropout=True), {}
+    for name, method in DROPPED.items():
+        maps = method(bench)
+        assert maps.images is not None
+        apart = (torch.stack(list(others)) - maps.images).square()
+        found[name] = compared(maps, reference, apart)
     return found
 
 

@@ -31,9 +31,9 @@ class Linearised(Estimator):
 
         S' = (a I + b J) S + b Phi,    V = diag(S Sigma S^T),
 
-    followed for ``draws`` directions delta ~ N(0, Sigma): V is the mean of (S delta)^2, with a
-    relative sd of sqrt(2 / draws) per pixel. ``draws=all`` follows the P columns of Sigma^(1/2) of
-    every output channel instead, and V is exact to first order.
+    followed for ``draws`` directions delta ~ N(0, Sigma), orthogonal in its units: V is the mean
+    of (S delta)^2, with a relative sd of sqrt(2 / draws) per pixel at most. ``draws=all`` follows
+    the P columns of Sigma^(1/2) of every output channel instead, and V is exact to first order.
 
     With a skip interval k one in k evaluations of the network gets its product J (S delta), evenly
     spread, and the others are predicted by a regression that a pilot of 32 other images has
@@ -147,8 +147,8 @@ def evaluations(start: Start) -> int:
 
 
 def directions(posterior: HeadPosterior, count: int, seed: int) -> Tensor:
-    """Weight directions ``(count, C_out, P)`` from N(0, Sigma)."""
-    drawn = posterior.draw(count, torch.Generator().manual_seed(seed))
+    """Weight directions ``(count, C_out, P)``, orthogonal in units of N(0, Sigma)."""
+    drawn = posterior.draw(count, torch.Generator().manual_seed(seed), orthogonal=True)
     return drawn - posterior.curvature.mean
 
 

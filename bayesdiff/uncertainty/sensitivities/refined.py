@@ -45,7 +45,7 @@ from bayesdiff.uncertainty.sensitivities.refiner import (
 from bayesdiff.uncertainty.start import Start, Starts
 
 log = logging.getLogger(__name__)
-_MOST_DRAWS, TARGET_DRAWS, TARGET_PRODUCTS = 32, 2, 8
+_MOST_DRAWS, TARGET_DRAWS, TARGET_PRODUCTS = 64, 2, 8
 _BATCH, _HELD_OUT = 8, 0.1  # training images that share their target draws; share not trained on
 
 
@@ -67,7 +67,7 @@ class Refined(Estimator):
 
     Args:
         budget: network evaluations for the map, as a share of the image's own; at least 2 and at
-            most 32 directions are followed. In bfloat16 they take half the time of the image's.
+            most 64 directions are followed. In bfloat16 they take half the time of the image's.
         products: products J d of each direction.
         derivative: ``difference`` or ``bfloat16``, see ``Linearised``; ``auto`` takes the second
             where the device gains from it.
