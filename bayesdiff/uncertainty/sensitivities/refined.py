@@ -82,7 +82,7 @@ class Refined(Estimator):
     """
 
     budget: float = 1.4
-    products: int = 4
+    products: int = 2
     derivative: str = "auto"
     train_images: int = 1000
     epochs: int = 30
