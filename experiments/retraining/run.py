@@ -33,6 +33,7 @@ from bayesdiff.uncertainty import (
     Subnetwork,
     Swag,
 )
+from bayesdiff.uncertainty.calibration import pair_sizes, size_factor
 
 HERE = Path(__file__).parent
 MEMBERS = 32
@@ -116,8 +117,8 @@ def compared(maps: Maps, reference: Tensor, apart: Tensor) -> dict[str, float]:
 def calibrated(variance: Tensor, own: Tensor, extra: Sequence[Tensor]) -> Tensor:
     """Maps of the second half of the images, their size fitted to extra trainings on the first."""
     half = len(variance) // 2
-    spread = torch.stack([own, *extra]).var(0)[:half].flatten(1).sum(1)
-    factor = float(spread.sum() / variance[:half].flatten(1).sum(1).sum())
+    spread = pair_sizes(torch.stack([own, *extra])[:, :half]).mean(0)
+    factor = float(size_factor(variance[:half].double().flatten(1).sum(1), spread))
     return factor * variance[half:]
 
 
