@@ -11,11 +11,11 @@ from torch import nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.curvature import fit_curvature
+from bayesdiff.laplace.directions import orthogonal_rows
 from bayesdiff.laplace.gram import gram
 from bayesdiff.laplace.head import HeadGeometry, head_matrix
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.laplace.record import Curvature
-from bayesdiff.laplace.structures import orthogonal_rows
 from bayesdiff.models import GenerativeModel
 from bayesdiff.paths import CondOT
 

@@ -106,6 +106,8 @@ def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypat
         overrides += ["filtering.num_images=40", "filtering.seeds=[0]", "filtering.keep=[0.8]"]
         overrides += ["filtering.members=2", "filtering.aleatoric_draws=0", "filtering.draws=2"]
         overrides.append("filtering.subsets=2")
+    if any(o.startswith("filtering.guarantee") for o in overrides):
+        overrides += ["filtering.seeds=[0,1]", "filtering.num_images=60"]
     if {"experiment=rectify", "experiment=diversity"} & set(overrides):
         overrides += ["repair.num_images=4", "repair.draws=2", "repair.bootstrap=10"]
     if "experiment=interpolation" in overrides:
@@ -136,6 +138,11 @@ def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypat
     if "ckpt_path=last" in overrides:
         cfg = compose_list(smallest(tmp_path, "solver.num_steps=6", *overrides))
         with pytest.raises(UserError, match="ckpt_path=last but there is no"):
+            pipeline.run(cfg)
+        return
+    if "uncertainty.calibrate=held_out" in overrides:
+        cfg = compose_list(smallest(output_dir, "solver.num_steps=6", *overrides))
+        with pytest.raises(UserError, match="held_out"):  # a training of two steps has no gap
             pipeline.run(cfg)
         return
     result = pipeline.run(compose_list(smallest(output_dir, "solver.num_steps=6", *overrides)))

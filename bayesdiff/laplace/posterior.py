@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, positive
+from bayesdiff.laplace.directions import orthogonal_rows
 from bayesdiff.laplace.evidence import best_prior, log_evidence
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.structures import (
@@ -26,7 +27,6 @@ from bayesdiff.laplace.structures import (
     check_likelihood,
     check_settings,
     check_structure,
-    orthogonal_rows,
     rotated,
     structure_of,
 )
@@ -246,12 +246,8 @@ class HeadPosterior:
         """Weights ``(n, C_out, P)`` float64 from the posterior, on the generator's device.
 
         By the symmetric root of Sigma: there are no signs in it that rounding could turn.
-
-        Args:
-            n: draws.
-            generator: gives the noise behind them.
-            orthogonal: as directions that share nothing, see ``orthogonal_rows``: outer products
-                still average Sigma, and sums of squares along them vary less.
+        ``orthogonal`` ones share nothing, see ``orthogonal_rows``: outer products still average
+        Sigma, and sums of squares along them vary less.
         """
         device, vectors = generator.device, self.eigenvectors
         curvature, scale = self.curvature, self._variances.sqrt().to(device)

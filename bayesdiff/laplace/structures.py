@@ -42,19 +42,6 @@ class Spectrum:
         return (self.vectors * values[..., None, :]) @ self.vectors.mT
 
 
-def orthogonal_rows(noise: Tensor) -> Tensor:
-    """Standard normal rows ``(n, ...)`` of D numbers made orthogonal, each of length sqrt(D).
-
-    They are uniformly distributed (Mezzadri 2007), so that outer products of rows average the
-    identity; beyond D rows the next D begin anew.
-    """
-    flat, found = noise.flatten(1), []
-    for part in flat.split(flat.shape[1]):
-        basis, triangle = torch.linalg.qr(part.T)
-        found.append((basis * triangle.diagonal().sign()).T)
-    return (torch.cat(found) * flat.shape[1] ** 0.5).view_as(noise)
-
-
 def rotated(weights: Tensor, vectors: Tensor) -> Tensor:
     """Weights ``(n, C_out, P)`` times vectors ``(P, P)``, or ``(C_out, P, P)``, each its own."""
     if vectors.ndim == 2:
