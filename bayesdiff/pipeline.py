@@ -51,6 +51,7 @@ from bayesdiff.uncertainty import Estimator, Samples
 from bayesdiff.uncertainty.chosen import check_samples, sample_numbers
 from bayesdiff.uncertainty.members.snapshots import note_missing_snapshots
 from bayesdiff.uncertainty.memory import images_at_once
+from bayesdiff.uncertainty.scores.along import check_run_along
 from bayesdiff.uncertainty.wider import check_wider, with_block
 
 __all__ = ["Result", "prepare", "run", "settings_of", "show"]
@@ -180,6 +181,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
     images_at_once(estimator, solver, model, shape)
     estimator.check_run(this)
     check_calibration(this, estimator)
+    check_run_along(this, solver, estimator)
     check_samples(estimator, this)
     estimator.check_aleatoric(starts(this, solver)([0]))
     note_missing_snapshots(this.folder, plain(cfg.callbacks), cfg.trainer.get("max_epochs"))
@@ -215,6 +217,8 @@ def statistics_of(samples: Samples, classes: tuple[str, ...] = ()) -> dict[str, 
     if samples.aleatoric is not None:
         found = variance_statistics(samples.aleatoric)
         metrics |= {f"aleatoric/{name}": found[name] for name in ("mean", "negative_share")}
+    if samples.bits_per_dim is not None:
+        metrics["likelihood/bits_per_dim"] = float(samples.bits_per_dim.mean())
     return metrics | {f"summed_variance/{name}": value for name, value in statistics.items()}
 
 

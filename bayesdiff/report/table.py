@@ -16,7 +16,7 @@ _SHOWN = (
     "fid@", "is@", "kid@", "precision@", "recall@", "cmmd@", "real/fid@",
     "classifier_test_accuracy", "nfe",
     "summed_variance/mean", "sampler_noise/mean", "aleatoric/mean", "calibration/factor",
-    "validation/", "laplace/effective_parameters",
+    "likelihood/bits_per_dim", "validation/", "laplace/effective_parameters",
     "laplace/block_effective_parameters", "laplace/sigma_noise",
 )  # fmt: skip
 _ENDS = ("_low", "_high")

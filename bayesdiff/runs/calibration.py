@@ -123,7 +123,8 @@ def _by_trainings(setup: Setup, networks: Sequence[GenerativeModel]) -> Calibrat
     """The factor by the variance over networks, at the noise of the same samples."""
     run, estimator = setup.run, setup.estimator
     numbers = calibration_numbers(run, estimator)
-    mapping = replace(estimator, aleatoric=0, aleatoric_time=None)  # the map is all that counts
+    # The map is all that counts.
+    mapping = replace(estimator, aleatoric=0, aleatoric_time=None, likelihood_probes=0)
     alone = replace(setup, estimator=mapping)
     samples = maps_of(alone, None, numbers).in_model_range()
     states = _states(samples) if estimator.calibrate_per_time else {}

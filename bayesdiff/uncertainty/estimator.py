@@ -30,7 +30,7 @@ WITHOUT_EFFECT = (
     *("calibrate", "calibrate_images", "calibrate_per_time"),  # what was made is scaled afterwards
 )
 # Options that change nothing at these values: maps are those from before there were such options.
-AS_BEFORE = (("aleatoric", 0), ("aleatoric_time", None))
+AS_BEFORE = (("aleatoric", 0), ("aleatoric_time", None), ("likelihood_probes", 0))
 
 
 class Training(Protocol):
@@ -98,6 +98,8 @@ class Estimator(ABC):
             network's output; None for maps as they are (read by the pipeline, as the next two).
         calibrate_images: that this compares, which are not among those mapped.
         calibrate_per_time: whether each of ``times`` gets a factor of its own.
+        likelihood_probes: random directions behind the log-likelihood of every image, followed
+            along its own trajectory, 0 for none; an estimator that ``carries_density`` has it.
     """
 
     num_images: int = 64
@@ -117,11 +119,14 @@ class Estimator(ABC):
     calibrate: int | str | Sequence[str] | None = None
     calibrate_images: int = 64
     calibrate_per_time: bool = False
+    likelihood_probes: int = 0
 
     # What a user types for it, as in uncertainty=ensemble.
     name: ClassVar[str]
     # Whether it needs the derivative of the network's prediction.
     differentiates: ClassVar[bool] = False
+    # Whether it can follow the density of its images.
+    carries_density: ClassVar[bool] = False
     # Whether its maps are the doing of the head's posterior.
     of_posterior: ClassVar[bool] = True
     # Whether it looks at states as images.
@@ -133,6 +138,7 @@ class Estimator(ABC):
         at_least("uncertainty.num_images", self.num_images)
         at_least("uncertainty.batch_size", self.batch_size)
         seed_of("uncertainty.seed", self.seed)
+        at_least("uncertainty.likelihood_probes", self.likelihood_probes, 0)
         positive("uncertainty.max_memory", self.max_memory, "give GiB above 0")
         if self.units not in UNITS:
             raise UserError(

@@ -48,6 +48,11 @@ class Samples:
             ``aleatoric_time``, an estimate that can be negative, see ``data_variance``; None
             where it was not asked for.
         aleatoric_time: ``()``, at which the state was.
+        bits_per_dim: ``(B,)``, minus the model's own log-likelihood of the images, in bits per
+            dimension of 8-bit images, followed along their trajectories; None where not asked for.
+        score: ``(B, C, H, W)``, gradient of ln p_t at the last state of each trajectory that has
+            noise left, with the bits.
+        score_time: its t, a tensor without axes.
     """
 
     images: Tensor
@@ -71,6 +76,9 @@ class Samples:
     latent_variance: Tensor | None = None
     aleatoric: Tensor | None = None
     aleatoric_time: Tensor | None = None
+    bits_per_dim: Tensor | None = None
+    score: Tensor | None = None
+    score_time: Tensor | None = None
 
     @property
     def total(self) -> Tensor | None:
@@ -99,6 +107,7 @@ class Samples:
         batched = {"images": 0, "variance": 0, "labels": 0, "summed": 1, "sampler_noise": 0}
         batched |= {"states": 1, "state_variance": 1, "numbers": 0, "spatial": 1}
         batched |= {"latents": 0, "latent_variance": 0, "aleatoric": 0}
+        batched |= {"bits_per_dim": 0, "score": 0}
         values = {f.name: getattr(parts[0], f.name) for f in fields(cls)}
         for name, dim in batched.items():
             own = [getattr(part, name) for part in parts]
@@ -126,6 +135,8 @@ class Samples:
         }
         if self.spatial is not None and self.latents is None:
             changed["spatial"] = scale**2 * self.spatial
+        if self.score is not None:  # a derivative in these units
+            changed["score"] = self.score / scale**0.5
         return replace(self, units=units, **changed)
 
 

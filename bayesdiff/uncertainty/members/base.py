@@ -20,6 +20,7 @@ from bayesdiff.uncertainty.decoded import decoded
 from bayesdiff.uncertainty.estimator import Estimator
 from bayesdiff.uncertainty.recorder import Recorder
 from bayesdiff.uncertainty.samples import Samples, check_skip_interval
+from bayesdiff.uncertainty.scores.along import Density
 from bayesdiff.uncertainty.start import Start
 
 # States ``(m, B, C, H, W)``, m = 1 or M, and a time, to outputs ``(M, B, C, H, W)``.
@@ -48,6 +49,8 @@ class Members(Estimator):
 
     skip_interval: int = 1
     noise_members: int = 8
+
+    carries_density: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,13 +106,20 @@ class Members(Estimator):
         def observe(step: Step, x: Tensor) -> None:
             recorder(step.end, states.get(step.end), x.var(0))
 
-        field, x_0 = start.field(), start.initial()
+        density = Density(start, self.likelihood_probes) if self.likelihood_probes else None
+        field, x_0 = density.field if density else start.field(), start.initial()
         noise = start.noise.copy()
-        image = integrate(field, start.steps(), x_0, start.draw, keep)
+
+        def seen(step: Step, x: Tensor) -> None:
+            keep(step, x)
+            if density is not None:
+                density.observe(step, x)
+
+        image = integrate(density or field, start.steps(), x_0, start.draw, seen)
         members = self._members(field, start, posterior, x_0, noise, observe)
         of_noise = self._sampler_noise(field, start, x_0)
         decoder = start.decoder
-        return recorder.samples(
+        samples = recorder.samples(
             decoded(decoder, image),
             decoded(decoder, members, rows=True).var(0),
             start.labels,
@@ -118,6 +128,7 @@ class Members(Estimator):
             of_noise,
             None if decoder is None else (image, members.var(0)),
         )
+        return samples if density is None else density.along(x_0).beside(samples)
 
     @torch.inference_mode()
     def images(self, start: Start, posterior: HeadPosterior) -> tuple[Tensor, Tensor]:
