@@ -127,7 +127,7 @@ MEASURE = """
 import resource, sys, torch
 sys.path.insert(0, {tests!r})
 from hand import model_of, posterior_of, random_covariance
-from bayesdiff.laplace.gram import head_matrix
+from bayesdiff.laplace.head import head_matrix
 from bayesdiff.networks import UNet
 from bayesdiff.solvers import Euler
 from bayesdiff.uncertainty import *
