@@ -64,8 +64,8 @@ class LayersLinearised(Linearised):
         return start.nfe * (turns + rows + again)
 
     def sources(self, run: Training) -> list[Any]:
-        """The posterior of the layers."""
-        return self.block.settings
+        """The posterior of the layers, and how directions are drawn."""
+        return [*super().sources(run), *self.block.settings]
 
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:
         """Nothing to make ready; layers of other weights are refused."""

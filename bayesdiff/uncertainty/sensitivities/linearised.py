@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from bayesdiff.checks import UserError, at_least
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.solvers import Field, Solver, Step, integrate
 from bayesdiff.uncertainty.decoded import decoded, decoded_sensitivities
-from bayesdiff.uncertainty.estimator import Estimator
+from bayesdiff.uncertainty.estimator import Estimator, Training
 from bayesdiff.uncertainty.recorder import Recorder
 from bayesdiff.uncertainty.samples import Samples, check_skip_interval
 from bayesdiff.uncertainty.sensitivities.pilot_images import DRAWS, Pilot
@@ -20,6 +20,7 @@ from bayesdiff.uncertainty.sensitivities.predicted_products import Rule, spread_
 from bayesdiff.uncertainty.sensitivities.products import PRODUCTS, Product, TangentField
 from bayesdiff.uncertainty.start import Start, Starts
 
+DIRECTIONS = "at right angles"  # of the weights, part of the key of maps
 ROWS = 64  # sensitivities of one image followed at once
 
 
@@ -101,6 +102,10 @@ class Linearised(Estimator):
         again = 0 if self.derivative == "difference" else turns
         each = start.nfe / count
         return each * (turns * count + (count - 1) * (rows + again))
+
+    def sources(self, run: Training) -> list[Any]:
+        """How directions are drawn: those of other versions made other maps."""
+        return [DIRECTIONS]
 
     @torch.no_grad()
     def fit(self, starts: Starts, posterior: HeadPosterior, folder: Path | None = None) -> Self:

@@ -4,7 +4,7 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from bayesdiff.machine.progress import track
 from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver, integrate
 from bayesdiff.storage.artefacts import key_of, weights_key
-from bayesdiff.uncertainty.estimator import Estimator
+from bayesdiff.uncertainty.estimator import Estimator, Training
 from bayesdiff.uncertainty.samples import Samples, check_skip_interval
 from bayesdiff.uncertainty.sensitivities import refiner_file
 from bayesdiff.uncertainty.sensitivities.linearised import (
+    DIRECTIONS,
     Followed,
     directions,
     evaluations,
@@ -158,6 +159,10 @@ class Refined(Estimator):
             rule, refiner = refiner_file.once(folder, key, lambda: self.train(starts, near))
         return replace(self, fitted=(rule, refiner.to(starts([0]).device), shift))
 
+    def sources(self, run: Training) -> list[Any]:
+        """How directions are drawn: those of other versions made other maps."""
+        return [DIRECTIONS]
+
     def key(self, start: Start, posterior: HeadPosterior) -> str:
         """Changes with all that rule and refiner depend on; the same for posteriors that share."""
         near, _ = refiner_file.representative(posterior)
@@ -167,7 +172,7 @@ class Refined(Estimator):
             weights_key(start.model),
             [near.curvature.source, *near.settings, *refiner_file.signature(near)],
             [numbers, start.solver.guidance, start.noise.seed],
-            [*mine, self.train_images, self.epochs, self.seed],
+            [DIRECTIONS, *mine, self.train_images, self.epochs, self.seed],
         )
 
     def prepared(self, start: Start, posterior: HeadPosterior, folder: Path) -> tuple[str, bool]:
