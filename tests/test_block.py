@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -492,7 +492,7 @@ def test_estimators_that_follow_whole_networks_take_a_wider_posterior():
     assert isinstance(wider, LayersLinearised)
     for one, other in ((given, made), (sensitive, wider)):
         assert made.name == given.name
-        for name in one.__dataclass_fields__:
+        for name in (field.name for field in fields(one)):
             assert getattr(other, name) == getattr(one, name)
     check_wider(given, "all")
     with pytest.raises(UserError, match="ablation=null"):
