@@ -15,6 +15,7 @@ from torch.func import functional_call
 from bayesdiff import pipeline
 from bayesdiff.checks import UserError
 from bayesdiff.laplace.block import low_rank
+from bayesdiff.laplace.block.kinds import Beside
 from bayesdiff.laplace.block.layers import check_names, layer_matrix, layer_tensors, layers_of
 from bayesdiff.laplace.block.low_rank_posterior import LowRankPosterior
 from bayesdiff.laplace.block.posterior import BlockPosterior
@@ -158,7 +159,7 @@ def test_names_choose_layers_with_all_inside_them():
         with pytest.raises(UserError) as error:
             layers_of(net, subset)
         check_line(str(error.value), fragments)
-    for subset in ("body", [], [3]):
+    for subset in ("body", [], [3], None, 3, True):
         with pytest.raises(UserError, match=r"laplace.subset"):
             check_names(subset)
 
@@ -171,6 +172,14 @@ def test_tensors_of_a_layer_are_its_matrix_taken_apart():
 
 
 def test_bad_names_are_refused_before_any_work(compose: Compose):
+    given = "laplace.subset=all", "laplace.layers=low_rank", "laplace.layers_rank=900000"
+    check_line(
+        refused(compose, *given), ["laplace.layers_rank=900000", "laplace.layers=kronecker"]
+    )
+    check_line(refused(compose, "laplace.subset=null"), ["laplace.subset", "None"])
+    given = "laplace.subset=all", "laplace.n_eff=seen", "sample_from=best"
+    check_line(refused(compose, *given), ["laplace.n_eff=seen", "sample_from=last"])
+    assert Beside(subset=["up.2", "middle", "up.2"]).subset == ["middle", "up.2"]
     given = "laplace.subset=[up.99]", "uncertainty=linearised"
     check_line(refused(compose, *given), ["'up.99'", "did you mean"])
     given = "laplace.subset=all", "laplace.prior_per=channel", "uncertainty=linearised"

@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.spaces import space_of
-from bayesdiff.laplace.block.fit import check_block
-from bayesdiff.laplace.block.kinds import Beside
+from bayesdiff.laplace.block.kinds import KINDS, Beside
 from bayesdiff.laplace.block.layers import in_words
 from bayesdiff.laplace.block.posterior import LayersPosterior, statistics_of
 from bayesdiff.laplace.curvature import check_pass_of, fit_curvature
@@ -137,7 +136,7 @@ class LastLayerLaplace(Callback):
         count, size = check_pass_of(model, images, shape, self.pass_options)
         check_structure(structure, rank, size, count)
         if self.beside.asked:
-            check_block(model.net, count, self.beside.subset)
+            self.beside.check_network(model.net, count)
 
     @property
     def file_name(self) -> str:
@@ -164,10 +163,8 @@ class LastLayerLaplace(Callback):
         """Remove files beside ``path`` that were made from other weights than these."""
         if self.path is None or rank():
             return
-        kinds: tuple[tuple[str, Any], ...] = (
-            ("curvature", Curvature),
-            ("block", self.beside.kind.factors),
-        )
+        kinds: list[tuple[str, Any]] = [("curvature", Curvature)]
+        kinds += [("block", kind.factors) for kind in KINDS.values()]
         for name, kind in kinds:
             for path in self.path.parent.glob(f"{name}-*.safetensors"):
                 with suppress(UserError):  # what cannot be read is refused where it is needed

@@ -135,6 +135,12 @@ def _by_trainings(setup: Setup, networks: Sequence[GenerativeModel]) -> Calibrat
         time: float(size_factor(maps, reference.mean(0)))
         for time, (maps, reference) in zip(states, pairs, strict=True)
     }
+    for time, found in own.items():
+        if not 0 < found < float("inf"):
+            raise UserError(
+                f"the maps at t={time:.3g} have no size that a factor could mend; leave that time "
+                "out of uncertainty.times, or use uncertainty.calibrate_per_time=false"
+            )
     counts = len(networks), len(numbers)
     return Calibration(factor, low, high, *counts, tuple(own), tuple(own.values()))
 

@@ -127,6 +127,11 @@ def images_seen(run: Run) -> int:
             "laplace.n_eff=seen counts the images of this run's training, and there is none; "
             "give a number, such as epochs times training images"
         )
+    if chosen(run) == BEST:
+        raise UserError(
+            "laplace.n_eff=seen counts all of the training, and sample_from=best takes weights "
+            "from before its end; use sample_from=last, or give a number"
+        )
     record = read_json(run.folder / "fit.json") or {}
     steps: int = record.get("steps") or run.length[0]
     return steps * run.data.batch_size * int(cfg.trainer.get("accumulate_grad_batches") or 1)

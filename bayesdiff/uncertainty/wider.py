@@ -33,8 +33,8 @@ def check_wider(estimator: Estimator, subset: Subset, study: str | None = None) 
     cure = "use uncertainty=linearised or ensemble, or laplace.subset=head"
     if type(estimator) not in _WIDER:
         raise UserError(
-            f"{asked} needs an estimator that follows whole networks, and "
-            f"uncertainty={estimator.name} does not draw them from a posterior; {cure}"
+            f"{asked} is followed by members or sensitivities of whole networks, and "
+            f"uncertainty={estimator.name} reads the head alone or weights of its own; {cure}"
         )
     if estimator.validate:
         raise UserError(

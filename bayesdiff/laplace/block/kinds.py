@@ -7,15 +7,22 @@ from typing import Any
 
 from bayesdiff.checks import UserError, at_least
 from bayesdiff.data.spaces import space_of
-from bayesdiff.laplace.block.fit import check_probes, fit_block
-from bayesdiff.laplace.block.layers import Subset, check_names, in_words
-from bayesdiff.laplace.block.low_rank import LowRankFactors, fit_low_rank
+from bayesdiff.laplace.block.fit import check_block, check_probes, fit_block
+from bayesdiff.laplace.block.layers import (
+    Subset,
+    check_names,
+    in_words,
+    layer_matrix,
+    layers_of,
+)
+from bayesdiff.laplace.block.low_rank import LowRankFactors, check_rank, fit_low_rank
 from bayesdiff.laplace.block.low_rank_posterior import LowRankPosterior
 from bayesdiff.laplace.block.posterior import PRIORS, STRUCTURES, BlockPosterior, LayersPosterior
 from bayesdiff.laplace.block.record import BlockFactors
 from bayesdiff.laplace.posterior import HeadPosterior
 from bayesdiff.models import GenerativeModel
 from bayesdiff.models.conditions import values_of
+from bayesdiff.networks import Network
 from bayesdiff.storage.artefacts import Artefact
 
 
@@ -113,6 +120,8 @@ class Beside:
 
     def __post_init__(self) -> None:
         check_names(self.subset)
+        if not isinstance(self.subset, str):  # the same layers are the same posterior
+            object.__setattr__(self, "subset", sorted(set(self.subset)))
         kind_of(self.layers)
         at_least("laplace.layers_rank", self.layers_rank)
         if self.prior_per not in PRIORS:
@@ -130,6 +139,21 @@ class Beside:
     def kind(self) -> Kind:
         """How their GGN is kept."""
         return kind_of(self.layers)
+
+    def check_network(self, net: Network, images: int) -> None:
+        """Refuse a network without these layers, too few images, or as many directions as weights.
+
+        Args:
+            net: trained or not.
+            images: of the pass.
+
+        Raises:
+            UserError: if it cannot be.
+        """  # noqa: DOC502 - raised one level down
+        check_block(net, images, self.subset)
+        if self.layers == "low_rank":
+            layers = layers_of(net, self.subset).values()
+            check_rank(self.layers_rank, sum(layer_matrix(layer).numel() for layer in layers))
 
     @property
     def options(self) -> dict[str, Any]:

@@ -32,10 +32,12 @@ def check_names(subset: Subset) -> None:
                 f"laplace.subset must be one of {', '.join(SUBSETS)}, or a list of layers such "
                 f"as [up.2,middle]; got {subset!r}"
             )
-    elif not subset or not all(isinstance(name, str) for name in subset):
+        return
+    listed = isinstance(subset, Sequence) and subset and all(isinstance(n, str) for n in subset)
+    if not listed:
         raise UserError(
-            "laplace.subset must list names of layers, such as [up.2,middle]; got "
-            f"{list(subset)!r}"
+            "laplace.subset must be head, last_block, all, or list names of layers, such as "
+            f"[up.2,middle]; got {subset!r}"
         )
 
 

@@ -7,6 +7,7 @@ leave out; all but ``rank`` directions are left to the prior.
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -29,6 +30,8 @@ from bayesdiff.machine.ranks import total
 from bayesdiff.models import GenerativeModel
 from bayesdiff.networks import Network
 from bayesdiff.storage.checked_file import checksum, load_checked, save_checked
+
+log = logging.getLogger(__name__)
 
 _FORMAT = "bayesdiff-low-rank-1"
 _VECTORS, _MEAN = "vectors.", "mean."
@@ -142,6 +145,23 @@ def fit_low_rank(
     return LowRankFactors(values / draws, _by_layer(layers, vectors), means, count, source)
 
 
+def check_rank(rank: int, size: int) -> None:
+    """Refuse as many directions as weights, or none.
+
+    Args:
+        rank: directions.
+        size: weights of the layers.
+
+    Raises:
+        UserError: if so.
+    """
+    if not 0 < rank < size:
+        raise UserError(
+            f"laplace.layers_rank={rank} must be below the {size} weights of these layers; use "
+            "laplace.layers=kronecker for all of them"
+        )
+
+
 def _leading(
     product: Callable[[np.ndarray], np.ndarray], sizes: list[int], rank: int, seed: int
 ) -> tuple[Tensor, list[Tensor]]:
@@ -149,11 +169,8 @@ def _leading(
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     size = sum(sizes)
-    if not 0 < rank < size:
-        raise UserError(
-            f"laplace.layers_rank={rank} must be below the {size} weights of these layers; use "
-            "laplace.layers=kronecker for all of them"
-        )
+    check_rank(rank, size)
+    log.info("layers: Lanczos iterations for %d directions, some %d passes", rank, 3 * rank)
     operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
     first = np.random.default_rng(seed).standard_normal(size)
     values, vectors = eigsh(operator, k=rank, v0=first, tol=1e-4)

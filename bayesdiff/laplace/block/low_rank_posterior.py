@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.laplace.block.low_rank import LowRankFactors
+from bayesdiff.laplace.block.posterior import described
 from bayesdiff.laplace.evidence import best_prior
 from bayesdiff.laplace.posterior import HeadPosterior
 
@@ -81,7 +82,7 @@ class LowRankPosterior:
     def described(self) -> str:
         """How many layers and directions, for the record of a map."""
         layers, rank = len(self.factors.means), len(self.factors.values)
-        return f"{layers} layers by {rank} directions beside the head"
+        return described(layers, f"{rank} directions", self.prior_range)
 
     @property
     def num_parameters(self) -> int:

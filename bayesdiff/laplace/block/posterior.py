@@ -53,6 +53,25 @@ class LayersPosterior(Protocol):
         """Draws minus the trained weights, ``(n, C, P)`` float64 for every layer."""
 
 
+def described(layers: int, size: str, priors: tuple[float, float]) -> str:
+    """Layers, what is known of them and their priors, in words."""
+    low, high = (f"{prior:.3g}" for prior in priors)
+    tau = low if low == high else f"{low} to {high}"
+    some = "1 layer" if layers == 1 else f"{layers} layers"
+    return f"{some} beside the head ({size}, prior_precision {tau})"
+
+
+def _best(name: str, mean: Tensor, values: Tensor) -> float:
+    """The prior of one layer by its evidence."""
+    try:
+        return best_prior(mean, values)
+    except UserError as error:
+        raise UserError(
+            f"the evidence of {name} has no maximum: its weights or its inputs are all zero; "
+            "leave it out of laplace.subset, or use laplace.prior_per=subset"
+        ) from error
+
+
 def statistics_of(posterior: LayersPosterior) -> dict[str, float]:
     """How much the data say of the layers, as flat scalars for a logger."""
     low, high = posterior.prior_range
@@ -184,7 +203,7 @@ class BlockPosterior:
         means = {name: layer.mean for name, layer in self.factors.layers.items()}
         values = {name: layer.eigenvalues for name, layer in self.layers.items()}
         if prior_per == "layer":
-            priors = {name: best_prior(means[name], values[name]) for name in means}
+            priors = {name: _best(name, means[name], values[name]) for name in means}
         else:
             one = [torch.cat([each[name].flatten() for name in means])[None]
                    for each in (means, values)]  # fmt: skip
@@ -219,7 +238,7 @@ class BlockPosterior:
     @property
     def described(self) -> str:
         """How many layers and weights, for the record of a map."""
-        return f"{len(self.layers)} layers of {self.num_parameters} weights beside the head"
+        return described(len(self.layers), f"{self.num_parameters} weights", self.prior_range)
 
     @property
     def num_parameters(self) -> int:

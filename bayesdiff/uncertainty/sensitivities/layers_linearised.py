@@ -61,6 +61,8 @@ class LayersLinearised(Linearised):
         rows = int(self.draws) + (self.noise_draws if stochastic else 0)
         turns = -(-int(self.draws) // ROWS)
         again = 0 if self.derivative == "difference" else turns
+        # Rows of the solver's own noise are products of the state alone; they repeat the image.
+        again += int(self.derivative != "difference" and stochastic and self.noise_draws > 0)
         return start.nfe * (turns + rows + again)
 
     def sources(self, run: Training) -> list[Any]:
