@@ -89,8 +89,9 @@ def main(words: Sequence[str]) -> None:
     asked = Asked.of(words, SETTINGS, "derivative")
     (derivative,) = asked.options["derivative"] or ["auto"]
     for setting in asked.names or SETTINGS:
+        measured = of_setting(setting, derivative)
         results = read_json(HERE / "results.json") or {}
-        for name, numbers in of_setting(setting, derivative).items():
+        for name, numbers in measured.items():
             label = name if derivative == "auto" else f"{name}_{derivative}"
             results |= {f"{setting}.{label}.{key}": value for key, value in numbers.items()}
         write_json(HERE / "results.json", results)
