@@ -98,7 +98,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
             [f"uncertainty={name}", "use uncertainty=ensemble", "laplace.subset=head"],
         )
         for name in (
-            "linearised refined published total_variance cross_covariance mc_dropout "
+            "refined published total_variance cross_covariance mc_dropout "
             "deep_ensemble checkpoints swag"
         ).split()
     ),

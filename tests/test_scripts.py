@@ -65,6 +65,45 @@ def test_every_script_is_run_by_a_test():
         assert f'"{name}"' in (ROOT / "tests" / f"{test}.py").read_text(), name
 
 
+def test_retraining(script, tmp_path, monkeypatch):
+    run = script("retraining")
+    bench, gather = (importlib.import_module(name) for name in ("bench", "gather"))
+    networks = importlib.import_module("networks")
+    tiny = ["net=tiny", "trainer.max_epochs=2", "trainer.limit_train_batches=2"]
+    monkeypatch.setitem(networks.DATA, "digits", [*tiny, "trainer.limit_val_batches=1"])
+    monkeypatch.setitem(bench.IMAGES, "digits", 16)
+    for place in (networks, bench):
+        monkeypatch.setattr(place, "STORE", tmp_path / "store")
+    for name, value in (("REFERENCE", range(5)), ("EXTRA", (5,)), ("WITH_DROPOUT", ())):
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(run, "MEMBERS", 2)
+    run.main(["digits_flow", "seed=0", "method=head", "method=all"])
+    monkeypatch.setattr(gather, "HERE", tmp_path / "study")
+    gather.main()
+    found = results(tmp_path)
+    for method in ("head", "all", "all_calibrated", "two_trainings"):
+        assert found[f"digits_flow.{method}.size"] > 0
+    assert found["best.size"] == found["digits_flow.all.size"]
+    assert (tmp_path / "study" / "retraining.png").is_file()
+
+
+def test_budget(script, tmp_path, monkeypatch):
+    run = script("budget")
+    networks = importlib.import_module("networks")
+    tiny = ["net=tiny", "trainer.max_epochs=2", "trainer.limit_train_batches=2"]
+    monkeypatch.setitem(networks.DATA, "digits", [*tiny, "trainer.limit_val_batches=1"])
+    for place in (networks, run):
+        monkeypatch.setattr(place, "STORE", tmp_path / "store")
+    for name, value in (("IMAGES", 8), ("BATCH", 4), ("STEPS", 3)):
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(run, "REFERENCE", run.Ensemble(members=4, noise_members=0))
+    linear = run.Linearised(draws=2, derivative="difference")
+    monkeypatch.setattr(run, "estimators", lambda derivative: {"linearised_2": linear})
+    run.main(["digits_flow"])
+    assert results(tmp_path)["digits_flow.linearised_2.nfe"] == 3 + 2 * 2
+    assert "linearised_2" in (tmp_path / "study" / "table.md").read_text()
+
+
 CHAINS = ("num_images=12", "chains=4", "draws=12", "warmup=2")
 
 

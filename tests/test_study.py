@@ -23,7 +23,7 @@ from bayesdiff.studies.image_pool import ImagePool
 from bayesdiff.studies.interpolation.interpolation import Interpolation
 from bayesdiff.studies.repair.repair import Repair
 from bayesdiff.studies.study import Report, Study, conditions, study_key
-from bayesdiff.uncertainty import Ensemble, Refined
+from bayesdiff.uncertainty import Ensemble, Linearised, Refined
 
 # All that keys read of one.
 POSTERIOR = SimpleNamespace(curvature=SimpleNamespace(source="x"), settings=[])
@@ -204,9 +204,9 @@ def test_an_ensemble_in_place_of_another_makes_the_very_maps_of_an_ensemble(comp
     assert maps_settings(auto[0], auto[2]) == maps_settings(plain[0], plain[2])
 
 
-def test_a_posterior_of_the_last_block_takes_what_few_maps_are_made_by(compose: Compose):
+def test_a_posterior_of_the_last_block_is_followed_by_sensitivities(compose: Compose):
     estimator = pipeline.prepare(compose("uncertainty=auto", "laplace.subset=last_block"))[2]
-    assert isinstance(estimator, Ensemble)
+    assert isinstance(estimator, Linearised)
 
 
 def test_boxes_of_a_file_stand_in_the_configuration(ready, tmp_path):

@@ -30,7 +30,7 @@ def check_wider(estimator: Estimator, subset: Subset, study: str | None = None) 
         UserError: one line that names it and the cure.
     """
     asked = f"laplace.subset={in_words(subset)}"
-    cure = "use uncertainty=linearised or ensemble, or laplace.subset=head"
+    cure = "use uncertainty=ensemble or linearised, or laplace.subset=head"
     if type(estimator) not in _WIDER:
         raise UserError(
             f"{asked} is followed by members or sensitivities of whole networks, and "
