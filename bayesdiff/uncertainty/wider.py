@@ -52,7 +52,7 @@ def for_wider(estimator: Estimator, subset: Subset) -> tuple[Estimator, str]:
     """What makes the maps by default where the posterior is wider than the head, and why.
 
     Sensitivities stay where the GGN describes the network; members drawn from a wide posterior
-    do not, and rank worse (``experiments/retraining``).
+    do not, and rank no better (``experiments/retraining``).
     """
     if subset == "head" or not is_default(estimator):
         return estimator, ""
