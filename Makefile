@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow coverage lint bench tensorboard clean
+.PHONY: help setup demo test test-slow coverage lint bench tensorboard docs docs-fast clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,15 @@ bench: $(READY) ## measure what uncertainty costs
 tensorboard: $(READY) ## look at the runs in outputs/
 	$(BIN)/tensorboard --logdir outputs
 
-clean: ## remove caches, keep .venv and outputs
+docs: $(READY) ## build the documentation, which runs its tutorials
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+docs-fast: $(READY) ## build the documentation without running its tutorials
+	$(BIN)/python -m sphinx -W --keep-going -D plot_gallery=0 -b html docs docs/_build/html
+
+clean: ## remove caches, and the documentation that was built; keep .venv and outputs
+	rm -rf docs/_build docs/gallery docs/studies docs/reference/api docs/reference/configuration
+	rm -rf docs/sg_execution_times.rst docs/tutorials/outputs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* build dist *.egg-info
-	find bayesdiff tests experiments -name __pycache__ -prune -exec rm -rf {} +
+	find bayesdiff tests experiments docs -name __pycache__ -prune -exec rm -rf {} +

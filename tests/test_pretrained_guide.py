@@ -15,7 +15,7 @@ from test_pretrained_command import of_digits  # noqa: E402
 from bayesdiff.data.sources import digits  # noqa: E402
 from bayesdiff.pipeline import prepare  # noqa: E402
 
-PAGE = (Path(__file__).parents[1] / "docs" / "pretrained.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "guide" / "pretrained.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_its_lines_run_one_after_the_other(here):
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert len(blocks) == 4
     for block in blocks:
-        exec(compile(block, "docs/pretrained.md", "exec"), known)
+        exec(compile(block, "docs/guide/pretrained.md", "exec"), known)
     assert known["out"].images.shape == known["out"].variance.shape == (3, 1, 8, 8)
     assert len(list((here / "out" / "png").glob("*.png"))) == 6
     assert known["bayes"].posterior is not None

@@ -150,7 +150,9 @@ def test_no_file_names_a_machine_path():
     # The groups keep this very line from matching.
     machine = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|scratch)/\w")
     made = {".git", ".venv", "outputs", "build", "dist"}
-    cache = re.compile(r"__pycache__|\.\w+_cache|\.hypothesis|\.egg-info|\.coverage")
+    cache = re.compile(
+        r"__pycache__|\.\w+_cache|\.hypothesis|\.egg-info|\.coverage|^docs/(_build|gallery)/"
+    )
     binary = {".png", ".pdf", ".npz", ".safetensors", ".ckpt", ".zip"}
     found = []
     for top in (path for path in ROOT.iterdir() if path.name not in made):
