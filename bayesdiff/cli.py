@@ -176,10 +176,16 @@ def _in_hydra(error: BaseException) -> bool:
 
 def explain(error: BaseException) -> str:
     """One line for an error of ours, of the disk, of Hydra or of OmegaConf."""
-    from hydra.errors import InstantiationException, MissingConfigException
+    from hydra.errors import (
+        InstantiationException,
+        MissingConfigException,
+        OverrideParseException,
+    )
 
     if (line := known(error)) is not None:
         return line
+    if isinstance(error, OverrideParseException) and error.override:
+        return f"{error.override} cannot be read: {_line(error)}"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         cure = "; one of your own needs --config-dir with the folder that holds " + group

@@ -28,6 +28,7 @@ from bayesdiff.runs.calibration import check_calibration, make_calibration
 from bayesdiff.runs.callback_options import check_callbacks
 from bayesdiff.runs.cell_report import measured, report
 from bayesdiff.runs.chosen_estimator import settle_estimator
+from bayesdiff.runs.composition import compose
 from bayesdiff.runs.fit_key import pass_context
 from bayesdiff.runs.processes import check_devices, launch
 from bayesdiff.runs.scores import check_metrics, make_scores
@@ -54,7 +55,7 @@ from bayesdiff.uncertainty.memory import images_at_once
 from bayesdiff.uncertainty.scores.along import check_run_along
 from bayesdiff.uncertainty.wider import check_wider, with_block
 
-__all__ = ["Result", "prepare", "run", "settings_of", "show"]
+__all__ = ["Result", "compose", "prepare", "run", "settings_of", "show"]
 log = logging.getLogger(__name__)
 SEEN = "seen"  # of laplace.n_eff: as many images as the training has seen
 

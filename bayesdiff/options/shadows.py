@@ -1,6 +1,7 @@
 """A configuration file of a user's own that one of this repository stands in front of."""
 
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -9,16 +10,22 @@ from bayesdiff.options.values import CONFIGS
 
 
 def check_shadows() -> None:
+    """``refuse_shadows`` for the command that runs, if there is one."""
+    if HydraConfig.initialized():
+        refuse_shadows(HydraConfig.get().runtime)
+
+
+def refuse_shadows(runtime: Any) -> None:
     """Refuse a chosen file of ``--config-dir`` that is named like a shipped one.
 
-    Hydra looks into this repository first, and would take that without a word.
+    Hydra looks into the shipped configurations first, and would take that without a word.
+
+    Args:
+        runtime: Hydra's record of what was chosen and where it was looked for.
 
     Raises:
         UserError: if the two differ.
     """
-    if not HydraConfig.initialized():
-        return
-    runtime = HydraConfig.get().runtime
     folders = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
     for group, choice in runtime.choices.items():
         for name in [choice] if isinstance(choice, str) else choice or []:
