@@ -45,6 +45,15 @@ def array_images(
     Raises:
         UserError: for files that are missing, damaged or hold objects, and arrays that do not
             fit each other.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "mine.npz"
+        >>> images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+        >>> np.savez(file, images=images, labels=np.arange(20) % 2, classes=["even", "odd"])
+        >>> data = array_images("mine", file, test_fraction=0.1)
+        >>> data.images.shape, len(data.test_images), data.classes
+        (torch.Size([18, 1, 8, 8]), 2, ('even', 'odd'))
     """
     if root is None or not str(root):
         raise UserError("data.root is not set; give data.root=images.npz, or a folder of .npy")

@@ -71,6 +71,13 @@ def corrupted(source: str, corruption: Corruption, **options: Any) -> ImageData:
 
     Raises:
         UserError: for a source that is not there, or does not take the options.
+
+    Example:
+        >>> from functools import partial
+        >>> few = partial(truncated, classes=["3"], keep=10)
+        >>> data = corrupted("bayesdiff.data.sources.digits", few, crop=8)
+        >>> int((data.labels == 3).sum())
+        10
     """
     try:
         read = get_method(source)
@@ -104,6 +111,16 @@ def mislabelled(
     Raises:
         UserError: for an unknown class, a class moved into itself, or a share that moves no image
             or all.
+
+    Example:
+        >>> from bayesdiff.data.sources import digits
+        >>> data = digits()
+        >>> wrong = mislabelled(data, classes=[3], into=[8], share=0.3)
+        >>> threes = data.labels == 3
+        >>> int(threes.sum()), int((wrong.labels[threes] == 8).sum())
+        (153, 46)
+        >>> torch.equal(wrong.images, data.images)
+        True
     """
     labels, sources = _labels(data), _numbers(data, classes)
     targets = _numbers(data, into, "into")
@@ -139,6 +156,12 @@ def truncated(
 
     Raises:
         UserError: for an unknown class, or a class that has no more images than are kept.
+
+    Example:
+        >>> from bayesdiff.data.sources import digits
+        >>> data = truncated(digits(), classes=[3], keep=10)
+        >>> torch.bincount(data.labels)
+        tensor([148, 152, 147,  10, 151, 151, 151, 149, 145, 150])
     """
     labels = _labels(data)
     at_least(f"{_WHERE}.keep", keep)
@@ -170,6 +193,13 @@ def undertrained(
 
     Raises:
         UserError: for an unknown class, or a share that is not between 0 and 1.
+
+    Example:
+        >>> from bayesdiff.data.sources import digits
+        >>> data = undertrained(digits(), classes=[3], visits=0.1)
+        >>> epochs = [data.labels[data.visited(epoch)] for epoch in range(10)]
+        >>> [int((labels == 3).sum()) for labels in epochs]  # of 153
+        [15, 15, 15, 16, 15, 15, 16, 15, 15, 16]
     """  # noqa: DOC502 - raised one level down
     labels, numbers = _labels(data), _numbers(data, classes)
     _inside("visits", visits)

@@ -101,6 +101,16 @@ class Eigenbasis:
 
     Raises:
         UserError: for a singular basis and no floor, or too few rows.
+
+    Example:
+        >>> from bayesdiff.data.toys import sine2
+        >>> data = sine2(points=1000)
+        >>> space = Eigenbasis(data)
+        >>> states = space.encode(data.images)
+        >>> torch.allclose(states.T.cov(), torch.eye(2), atol=1e-4)
+        True
+        >>> torch.allclose(space.decode(states), data.images, atol=1e-5)
+        True
     """
 
     decoded = True

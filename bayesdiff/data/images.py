@@ -254,6 +254,12 @@ def hold_out(
 
     Raises:
         UserError: for a share outside (0, 1), a negative seed, or fewer than two images.
+
+    Example:
+        >>> images, labels = torch.zeros(100, 1, 8, 8, dtype=torch.uint8), torch.arange(100) % 2
+        >>> data = hold_out("mine", images, labels, ("even", "odd"), test_fraction=0.1, seed=0)
+        >>> len(data.images), torch.bincount(data.test_labels)
+        (90, tensor([5, 5]))
     """
     n = len(images)
     positive("data.source.test_fraction", test_fraction, "give a number between 0 and 1")

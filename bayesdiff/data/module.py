@@ -28,6 +28,15 @@ class ImageDataModule(L.LightningDataModule):
 
     Raises:
         UserError: for a batch size that is no positive whole number, or larger than the data.
+
+    Example:
+        >>> from bayesdiff.data.sources import digits
+        >>> module = ImageDataModule(digits(), batch_size=128)
+        >>> module.batches  # of an epoch, of 1,497 images
+        11
+        >>> images, labels = next(iter(module.val_dataloader()))
+        >>> images.shape, float(images.min()), float(images.max())
+        (torch.Size([128, 1, 8, 8]), -1.0, 1.0)
     """
 
     def __init__(

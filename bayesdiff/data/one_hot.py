@@ -23,6 +23,16 @@ class OneHot:
     Args:
         data: of uint8 images.
         levels: K.
+
+    Example:
+        >>> from bayesdiff.data.sources import digits
+        >>> data = digits()
+        >>> space = OneHot(data, levels=4)
+        >>> states = space.encode(data.images[:2])
+        >>> space.shape, states[0, :, 0, 0]  # a black pixel is of the first class
+        ((4, 8, 8), tensor([ 1.5000, -0.5000, -0.5000, -0.5000]))
+        >>> space.values(states)[0, 0, 0, 0]
+        tensor(-1.)
     """
 
     pictures, decoded = True, True

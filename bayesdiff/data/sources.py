@@ -1,30 +1,20 @@
 """Where images come from: one function per source, each the ``_target_`` of a data config."""
 
-import logging
 from collections.abc import Sequence
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bayesdiff.checks import UserError, one_line
-from bayesdiff.data.decode import Decoded
+from bayesdiff.checks import UserError
 from bayesdiff.data.faces import find_faces
 from bayesdiff.data.folders import Part, folder_part, splits
 from bayesdiff.data.framing import Framing
 from bayesdiff.data.images import ImageData, check_both_labelled, hold_out
+from bayesdiff.data.torchvision_part import torchvision_part
 from bayesdiff.data.zips import zip_part
 
-log = logging.getLogger(__name__)
-
 _TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10")
-# What torchvision raises for a failed download and for damaged files.
-_TORCHVISION_ERRORS = (
-    *(OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError, EOFError),
-    HTTPException,
-)
-_FETCH = "set data.source.download=true"
 Crop = int | str | Sequence[int] | None  # ``data.crop``, see `bayesdiff.data.framing.Framing`
 Sides = int | Sequence[int] | None  # ``data.resize``
 
@@ -42,6 +32,13 @@ def digits(
 
     Raises:
         UserError: if ``root`` is set.
+
+    Example:
+        >>> data = digits()
+        >>> data.images.shape, data.images.dtype, len(data.test_images)
+        (torch.Size([1497, 1, 8, 8]), torch.uint8, 300)
+        >>> digits(resize=16).images.shape
+        torch.Size([1497, 1, 16, 16])
     """
     if root is not None:
         raise UserError(
@@ -78,6 +75,13 @@ def torchvision_images(
 
     Raises:
         UserError: if the files are missing and cannot be fetched, or are damaged.
+
+    Example:
+        Of files that were fetched before; ``download=True`` fetches 11 MB.
+
+        >>> data = torchvision_images("mnist", "data", "MNIST", resize=16)  # doctest: +SKIP
+        >>> data.images.shape, data.num_classes  # doctest: +SKIP
+        (torch.Size([60000, 1, 16, 16]), 10)
     """
     if dataset not in _TORCHVISION:
         raise UserError(
@@ -85,41 +89,9 @@ def torchvision_images(
         )
     framing = Framing.of(crop, resize)
     base = _path(root, "data.root")
-    train = _torchvision_part(dataset, base, True, download, framing)
-    test = _torchvision_part(dataset, base, False, download, framing)
+    train = torchvision_part(dataset, base, True, download, framing)
+    test = torchvision_part(dataset, base, False, download, framing)
     return _build(name, train, test)
-
-
-def _torchvision_part(
-    dataset: str, root: Path, train: bool, download: bool, framing: Framing
-) -> Part:
-    from torchvision import datasets
-
-    source = getattr(datasets, dataset)
-    files = root / getattr(source, "base_folder", f"{dataset}/raw")
-    # A failed download leaves the folder empty: that is missing, not damaged.
-    there = next(files.glob("*"), None) is not None
-    state = "is incomplete or damaged" if there else "is missing"
-    try:
-        try:
-            data = source(str(root), train=train, download=False)
-        except _TORCHVISION_ERRORS:
-            if not download:
-                raise
-            log.info("%s %s; torchvision fetches what is missing", files, state)
-            data = source(str(root), train=train, download=True)
-    except _TORCHVISION_ERRORS as error:
-        repair = "delete it to fetch it again" if there else "check the network"
-        raise UserError(
-            f"{dataset}: {files} {state} ({one_line(error)}); set data.root or BAYESDIFF_DATA to "
-            f"a folder with {files.relative_to(root)}, or {repair if download else _FETCH}"
-        ) from error
-    pixels = torch.as_tensor(data.data)
-    # The MNIST family is (N, H, W); CIFAR-10 is (N, H, W, C).
-    images = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-    labels = torch.as_tensor(data.targets).long()
-    decoded = Decoded(framing.of_tensor(images.contiguous(), dataset))
-    return Part(decoded, labels, tuple(data.classes))
 
 
 def folder(
@@ -147,6 +119,18 @@ def folder(
     Raises:
         UserError: for a missing or empty folder, a tree that can be read in more than one way,
             and a file that cannot be read or differs from the others in size or colour.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for label in "cat", "dog":
+        ...     (root / label).mkdir()
+        ...     for n in range(5):
+        ...         Image.new("RGB", (12, 8), (n, 0, 0)).save(root / label / f"{n}.png")
+        >>> data = folder("pets", root, test_fraction=0.2, crop="square")
+        >>> data.images.shape, data.classes, len(data.test_images)
+        (torch.Size([8, 3, 8, 8]), ('cat', 'dog'), 2)
     """
     framing = Framing.of(crop, resize)
     base = _path(root, "data.root")
@@ -196,6 +180,20 @@ def zip_images(
     Raises:
         UserError: for a file that is not a whole zip, a bad ``dataset.json``, labels that no
             training image has, and images that cannot be read or differ in size or colour.
+
+    Example:
+        >>> import io, json, tempfile, zipfile
+        >>> from PIL import Image
+        >>> root, image = Path(tempfile.mkdtemp()) / "mine.zip", io.BytesIO()
+        >>> Image.new("L", (8, 8)).save(image, "png")
+        >>> with zipfile.ZipFile(root, "w") as file:
+        ...     for n in range(10):
+        ...         file.writestr(f"{n}.png", image.getvalue())
+        ...     labels = [[f"{n}.png", n % 2] for n in range(10)]
+        ...     file.writestr("dataset.json", json.dumps({"labels": labels}))
+        >>> data = zip_images("mine", root, test_fraction=0.2)
+        >>> data.images.shape, data.classes, len(data.test_images)
+        (torch.Size([8, 1, 8, 8]), ('0', '1'), 2)
     """  # noqa: DOC502 - raised one level down
     framing = Framing.of(crop, resize)
     train = zip_part(_path(root, "data.root"), "data.root")
@@ -240,6 +238,17 @@ def celeba(
     Raises:
         UserError: for files that are missing, an unknown attribute, and images without a line
             in a list.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> (root / "img_align_celeba").mkdir()
+        >>> for n in range(10):  # in place of the 202,599 faces
+        ...     file = root / "img_align_celeba" / f"{n:06}.jpg"
+        ...     Image.new("RGB", (178, 218), (25 * n, 0, 0)).save(file)
+        >>> celeba("faces", root, test_fraction=0.2).images.shape
+        torch.Size([8, 3, 64, 64])
     """  # noqa: DOC502 - raised one level down
     framing = Framing.of(crop, resize)
     faces = find_faces(_path(root, "data.root"), attribute)

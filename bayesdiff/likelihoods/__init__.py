@@ -25,7 +25,12 @@ _GAUSSIAN = Gaussian()
 
 
 def likelihood_of(model: object) -> Likelihood:
-    """The likelihood of a module; a user's own that says nothing of it has a Gaussian one."""
+    """The likelihood of a module; a user's own that says nothing of it has a Gaussian one.
+
+    Example:
+        >>> likelihood_of(object()).name
+        'gaussian'
+    """
     return getattr(model, "likelihood", _GAUSSIAN)
 
 
@@ -39,6 +44,14 @@ def check_noise_level(model: object, who: str, objective: str = "likelihood") ->
 
     Raises:
         UserError: if it has none.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_noise_level(SimpleNamespace(likelihood=Gaussian()), "my study")
+        >>> check_noise_level(SimpleNamespace(likelihood=Bernoulli()), "my study")
+        Traceback (most recent call last):
+            ...
+        bayesdiff.checks.UserError: my study is about a Gaussian with a sigma_noise, likelihood=...
     """
     if objective != "likelihood":
         raise UserError(
@@ -62,6 +75,15 @@ def class_likelihood_of(model: object, who: str) -> ClassLikelihood:
 
     Raises:
         UserError: if it is of numbers.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class_likelihood_of(SimpleNamespace(likelihood=Bernoulli()), "my study").name
+        'bernoulli'
+        >>> class_likelihood_of(SimpleNamespace(likelihood=Gaussian()), "my study")
+        Traceback (most recent call last):
+            ...
+        bayesdiff.checks.UserError: my study is about classes, likelihood=gaussian is of ...
     """
     likelihood = likelihood_of(model)
     if not likelihood.discrete:

@@ -14,7 +14,16 @@ from bayesdiff.likelihoods.emission import Emission, uniform, wide
 
 @dataclass(frozen=True)
 class Bernoulli(Emission):
-    """Values -1 and 1 with log-odds that are the output; see ``Likelihood`` and ``Emission``."""
+    """Values -1 and 1 with log-odds that are the output; see ``Likelihood`` and ``Emission``.
+
+    Example:
+        >>> law = Bernoulli()
+        >>> logits = torch.tensor([[0.0, 2.0]])
+        >>> law.mean(logits)  # tanh(1) = 0.7616
+        tensor([[0.0000, 0.7616]])
+        >>> law.log_prob(logits, torch.tensor([[1.0, 1.0]])).exp()  # of white
+        tensor([[0.5000, 0.8808]])
+    """
 
     name: ClassVar[str] = "bernoulli"
     discrete: ClassVar[bool] = True

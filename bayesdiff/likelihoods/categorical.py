@@ -28,6 +28,12 @@ class Categorical(GaussianBelief, Levels):
         sampled: see ``Emission``.
         final: see ``Emission``.
         levels: K.
+
+    Example:
+        >>> law = Categorical(levels=3)  # values -1, 0 and 1
+        >>> logits = torch.tensor([[0.5, 0.25, 0.25]]).log()  # of one value
+        >>> law.mean(logits), law.log_prob(logits, torch.tensor([[0.0]])).exp()
+        (tensor([[-0.2500]]), tensor([[0.2500]]))
     """
 
     kind: ClassVar[str] = "categorical"

@@ -24,6 +24,14 @@ class Classes(Levels):
         sampled: see ``Emission``.
         final: see ``Emission``.
         levels: K.
+
+    Example:
+        >>> law = Classes(levels=4)
+        >>> data = law.values(torch.tensor([[0.1, 0.9, 0.2, 0.3]]))  # one value, of class 1
+        >>> data, law.index(data)
+        (tensor([[-0.5000,  1.5000, -0.5000, -0.5000]]), tensor([[1]]))
+        >>> law.log_prob(torch.zeros(1, 4), data).exp()
+        tensor([[0.2500]])
     """
 
     kind: ClassVar[str] = "classes"

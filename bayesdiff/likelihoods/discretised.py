@@ -32,6 +32,12 @@ class Discretised(GaussianBelief, Levels):
         sampled: see ``Emission``.
         final: see ``Emission``.
         levels: K.
+
+    Example:
+        >>> law = Discretised(levels=3)  # values -1, 0 and 1
+        >>> output = torch.tensor([[0.0, 0.0]])  # of one value: mean 0, log standard deviation 0
+        >>> [round(float(law.log_prob(output, torch.tensor([[x]])).exp()), 4) for x in (-1, 0, 1)]
+        [0.3085, 0.3829, 0.3085]
     """
 
     levels: int = 256

@@ -18,7 +18,16 @@ _LEVELS = 256
 
 @dataclass(frozen=True)
 class Gaussian(GaussianBelief):
-    """Values with a variance ``sigma_noise^2`` around the output; see ``Likelihood``."""
+    """Values with a variance ``sigma_noise^2`` around the output; see ``Likelihood``.
+
+    Example:
+        >>> law = Gaussian()
+        >>> output, target = torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])
+        >>> law.loss(output, target)  # the mean squared error
+        tensor(0.5000)
+        >>> law.log_prob(output, target, sigma_noise=0.5)
+        tensor([[-0.2258, -2.2258]])
+    """
 
     name: ClassVar[str] = "gaussian"
     scaled: ClassVar[bool] = True

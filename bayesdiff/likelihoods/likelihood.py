@@ -22,6 +22,14 @@ class Likelihood(Protocol):
         draws: whether it draws anywhere, and needs noise.
         differentiable: whether every emission follows from the output alone, and bends smoothly.
         predictions: what a network of this likelihood may predict.
+
+    Example:
+        >>> from bayesdiff.likelihoods import Bernoulli, Categorical, Gaussian
+        >>> for law in Gaussian(), Bernoulli(), Categorical(levels=16):
+        ...     law.name, law.channels(3)  # outputs of the network for RGB
+        ('gaussian', 3)
+        ('bernoulli', 3)
+        ('categorical-16', 48)
     """
 
     @property
@@ -137,7 +145,16 @@ class Likelihood(Protocol):
 
 
 class ClassLikelihood(Likelihood, Protocol):
-    """A likelihood of classes, one that is ``discrete``."""
+    """A likelihood of classes, one that is ``discrete``.
+
+    Example:
+        >>> from bayesdiff.likelihoods import Bernoulli
+        >>> law: ClassLikelihood = Bernoulli()
+        >>> law.log_probabilities(torch.tensor([[2.0]])).exp()  # of black and of white
+        tensor([[[0.1192, 0.8808]]])
+        >>> law.index(torch.tensor([[-1.0, 1.0]]))
+        tensor([[0, 1]])
+    """
 
     def log_probabilities(self, output: Tensor) -> Tensor:
         """Of the K classes of every value, ``(B, C, K, ...)``."""

@@ -30,6 +30,18 @@ class BeliefNetwork(WrappedNetwork):
 
     Raises:
         UserError: for a path that is no Bayesian flow, or a residual of a likelihood of numbers.
+
+    Example:
+        >>> from bayesdiff.likelihoods import Bernoulli
+        >>> from bayesdiff.networks import UNet
+        >>> from bayesdiff.paths import QuadraticAccuracy
+        >>> path, likelihood = QuadraticAccuracy(), Bernoulli()
+        >>> unet = UNet(in_channels=1, image_size=8, channels=(8,), blocks=1)
+        >>> net = BeliefNetwork(unet, path, likelihood, residual=True)
+        >>> x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.8])
+        >>> own = likelihood.belief_logits(x, path.accuracy(t).view(2, 1, 1, 1))
+        >>> torch.allclose(net(x, t).double(), own, atol=1e-4)  # untrained: what the belief says
+        True
     """
 
     def __init__(

@@ -147,6 +147,16 @@ def labels(data: ImageData, num_classes: Any = "auto") -> Labels | None:
 
     Raises:
         UserError: for another number of classes than the data has.
+
+    Example:
+        >>> from bayesdiff.data.sources import digits
+        >>> condition = labels(digits())
+        >>> condition.options()  # of the network
+        {'num_classes': 10}
+        >>> condition.of_samples([0, 1, 9, 10])  # classes come in turn
+        tensor([0, 1, 9, 0])
+        >>> condition.hide(torch.tensor([3, 7]), torch.tensor([True, False]))  # 10 is "no class"
+        tensor([10,  7])
     """
     classes = (data.num_classes or None) if num_classes == "auto" else num_classes
     if classes is None:
@@ -172,6 +182,17 @@ def embedding(
 
     Raises:
         UserError: for data without vectors, or a number of classes.
+
+    Example:
+        >>> images, vectors = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.eye(4)
+        >>> data = ImageData.build(
+        ...     "mine", images, None, images, None, embeddings=(vectors, vectors)
+        ... )
+        >>> condition = embedding(data)
+        >>> condition.options()  # of the network
+        {'embedding_size': 4}
+        >>> condition.of_samples([1])
+        tensor([[0., 1., 0., 0.]])
     """
     if data.embeddings is None or data.test_embeddings is None:
         raise UserError(

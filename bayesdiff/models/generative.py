@@ -45,6 +45,18 @@ class GenerativeModel(L.LightningModule):
     Raises:
         UserError: for an unknown prediction or time sampling, one that does not go with the
             likelihood, a share outside [0, 1), or a network that is made for another condition.
+
+    Example:
+        >>> from bayesdiff.networks import UNet
+        >>> from bayesdiff.paths import CondOT
+        >>> net = UNet(in_channels=1, image_size=8, channels=(8,), blocks=1)
+        >>> model = GenerativeModel(net, CondOT(), "velocity", torch.optim.Adam)
+        >>> x_0, x_1, t = torch.randn(2, 1, 8, 8), torch.ones(2, 1, 8, 8), torch.tensor([0.0, 1.0])
+        >>> x_t, target = model.corrupt(x_1, x_0, t)
+        >>> torch.equal(x_t[0], x_0[0]), torch.equal(x_t[1], x_1[1])  # noise at 0, data at 1
+        (True, True)
+        >>> model(x_t, t).shape == target.shape
+        True
     """
 
     def __init__(
@@ -204,7 +216,12 @@ class GenerativeModel(L.LightningModule):
 
 
 def whole_of(module: Any) -> Any:
-    """A module with all its weights; one of a user's own that does not say is whole already."""
+    """A module with all its weights; one of a user's own that does not say is whole already.
+
+    Example:
+        >>> whole_of(nn.Linear(2, 3))  # whole already: its weights are on one process
+        Linear(in_features=2, out_features=3, bias=True)
+    """
     return module.whole() if hasattr(module, "whole") else module
 
 

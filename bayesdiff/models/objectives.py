@@ -85,6 +85,16 @@ class BayesianFlowLoss:
 
     Raises:
         UserError: for a path without accuracy, or a number of steps that is none.
+
+    Example:
+        >>> from bayesdiff.likelihoods import Bernoulli
+        >>> from bayesdiff.paths import QuadraticAccuracy
+        >>> loss = BayesianFlowLoss(QuadraticAccuracy(), Bernoulli(), "data")
+        >>> x_1, t = torch.tensor([[1.0, -1.0]]), torch.tensor([0.5])
+        >>> loss(50 * x_1, x_1, x_1, x_1, t)  # log-odds that are sure, and right
+        tensor(0.)
+        >>> loss(0 * x_1, x_1, x_1, x_1, t)  # half the accuracy's rate, 2 * 9 * 0.5
+        tensor(4.5000)
     """
 
     def __init__(

@@ -54,6 +54,19 @@ class Adapter(nn.Module):
     Raises:
         UserError: for a layer that is not there, a module that takes no ``y``, or a network that
             says something else than the module did.
+
+    Example:
+        >>> class Mine(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.body, self.out = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+        ...     def forward(self, x, t):
+        ...         return self.out(torch.relu(self.body(x)))
+        >>> module, x, t = Mine(), torch.randn(2, 1, 8, 8), torch.rand(2)
+        >>> before = module(x, t)
+        >>> net = Adapter(module, head="out")
+        >>> net.features(x, t).shape, torch.equal(net(x, t), before)
+        (torch.Size([2, 8, 8, 8]), True)
     """
 
     def __init__(

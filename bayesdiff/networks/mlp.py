@@ -44,6 +44,14 @@ class MLP(nn.Module):
 
     Raises:
         UserError: for a width, a number of blocks or a dropout that cannot work.
+
+    Example:
+        >>> net = MLP(shape=(2,), num_classes=3, width=16)
+        >>> x, t = torch.randn(5, 2), torch.rand(5)
+        >>> y = torch.tensor([0, 1, 2, 3, 3])  # 3 is "no class"
+        >>> features = net.features(x, t, y)
+        >>> features.shape, torch.equal(net(x, t, y), net.fold(net.head(features)))
+        (torch.Size([5, 16]), True)
     """
 
     def __init__(

@@ -11,6 +11,20 @@ class Network(Protocol):
     A network may have a property ``last_block`` as well: the module, part of ``features``, whose
     linear and convolution layers become Bayesian with the head under
     ``laplace.subset=last_block``.
+
+    Example:
+        >>> class Linear(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.head = nn.Linear(3, 2)
+        ...     def features(self, x, t, y=None):  # (B, 2), (B,) -> (B, 3)
+        ...         return torch.cat([x, t[:, None]], 1)
+        ...     def fold(self, output):
+        ...         return output
+        ...     def forward(self, x, t, y=None):
+        ...         return self.fold(self.head(self.features(x, t, y)))
+        >>> Linear()(torch.randn(5, 2), torch.rand(5)).shape
+        torch.Size([5, 2])
     """
 
     head: nn.Module

@@ -21,6 +21,17 @@ class InDataCoordinates(WrappedNetwork):
 
     Raises:
         UserError: for another space.
+
+    Example:
+        >>> from bayesdiff.data.eigenbasis import Eigenbasis
+        >>> from bayesdiff.data.toys import circles
+        >>> from bayesdiff.networks import MLP
+        >>> space = Eigenbasis(circles(points=100))
+        >>> net = InDataCoordinates(MLP(space.shape, width=16), space)
+        >>> x, t = torch.randn(5, 2), torch.rand(5)
+        >>> turned = net.net.features(x @ net.vectors.T, t)  # what the MLP sees
+        >>> torch.equal(net.features(x, t), turned), net(x, t).shape
+        (True, torch.Size([5, 2]))
     """
 
     vectors: Tensor

@@ -108,6 +108,16 @@ class UNet(nn.Module):
 
     Raises:
         UserError: for widths or sizes that do not fit together.
+
+    Example:
+        >>> net = UNet(in_channels=3, image_size=16, num_classes=10, channels=(8, 16), blocks=1)
+        >>> x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+        >>> y = torch.tensor([4, 10])  # 10 is "no class"
+        >>> features = net.features(x, t, y)
+        >>> features.shape, net.head.in_channels, net.head.out_channels
+        (torch.Size([2, 8, 16, 16]), 8, 3)
+        >>> torch.equal(net(x, t, y), net.fold(net.head(features)))
+        True
     """
 
     def __init__(

@@ -19,7 +19,14 @@ from bayesdiff.paths.probability_path import PathCoefficients, ProbabilityPath
 
 
 class AccuracyPath(ProbabilityPath):
-    """What the accuracy schedules share; each gives the accuracy and its derivative."""
+    """What the accuracy schedules share; each gives the accuracy and its derivative.
+
+    Example:
+        >>> path, t = QuadraticAccuracy(beta_1=9.0), torch.tensor(0.5)
+        >>> at = path.coefficients(t)
+        >>> path.accuracy(t), (at.alpha / at.sigma) ** 2  # the signal-to-noise ratio
+        (tensor(2.2500, dtype=torch.float64), tensor(2.2500, dtype=torch.float64))
+    """
 
     family = "bfn"
     variance_preserving = True
@@ -46,6 +53,10 @@ class QuadraticAccuracy(AccuracyPath):
 
     Raises:
         UserError: if it is not above 0.
+
+    Example:
+        >>> QuadraticAccuracy(beta_1=9.0).accuracy(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0.0000, 2.2500, 9.0000], dtype=torch.float64)
     """
 
     def __init__(self, beta_1: float = 9.0) -> None:
@@ -78,6 +89,10 @@ class GeometricAccuracy(AccuracyPath):
 
     Raises:
         UserError: if it is not between 0 and 1.
+
+    Example:
+        >>> GeometricAccuracy(sigma_1=0.01).coefficients(torch.tensor([0.0, 0.5, 1.0])).sigma
+        tensor([1.0000, 0.1000, 0.0100], dtype=torch.float64)
     """
 
     smooth = False  # alpha grows as sqrt(t) at t = 0
@@ -111,6 +126,14 @@ class BayesianFlow(ProbabilityPath):
     Args:
         beta_1: of discrete data, see ``QuadraticAccuracy``.
         sigma_1: of continuous data, see ``GeometricAccuracy``.
+
+    Example:
+        >>> from bayesdiff.likelihoods import Bernoulli, Gaussian
+        >>> path = BayesianFlow(beta_1=9.0, sigma_1=0.01)
+        >>> path.for_likelihood(Bernoulli()).accuracy(torch.tensor(1.0))
+        tensor(9., dtype=torch.float64)
+        >>> path.for_likelihood(Gaussian()).accuracy(torch.tensor(1.0))
+        tensor(9999.0000, dtype=torch.float64)
     """
 
     family = "bfn"

@@ -59,6 +59,14 @@ class Inflation(ProbabilityPath):
 
     Raises:
         UserError: for values out of range.
+
+    Example:
+        >>> variances = torch.tensor([4.0, 1.0, 0.25])  # of the data along their eigenvectors
+        >>> path = Inflation("prr", dims_to_keep=1, duration=5.0, variances=variances)
+        >>> path.growth
+        tensor([2.0000, 0.9800, 0.9800], dtype=torch.float64)
+        >>> path.latent_variance  # the two others are compressed
+        tensor([1.0000, 0.0711, 0.0211], dtype=torch.float64)
     """
 
     family = "inflation"

@@ -29,6 +29,14 @@ class VPPerPixel(ProbabilityPath):
 
     Raises:
         UserError: for a speed that is not above 0.
+
+    Example:
+        >>> path = VPPerPixel(slow=0.5, fast=2.0).for_shape((1, 3, 3))
+        >>> at = path.coefficients(torch.tensor(0.5))
+        >>> at.alpha[0]  # the pixel in the centre is nearest to data
+        tensor([[0.4500, 0.6032, 0.4500],
+                [0.6032, 0.8958, 0.6032],
+                [0.4500, 0.6032, 0.4500]], dtype=torch.float64)
     """
 
     family = "diffusion"

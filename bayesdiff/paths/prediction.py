@@ -44,6 +44,13 @@ def convert(source: str, target: str, path: PathCoefficients) -> tuple[Tensor, T
 
     The pair is singular where x_t and the source do not determine the target (noise at alpha = 0,
     data at sigma = 0); they are then infinite or nan.
+
+    Example:
+        >>> from bayesdiff.paths import CondOT
+        >>> at = CondOT().coefficients(torch.tensor(0.25))
+        >>> p, q = convert("velocity", "data", at)  # x_1 = x_t + (1 - t) v
+        >>> float(p), float(q)
+        (1.0, 0.75)
     """
     if source == target:
         return path.alpha * 0, path.alpha * 0 + 1

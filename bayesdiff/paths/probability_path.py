@@ -19,6 +19,14 @@ class PathCoefficients:
 
     Each has the shape of ``t``; on a path with a schedule of its own for every pixel, the shape of
     ``t`` and then one of as many dimensions as a sample, which broadcasts against it.
+
+    Example:
+        >>> x_0, x_1 = torch.randn(2, 4, 1, 8, 8).unbind()  # noise and data
+        >>> at = CondOT().coefficients(torch.tensor(0.25))
+        >>> x_t = at.alpha * x_1 + at.sigma * x_0
+        >>> velocity = at.d_alpha * x_1 + at.d_sigma * x_0
+        >>> torch.allclose(x_t + 0.75 * velocity, x_1, atol=1e-6)
+        True
     """
 
     alpha: Tensor
@@ -39,6 +47,16 @@ class ProbabilityPath(ABC):
         noise_scale: standard deviation of the state at t = 0, a number or one per pixel.
         ends_in_data: whether the state at t = 1 is data; otherwise samples end with one more
             prediction, of the data from that state.
+
+    Example:
+        >>> class QuarterTurn(ProbabilityPath):
+        ...     family, variance_preserving = "diffusion", True
+        ...     def coefficients(self, t):
+        ...         rate = math.pi / 2
+        ...         sin, cos = (rate * t.double()).sin(), (rate * t.double()).cos()
+        ...         return PathCoefficients(sin, cos, rate * cos, -rate * sin)
+        >>> QuarterTurn().coefficients(torch.tensor([0.0, 1 / 3, 1.0])).alpha
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
     """
 
     family: str
@@ -81,6 +99,13 @@ class CondOT(ProbabilityPath):
 
     Source: Lipman et al., "Flow Matching for Generative Modeling" (2023), eq. 20 with
     sigma_min = 0.
+
+    Example:
+        >>> at = CondOT().coefficients(torch.tensor([0.0, 0.25, 1.0]))
+        >>> at.alpha + at.sigma
+        tensor([1., 1., 1.], dtype=torch.float64)
+        >>> at.d_alpha - at.d_sigma  # of the velocity x_1 - x_0
+        tensor([2., 2., 2.], dtype=torch.float64)
     """
 
     family = "flow"
@@ -100,6 +125,13 @@ class VariancePreserving(ProbabilityPath):
 
     Schedules: ``linear`` (Ho et al. 2020), ``scaled_linear`` (linear in sqrt(beta), Rombach et al.
     2022) and ``cosine`` (Nichol and Dhariwal 2021, eq. 17, betas capped at 0.999).
+
+    Example:
+        >>> at = VariancePreserving("linear").coefficients(torch.tensor([0.0, 0.5, 1.0]))
+        >>> at.alpha
+        tensor([0.0064, 0.2803, 1.0000], dtype=torch.float64)
+        >>> at.alpha**2 + at.sigma**2
+        tensor([1., 1., 1.], dtype=torch.float64)
     """
 
     family = "diffusion"

@@ -102,6 +102,14 @@ class DDIM(DiffusionSolver):
     With s the next time: s_eta^2 = eta^2 (sigma_s / sigma_t)^2 (1 - abar_t / abar_s),
     a = alpha_s / alpha_t, b = sqrt(sigma_s^2 - s_eta^2) - a sigma_t, c = s_eta for a noise
     predictor.
+
+    Example:
+        >>> from bayesdiff.paths import VariancePreserving
+        >>> path, times = VariancePreserving(), [0.0, 0.5, 1.0]
+        >>> [step.noise for step in DDIM(2).steps(path, "noise", times)]
+        [0.0, 0.0]
+        >>> [round(step.noise, 3) for step in DDIM(2, eta=1.0).steps(path, "noise", times)]
+        [0.96, 0.0]
     """
 
     eta: float = 0.0
@@ -140,6 +148,15 @@ class DDPM(DiffusionSolver):
     With al = abar_t / abar_s and be = 1 - al: a = 1 / sqrt(al), b = -be / (sigma_t sqrt(al)) for a
     noise predictor, and c^2 = be (``large``) or be sigma_s^2 / sigma_t^2 (``small``). The step to
     clean data has no noise, as in the algorithm.
+
+    Example:
+        >>> from bayesdiff.paths import VariancePreserving
+        >>> path, times = VariancePreserving(), [0.0, 0.5, 1.0]
+        >>> [round(step.noise, 3) for step in DDPM(2).steps(path, "noise", times)]
+        [1.0, 0.0]
+        >>> steps = DDPM(2, variance="small").steps(path, "noise", times)
+        >>> [round(step.noise, 3) for step in steps]
+        [0.96, 0.0]
     """
 
     variance: str = "large"
@@ -177,6 +194,13 @@ class BayesianUpdate(DDPM):
     A belief that receives y ~ N(x_1hat, 1 / a) moves to c mu + (1 - c) x_1hat + noise: that is the
     posterior of the later state given the earlier one and the data, in the states of
     ``paths.bayesian_flow``. Of classes, x_1hat is a class that the likelihood draws.
+
+    Example:
+        >>> from bayesdiff.paths import QuadraticAccuracy
+        >>> from bayesdiff.solvers import plan
+        >>> steps = plan(BayesianUpdate(num_steps=2), QuadraticAccuracy(), "data")
+        >>> len(steps), steps[-1].stochastic  # the data are predicted from the last belief
+        (3, False)
     """
 
     variance: str = "small"
@@ -194,6 +218,12 @@ class SDEEuler(DiffusionSolver):
     indices, and stays below 1 at the last ones of ``cosine``.
 
     The slope at clean data is infinite; the last step takes the data prediction, without noise.
+
+    Example:
+        >>> from bayesdiff.paths import VariancePreserving
+        >>> steps = SDEEuler(num_steps=2).steps(VariancePreserving(), "noise", [0.0, 0.5, 1.0])
+        >>> [round(step.noise, 3) for step in steps]
+        [1.0, 0.0]
     """
 
     name: ClassVar[str] = "sde"
@@ -214,6 +244,14 @@ class ProbabilityFlow(DiffusionSolver):
 
     a = 1 + beta D / 2, b = -beta D / (2 sigma_t) for a noise predictor, with the beta D and the
     last step of ``SDEEuler``. First order; DDIM is the method that treats x exactly.
+
+    Example:
+        >>> from bayesdiff.paths import VariancePreserving
+        >>> path, times = VariancePreserving(), [0.5, 0.6]
+        >>> (flow,) = ProbabilityFlow(1).steps(path, "noise", times)
+        >>> (sde,) = SDEEuler(1).steps(path, "noise", times)
+        >>> flow.noise, round(sde.output[1] / flow.output[1], 6)  # half the score, and no noise
+        (0.0, 2.0)
     """
 
     name: ClassVar[str] = "pf_ode"

@@ -28,6 +28,15 @@ class DPMSolver1(DiffusionSolver):
     """DPM-Solver-1 (Lu et al. 2022, eq. 3.7), the same as DDIM with eta = 0.
 
     a = alpha_s / alpha_t, b = -sigma_s (e^h - 1) for a noise predictor.
+
+    Example:
+        >>> from bayesdiff.paths import VariancePreserving
+        >>> from bayesdiff.solvers import DDIM
+        >>> path, times = VariancePreserving(), [0.5, 0.6]
+        >>> (step,) = DPMSolver1(1).steps(path, "noise", times)
+        >>> (ddim,) = DDIM(1).steps(path, "noise", times)
+        >>> torch.allclose(torch.tensor(step.output), torch.tensor(ddim.output))
+        True
     """
 
     name: ClassVar[str] = "dpm1"
@@ -55,6 +64,12 @@ class DPMSolver2(DiffusionSolver):
 
     Attributes:
         r1: where in the step the second evaluation lies, in (0, 1).
+
+    Example:
+        >>> from bayesdiff.paths import VariancePreserving
+        >>> steps = DPMSolver2(num_steps=2).steps(VariancePreserving(), "noise", [0.0, 0.5, 1.0])
+        >>> [len(step.times) for step in steps]  # evaluations; one in the step to clean data
+        [2, 1]
     """
 
     r1: float = 0.5
@@ -107,6 +122,13 @@ class DPMSolverPP2M(DiffusionSolver):
         x' = (sigma_s / sigma_t) x + q (D + (D - D_r) / (2 r0)).
 
     The first step, which has none before, and the one to clean data are of first order.
+
+    Example:
+        >>> from bayesdiff.paths import VariancePreserving
+        >>> times = [0.0, 0.25, 0.5, 0.75, 1.0]
+        >>> steps = DPMSolverPP2M(num_steps=4).steps(VariancePreserving(), "noise", times)
+        >>> [any(step.history) for step in steps]  # which use the prediction before
+        [False, True, True, False]
     """
 
     name: ClassVar[str] = "dpmpp_2m"

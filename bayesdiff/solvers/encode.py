@@ -37,6 +37,16 @@ def encode(
     Raises:
         UserError: for a solver that draws noise, or that the model's prediction leaves open at
             data.
+
+    Example:
+        >>> from bayesdiff.models.exact import exact_model
+        >>> from bayesdiff.paths import VariancePreserving
+        >>> from bayesdiff.solvers import DDIM
+        >>> images = torch.rand(2, 1, 4, 4) * 2 - 1
+        >>> model = exact_model(VariancePreserving(), "noise", images)
+        >>> latents = encode(model, DDIM(num_steps=100), images)
+        >>> torch.allclose(decode(model, DDIM(num_steps=100), latents), images, atol=0.01)
+        True
     """  # noqa: DOC502 - raised one level down
     steps = backward(solver, model.path, model.prediction)
     return _follow(model, solver, steps, images, condition)
@@ -64,6 +74,16 @@ def decode(
 
     Raises:
         UserError: for a solver that draws noise, and no noise.
+
+    Example:
+        >>> from bayesdiff.models.exact import exact_model
+        >>> from bayesdiff.paths import CondOT
+        >>> from bayesdiff.solvers import Euler
+        >>> image = torch.rand(1, 1, 4, 4)
+        >>> model = exact_model(CondOT(), "velocity", image)  # knows this one image
+        >>> decoded = decode(model, Euler(num_steps=4), torch.randn(3, 1, 4, 4))
+        >>> torch.allclose(decoded, image.expand(3, 1, 4, 4), atol=1e-6)
+        True
     """
     if noise is None and solver.stochastic:
         raise UserError(

@@ -30,6 +30,15 @@ def time_grid(
     Raises:
         UserError: for an unknown name, more steps than a discrete schedule has indices, or a
             callable that gives no such times.
+
+    Example:
+        >>> from bayesdiff.paths import CondOT
+        >>> time_grid("uniform", CondOT(), num_steps=4)
+        [0.0, 0.25, 0.5, 0.75, 1.0]
+        >>> time_grid("uniform", CondOT(), num_steps=4, skip_interval=2)
+        [0.0, 0.5, 1.0]
+        >>> time_grid(lambda path, n: [(k / n) ** 2 for k in range(n + 1)], CondOT(), num_steps=4)
+        [0.0, 0.0625, 0.25, 0.5625, 1.0]
     """
     law: TimeLaw = grid if callable(grid) else by_name(time_laws, grid, "solver.grid")
     indices = path.num_steps_max

@@ -51,6 +51,12 @@ class Step:
         kept: rows (p, q_0, q_1, ...) of what later steps may use, each with a coefficient for
             every evaluation and then as many r_0, r_1, ... of the k_j as needed.
         history: coefficients of k_0, k_1, ... in the new state.
+
+    Example:
+        >>> from bayesdiff.solvers import integrate
+        >>> step = Step(times=(0.0,), inputs=((1.0,),), output=(0.5, 2.0), noise=0.0, end=1.0)
+        >>> integrate(lambda x, t: x + t, [step], torch.tensor([3.0]), torch.randn)  # 0.5 x + 2 g
+        tensor([7.5000])
     """
 
     times: tuple[float, ...]
@@ -135,6 +141,16 @@ class Solver(ABC):
         grid: how the times of the steps are spread, see ``time_grid``.
         denoise: whether samples of a path with noise left at t = 1 end with one more prediction,
             of the data from that state; otherwise that noise stays in them.
+
+    Example:
+        >>> from bayesdiff.paths import CondOT
+        >>> class Plain(Solver):
+        ...     name = "plain"
+        ...     def steps(self, path, prediction, times):  # x' = x + h v
+        ...         spans = zip(times[:-1], times[1:])
+        ...         return [Step((t,), ((1.0,),), (1.0, s - t), 0.0, s) for t, s in spans]
+        >>> [step.output for step in plan(Plain(num_steps=2), CondOT(), "velocity")]
+        [(1.0, 0.5), (1.0, 0.5)]
     """
 
     num_steps: int
@@ -177,6 +193,14 @@ def plan(
 
     Raises:
         UserError: for steps that cannot be followed, see ``check_steps``.
+
+    Example:
+        >>> from bayesdiff.paths import CondOT
+        >>> from bayesdiff.solvers import Euler
+        >>> [step.end for step in plan(Euler(num_steps=4), CondOT(), "velocity")]
+        [0.25, 0.5, 0.75, 1.0]
+        >>> [step.end for step in plan(Euler(num_steps=4), CondOT(), "velocity", skip_interval=2)]
+        [0.5, 1.0]
     """  # noqa: DOC502 - raised one level down
     times = solver.times(path, skip_interval)
     steps = solver.steps(path, prediction, times)

@@ -1,0 +1,147 @@
+"""Every public name says what it is by a short example, and the example runs.
+
+As with ``pytest --doctest-modules``, an example has the names of its own module.
+"""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import get_object
+
+import bayesdiff
+from bayesdiff.checks import UserError
+
+ROOT = Path(__file__).parents[1]
+# Packages some of whose names have no example yet.
+REMAINING = {
+    *("checks laplace machine pipeline pretrained report runs studies sweeps uncertainty".split()),
+}
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def exported() -> Iterator[str]:
+    """What the packages' ``__init__`` and the pipeline list as theirs."""
+    for found in pkgutil.walk_packages(bayesdiff.__path__, "bayesdiff."):
+        if found.ispkg or found.name == "bayesdiff.pipeline":
+            module = importlib.import_module(found.name)
+            yield from (f"{found.name}.{name}" for name in getattr(module, "__all__", ()))
+
+
+def targets() -> Iterator[str]:
+    """What the configurations instantiate."""
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        yield from re.findall(r"_target_: *(bayesdiff\.[\w.]+)", path.read_text(encoding="utf-8"))
+
+
+def texts() -> Iterator[str]:
+    """Python of the README, the documentation and the tutorials."""
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        yield from re.findall(r"^```python.*?\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
+    for path in (ROOT / "docs" / "tutorials").glob("*.py"):
+        yield path.read_text(encoding="utf-8")
+
+
+def imported() -> Iterator[str]:
+    """What those texts import."""
+    for text in texts():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bayesdiff"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@cache
+def public_names() -> dict[str, object]:
+    """The public classes and functions by the full names of their definitions."""
+    error = f"{UserError.__module__}.{UserError.__name__}"
+    things = [get_object(name) for name in {*exported(), *targets(), *imported(), error}]
+    named = {
+        f"{thing.__module__}.{thing.__qualname__}": thing
+        for thing in things
+        if (inspect.isclass(thing) or inspect.isfunction(thing))
+        and thing.__module__.startswith("bayesdiff.")
+    }
+    return dict(sorted(named.items()))
+
+
+def package_of(name: str) -> str:
+    return name.split(".")[1]
+
+
+def by_module() -> dict[str, list[str]]:
+    modules: dict[str, list[str]] = {}
+    for name, thing in public_names().items():
+        modules.setdefault(thing.__module__, []).append(name)
+    return modules
+
+
+def examples(name: str) -> doctest.DocTest:
+    """The example in a name's own docstring."""
+    thing = public_names()[name]
+    module = inspect.getmodule(thing)
+    # A subclass must not pass with the docstring of its parent.
+    text = inspect.cleandoc(thing.__doc__ or "")
+    names = vars(module) | {"torch": torch}
+    return doctest.DocTestParser().get_doctest(text, dict(names), name, module.__file__, 0)
+
+
+def failures(test: doctest.DocTest) -> str:
+    """What an example gives in place of what it says; empty where it is right."""
+    lines: list[str] = []
+    torch.manual_seed(0)
+    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=lines.append)
+    return "".join(lines)
+
+
+def done(name: str) -> bool:
+    return package_of(name) not in REMAINING
+
+
+def test_every_public_name_has_an_example():
+    bare = [name for name in public_names() if done(name) and not examples(name).examples]
+    assert bare == []
+    assert REMAINING <= set(map(package_of, public_names()))
+    assert len(public_names()) > 100
+
+
+def test_an_example_has_its_section():
+    lost = [
+        name
+        for name, thing in public_names().items()
+        if ">>>" in (thing.__doc__ or "")
+        and not re.search(r"^Examples?:\n {4}\S", inspect.cleandoc(thing.__doc__), re.M)
+    ]
+    assert lost == []
+
+
+def test_few_examples_are_not_run():
+    skipped = {
+        name
+        for name in public_names()
+        if any(doctest.SKIP in each.options for each in examples(name).examples)
+    }
+    assert skipped == {  # these fetch MNIST
+        "bayesdiff.data.sources.torchvision_images",
+        "bayesdiff.data.two_digits.two_digits",
+    }
+
+
+@pytest.mark.parametrize("module", sorted(by_module()))
+def test_the_examples_run(module):
+    wrong = {name: failures(examples(name)) for name in by_module()[module]}
+    assert {name: text for name, text in wrong.items() if text} == {}
+
+
+def test_a_wrong_example_is_seen():
+    parse = doctest.DocTestParser().get_doctest
+    assert not failures(parse(">>> 1 + 1\n2\n", {}, "right", "", 0))
+    assert "Expected" in failures(parse(">>> 1 + 1\n3\n", {}, "wrong", "", 0))
+    assert "ZeroDivisionError" in failures(parse(">>> 1 / 0\n2\n", {}, "raises", "", 0))
