@@ -1,4 +1,4 @@
-"""Known damage to training data, so that the right answer of a search for bad images is known.
+"""Known corruption of training data, so that the right answer of a search for bad images is known.
 
 Every corruption takes a data set and returns another: other training images, labels or visits, the
 same test images and classes. What it does depends on its options and its seed alone.

@@ -1,4 +1,4 @@
-"""States in the middle of a trajectory drawn anew, and finished by the trained sampler.
+"""States in the middle of a trajectory resampled, and finished by the trained sampler.
 
 With x_c the state of an image at time c, V_c the variance that the posterior gives it there, x_1
 the finished image and z ~ N(0, I), one alternative of x_c is
@@ -47,7 +47,7 @@ class Middle:
         variance: V_c, of the same shape; negative values count as 0.
         image: x_1, of the same shape.
         trajectories: states of posterior trajectories at c, ``(n, B, C, H, W)``.
-        region: ``(B, 1, H, W)`` bool, the pixels that are drawn anew.
+        region: ``(B, 1, H, W)`` bool, the pixels that are resampled.
         alpha: of the path at c.
         sigma: of the path at c, above 0.
     """

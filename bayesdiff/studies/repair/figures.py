@@ -1,4 +1,4 @@
-"""Figures and table lines of images that were drawn anew."""
+"""Figures and table lines of images that were resampled."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
@@ -105,7 +105,7 @@ def grid(
         f"{_images(results, len(draws))}, and {draws.shape[2]} alternatives of each by every way, "
         f"from t = {time:.3g}; {_conditions(results, ways)}. {conditions}"
     )
-    title = "Images drawn anew from the middle of their trajectories"
+    title = "Images resampled from the middle of their trajectories"
     return _grid(results, drawn["images"], blocks, title, caption)
 
 
@@ -262,7 +262,7 @@ def _dots(results: Mapping[str, Any]) -> str:
 
 
 def _conditions(results: Mapping[str, Any], shown: Sequence[str] | None = None) -> str:
-    """What is drawn anew, by the ways that are shown; None for all."""
+    """What is resampled, by the ways that are shown; None for all."""
     found, ways = results["conditions"], _ways(results) if shown is None else shown
     fresh = "fresh: other whole samples of the class of each image, from other noise"
     if list(ways) == [_FRESH]:
@@ -276,5 +276,5 @@ def _conditions(results: Mapping[str, Any], shown: Sequence[str] | None = None) 
         where = f"a box of its own for each image, {share}"
     else:
         where = f"the box {region}, {share}"
-    said = f"drawn anew: {where}; variance: {found['estimator']}"
+    said = f"resampled: {where}; variance: {found['estimator']}"
     return f"{said}; {fresh}" if _FRESH in ways else said

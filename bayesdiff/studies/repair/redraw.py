@@ -1,4 +1,4 @@
-"""Alternatives of images: what is drawn anew, and one batch of it by every way from every time."""
+"""Alternatives of images: what is resampled, and one batch of it by every way from every time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ Mapper = Callable[[Start], Samples]
 
 @dataclass(frozen=True, kw_only=True)
 class RedrawOptions:
-    """Which images are drawn anew, from where, how, and how often.
+    """Which images are resampled, from where, how, and how often.
 
     Args:
         num_images: images 0, 1, ... of the run.
@@ -46,7 +46,7 @@ class RedrawOptions:
         from_time: times in (0, 1); images are left at the solver's first time not before each.
         ways: names of ``resample.WAYS``, and ``fresh`` for other whole samples of the same class,
             of which nothing is held.
-        region: what is drawn anew: None for the whole image, ``map`` for the most uncertain
+        region: what is resampled: None for the whole image, ``map`` for the most uncertain
             pixels of the image's own map, a box ``[top, left, height, width]`` for all images, or
             a mapping of image numbers to boxes, itself or as the path of a YAML or JSON file.
         share: of the pixels that ``map`` takes.
@@ -111,7 +111,7 @@ class RedrawOptions:
 
     @property
     def count(self) -> int:
-        """Images that are drawn anew."""
+        """Images that are resampled."""
         return self.num_images if self.numbers is None else len(self.numbers)
 
     @property

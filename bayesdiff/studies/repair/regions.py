@@ -1,4 +1,4 @@
-"""Which part of an image is drawn anew: by its map, by one box, or by a box of its own."""
+"""Which part of an image is resampled: by its map, by one box, or by a box of its own."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def boxes_of(region: Region) -> list[Box]:
 
 
 def mask_of(region: Region, part: float, variance: Tensor, numbers: Sequence[int]) -> Tensor:
-    """``(B, 1, H, W)`` bool, true where images are drawn anew.
+    """``(B, 1, H, W)`` bool, true where images are resampled.
 
     Args:
         region: as ``region_of`` has it.

@@ -33,7 +33,7 @@ from bayesdiff.uncertainty.memory import images_at_once
 
 @dataclass(frozen=True, kw_only=True)
 class Repair(RedrawOptions, Study):
-    """Images drawn anew, and what that does to them."""
+    """Images resampled, and what that does to them."""
 
     @property
     def map_count(self) -> int:

@@ -1,4 +1,4 @@
-"""What images drawn anew come to: judged by one classifier, the best chosen by every score."""
+"""What images resampled come to: judged by one classifier, the best chosen by every score."""
 
 import logging
 from collections.abc import Iterator, Mapping

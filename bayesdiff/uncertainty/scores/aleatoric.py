@@ -1,4 +1,4 @@
-"""A rival that looks at no weights: how much the network's answer moves with fresh noise."""
+"""A baseline that looks at no weights: how much the network's answer moves with fresh noise."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A rival that looks at no weights: the model's own likelihood of an image.
+"""A baseline that looks at no weights: the model's own likelihood of an image.
 
 Along an ordinary differential equation dx/ds = f(x, s) that carries noise to data, the density
 changes by d ln p / ds = -div f, so that
