@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import bayesdiff  # noqa: E402
 
@@ -16,22 +16,23 @@ release = version = bayesdiff.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
-    "repository_links",
-    "generated",
+    "_ext.repository_links",
+    "_ext.generated",
 ]
 exclude_patterns = ["_build", "_ext", "tutorials", "Thumbs.db", ".DS_Store"]
-# Patterns stand in the contents for pages of all sections, also of one that has none yet.
-suppress_warnings = ["toc.empty_glob", "config.cache"]
+suppress_warnings = ["config.cache"]  # the gallery's sorting is a class
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
 myst_dmath_allow_digits = False
 
+autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

@@ -3,73 +3,19 @@
 As with ``pytest --doctest-modules``, an example has the names of its own module.
 """
 
-import ast
 import doctest
-import importlib
 import inspect
-import pkgutil
 import re
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import get_object
+from _ext.public_names import public_names
 
-import bayesdiff
-from bayesdiff.checks import UserError
-
-ROOT = Path(__file__).parents[1]
 # Packages some of whose names have no example yet.
 REMAINING = {
     *("checks laplace machine pipeline pretrained report runs studies sweeps uncertainty".split()),
 }
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-
-
-def exported() -> Iterator[str]:
-    """What the packages' ``__init__`` and the pipeline list as theirs."""
-    for found in pkgutil.walk_packages(bayesdiff.__path__, "bayesdiff."):
-        if found.ispkg or found.name == "bayesdiff.pipeline":
-            module = importlib.import_module(found.name)
-            yield from (f"{found.name}.{name}" for name in getattr(module, "__all__", ()))
-
-
-def targets() -> Iterator[str]:
-    """What the configurations instantiate."""
-    for path in (ROOT / "configs").rglob("*.yaml"):
-        yield from re.findall(r"_target_: *(bayesdiff\.[\w.]+)", path.read_text(encoding="utf-8"))
-
-
-def texts() -> Iterator[str]:
-    """Python of the README, the documentation and the tutorials."""
-    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
-        yield from re.findall(r"^```python.*?\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
-    for path in (ROOT / "docs" / "tutorials").glob("*.py"):
-        yield path.read_text(encoding="utf-8")
-
-
-def imported() -> Iterator[str]:
-    """What those texts import."""
-    for text in texts():
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bayesdiff"):
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-@cache
-def public_names() -> dict[str, object]:
-    """The public classes and functions by the full names of their definitions."""
-    error = f"{UserError.__module__}.{UserError.__name__}"
-    things = [get_object(name) for name in {*exported(), *targets(), *imported(), error}]
-    named = {
-        f"{thing.__module__}.{thing.__qualname__}": thing
-        for thing in things
-        if (inspect.isclass(thing) or inspect.isfunction(thing))
-        and thing.__module__.startswith("bayesdiff.")
-    }
-    return dict(sorted(named.items()))
 
 
 def package_of(name: str) -> str:

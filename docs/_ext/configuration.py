@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-from keys import File, Key, explained, files
+from _ext.keys import File, Key, explained, files
 
 # Groups that train.yaml does not list, since another choice makes theirs.
 OTHERS = {
@@ -22,16 +21,16 @@ OTHERS = {
 }
 INDEX = """# Configuration
 
-Every option of a run is a key of a YAML file in `configs/`, and every key can be set on the command
-line. There are two kinds of words there:
+Every option of a run is a key of a YAML file in `configs/`, and every key can be set on the
+command line. There are two kinds of words there:
 
 - `solver=ddim` **chooses a file** of a group: `configs/solver/ddim.yaml`.
-- `solver.num_steps=50` **sets a key** in what was chosen. A key that begins with `solver.` lives in
-  `configs/solver/*.yaml`, and one without a dot, such as `seed`, in
-  [`configs/train.yaml`](train.md). Some choices also set keys of other groups; their pages list them.
+- `solver.num_steps=50` **sets a key** in what was chosen. A key that begins with `solver.` lives
+  in `configs/solver/*.yaml`, and one without a dot, such as `seed`, in
+  [`configs/train.yaml`](train.md). Some choices also set keys of other groups; their pages say so.
 
-`python train.py --cfg job` prints all keys of a run, with what you have chosen so far. An unknown key
-is refused before anything runs.
+`python train.py --cfg job` prints all keys of a run, with what you have chosen so far. An unknown
+key is refused before anything runs.
 
 ## Groups
 

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import configuration
-import interface
-import studies
+from _ext import configuration, interface, studies
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

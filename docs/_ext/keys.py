@@ -1,8 +1,8 @@
 """Every key of configs/ with its default and its meaning.
 
-A meaning is the comment beside the key in its YAML file. Where that file has none it is the comment
-of the same key in another file, first of the same group; else what the docstring of the
-``_target_`` says of the argument. Where there is nothing either, a test fails.
+A meaning is the comment beside the key in its YAML file. Where that file has none it is the
+comment of the same key in another file, first of the key's own group; else what the docstring of
+the ``_target_`` says of the argument. Where there is nothing either, a test fails.
 """
 
 import importlib
@@ -128,7 +128,7 @@ def _keys(
 
 def _comment(lines: list[str], line: int, column: int) -> str:
     """What follows after a column, and goes on below in lines that begin with no capital."""
-    found = re.match(r".{%d}[^#'\"]*?\s#\s+(.*)" % column, lines[line])
+    found = re.match(r"[^#'\"]*?\s#\s+(.*)", lines[line][column:])
     words = [found[1]] if found else []
     for more in lines[line + 1 :]:
         if not found or not re.match(r"\s*# [^A-Z\s]", more):

@@ -4,7 +4,9 @@ A page links to files, so that it works where the repository is read: a study's 
 tutorial's script, the first README.md. On the site these are pages of their own.
 """
 
+import fnmatch
 import re
+from collections.abc import Iterable
 from typing import Any
 
 RULES = [
@@ -33,9 +35,22 @@ def _linked(text: str) -> str:
     return text
 
 
+def with_pages(text: str, pages: Iterable[str]) -> str:
+    """The text of a page without lines of its contents that stand for no page yet.
+
+    Contents name every page in its order, as ``concepts/cost*``, and end with ``concepts/*``.
+    """
+    known = list(pages)
+
+    def line(match: re.Match[str]) -> str:
+        return match[0] if fnmatch.filter(known, match[1]) else ""
+
+    return re.sub(r"^([\w/-]+\*)\n", line, text, flags=re.MULTILINE)
+
+
 def _read(app: Any, docname: str, source: list[str]) -> None:
     if str(app.env.doc2path(docname)).endswith(".md"):
-        source[0] = on_the_site(source[0])
+        source[0] = with_pages(on_the_site(source[0]), app.env.found_docs)
 
 
 def setup(app: Any) -> dict[str, Any]:
