@@ -16,12 +16,12 @@ release = version = bayesdiff.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
     "_ext.repository_links",
+    "_ext.mathml",
     "_ext.generated",
 ]
 exclude_patterns = ["_build", "_ext", "tutorials", "Thumbs.db", ".DS_Store"]
@@ -32,7 +32,6 @@ myst_heading_anchors = 4
 myst_dmath_double_inline = True
 myst_dmath_allow_digits = False
 
-autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -47,6 +46,7 @@ autodoc_mock_imports = [
 ]
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = "bayesdiff"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -44,7 +44,7 @@ def _log_likelihood(curvature: Curvature, sigma_noise: Tensor) -> Tensor:
 
 
 def best_prior(mean: Tensor, values: Tensor) -> float:
-    """The tau that maximises the evidence: tau |m|^2 = sum a / (a + tau) over channels.
+    """The tau that maximises the evidence: ``tau |m|^2 = sum a / (a + tau)`` over channels.
 
     The left side rises and the right side falls in tau, so the root is the only one (Bishop,
     eq. 3.92).

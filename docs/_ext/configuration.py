@@ -39,7 +39,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|$])")
 # A command to the end of its line, an option with its value, a key.
 _COMMAND = r"python (?:train|sweep)\.py (?:[^\n]*\\\n)*[^\n]*"
 _OPTION = re.compile(
-    _COMMAND + r"|(?<![\w.`])(?:[\w./@]+=[\w.\[\],+/-]*[\w\]]|\w+(?:\.\w+)+)(?![\w(])"
+    _COMMAND + r"|`[^`\n]+`|(?<![\w.`])(?:[\w./@]+=[\w.\[\],+/-]*[\w\]]|\w+(?:\.\w+)+)(?![\w(])"
 )
 
 
@@ -177,7 +177,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _code(value: str) -> str:
-    return f"`{value}`".replace("|", r"\|") if value else ""
+    return f"`{value.strip('`')}`".replace("|", r"\|") if value else ""
 
 
 def _text(words: str, known: set[str]) -> str:
@@ -185,7 +185,12 @@ def _text(words: str, known: set[str]) -> str:
     done, start = [], 0
     for found in _OPTION.finditer(words):
         option = found[0].replace("\\\n", " ")
-        if "=" not in option and option not in known and "._target_" not in option:
+        if (
+            "=" not in option
+            and option[0] != "`"
+            and option not in known
+            and "._target_" not in option
+        ):
             continue
         done += [
             _SPECIAL.sub(r"\\\1", words[start : found.start()]),

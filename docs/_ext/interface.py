@@ -64,8 +64,11 @@ def _preferred() -> dict[str, object]:
 def _page(package: str, modules: dict[str, list[str]]) -> str:
     title = f"bayesdiff.{package}"
     lines = [title, "=" * len(title), "", PACKAGES.get(package, "") + ".", ""]
-    lines += [".. autosummary::", "   :nosignatures:", ""]
-    lines += [f"   ~{name}" for names in modules.values() for name in names] + [""]
+    lines += [".. list-table::", "   :widths: auto", ""]
+    for names in modules.values():
+        for name in names:
+            lines += [f"   * - :py:obj:`~{name}`", f"     - {_summary(name)}"]
+    lines.append("")
     for module, names in sorted(modules.items()):
         if module != title:
             lines += [module.removeprefix("bayesdiff."), "-" * len(module), ""]
@@ -75,8 +78,16 @@ def _page(package: str, modules: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def _entry(name: str) -> list[str]:
+def _thing(name: str) -> object:
     module, _, last = name.rpartition(".")
-    if inspect.isclass(getattr(importlib.import_module(module), last)):
+    return getattr(importlib.import_module(module), last)
+
+
+def _summary(name: str) -> str:
+    return " ".join((inspect.getdoc(_thing(name)) or "").partition("\n\n")[0].split())
+
+
+def _entry(name: str) -> list[str]:
+    if inspect.isclass(_thing(name)):
         return [f".. autoclass:: {name}", "   :members:", "   :show-inheritance:", ""]
     return [f".. autofunction:: {name}", ""]

@@ -213,7 +213,7 @@ def _documentation(target: str) -> str:
     texts = [inspect.getdoc(made) or ""]
     texts += [inspect.cleandoc(each.__doc__) for each in classes[1:] if each.__doc__]
     texts += [inspect.getdoc(made.__init__) or ""] if isinstance(made, type) else []
-    return "\n\n".join(texts)
+    return "\n\n".join(texts).replace("``", "`")
 
 
 def _summary(target: str) -> str:

@@ -36,14 +36,16 @@ def _linked(text: str) -> str:
 
 
 def with_pages(text: str, pages: Iterable[str]) -> str:
-    """The text of a page without lines of its contents that stand for no page yet.
+    """The text of a page without lines of its contents that stand for no further page.
 
     Contents name every page in its order, as ``concepts/cost*``, and end with ``concepts/*``.
     """
-    known = list(pages)
+    left = set(pages)
 
     def line(match: re.Match[str]) -> str:
-        return match[0] if fnmatch.filter(known, match[1]) else ""
+        here = set(fnmatch.filter(left, match[1]))
+        left.difference_update(here)
+        return match[0] if here else ""
 
     return re.sub(r"^([\w/-]+\*)\n", line, text, flags=re.MULTILINE)
 

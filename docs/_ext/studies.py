@@ -10,8 +10,9 @@ HEAD = """# Studies
 What is claimed here was measured. Each study is a folder of `experiments/` with its commands, its
 numbers and what fell short. A card has the question and a short answer, and leads to the whole.
 
-::::{grid} 1 2 2 3
+::::{grid} 1 2 2 2
 :gutter: 3
+:class-container: studies
 """
 # Of what a card shows, in this order: the answer in one sentence, or the first of a longer one.
 ANSWERS = ("In one sentence", "Answer", "Conclusion")
@@ -45,6 +46,7 @@ def read(folder: Path) -> Study:
     figure = next((place for _, place in _IMAGE.findall(text) if (folder / place).is_file()), "")
     found = [answer for word in ANSWERS if (answer := _sentence(text, word))]
     question = title if title.endswith("?") else _sentence(text, "Question") or title
+    question = re.sub(r"(?<=\?) \(.*\)$", "", question)
     return Study(folder.name, title, question, found[0] if found else "", figure)
 
 
