@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData
 from bayesdiff.likelihoods import Gaussian, Likelihood
 from bayesdiff.models.conditions import Condition
-from bayesdiff.networks import UNet
+from bayesdiff.networks import MLP, UNet
+from bayesdiff.networks.trial import try_network
 from bayesdiff.options.targets import arguments, fitting
 
 
@@ -23,7 +25,8 @@ def build_network(
     """The network for these images.
 
     Raises:
-        UserError: for options that it does not take, or a condition that it would not read.
+        UserError: for options that it does not take, a condition that it would not read, and a
+            network of a user's own that does not work as ``networks.trial`` tries it.
     """
     known = arguments(str(options.get("_target_")))
     size = size_of(images)
@@ -57,7 +60,20 @@ def build_network(
         given["out_channels"] = outputs
     fitted = OmegaConf.create({"net": fitting(options, "net", UNet)}).net
     net: nn.Module = instantiate(fitted, **given, _convert_="all")
+    if not isinstance(net, (MLP, UNet)):
+        shape = images.space.shape
+        channels = given.get("out_channels", shape[0])
+        try_network(net, shape, (channels, *shape[1:]), _conditions(condition))
     return net
+
+
+def _conditions(condition: Condition | None) -> list[Tensor | None]:
+    """What a network is given of two states: nothing, in each of its forms, and values."""
+    if condition is None:
+        return [None]
+    values = condition.of_samples(range(2))
+    hidden = condition.hide(values, torch.ones(2, dtype=torch.bool))
+    return [condition.empty(values), hidden, values]
 
 
 def wrapped(options: DictConfig | None, net: nn.Module, **context: Any) -> nn.Module:
