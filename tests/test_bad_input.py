@@ -414,7 +414,7 @@ DATA: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "batch larger than the data": (
         lambda tmp: folder_of(tmp, a=png(8), b=png(8)),
-        ["128", "1 training images", "smaller"],
+        ["data.batch_size=128", "1 training images", "give 1 or fewer"],
     ),
     "no labels to score with": (
         lambda tmp: [

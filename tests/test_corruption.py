@@ -197,7 +197,7 @@ def test_data_without_labels_is_refused(corrupt):
 
 def test_a_batch_larger_than_a_short_epoch_is_refused():
     data = undertrained(images(), ["a", "c"], visits=0.1)
-    with pytest.raises(UserError, match="batch_size 25 is larger than the 24 training images"):
+    with pytest.raises(UserError, match="batch_size=25 is larger than the 24 training images"):
         ImageDataModule(data, batch_size=25)
 
 

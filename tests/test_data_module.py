@@ -158,7 +158,7 @@ def test_bad_batch_sizes(size):
 
 def test_a_batch_larger_than_the_data():
     with pytest.raises(
-        UserError, match="batch_size 21 is larger than the 20 training images of n"
+        UserError, match="batch_size=21 is larger than the 20 training images of n"
     ):
         ImageDataModule(images(), batch_size=21)
 

@@ -1,4 +1,4 @@
-"""What docs/extending.md says works, from a folder outside of the package: its blocks are run."""
+"""What docs/extend/ says works, from a folder outside of the package: its blocks are run."""
 
 import importlib
 import json
@@ -30,10 +30,14 @@ from bayesdiff.studies.scoring import Seen, _of_own
 from bayesdiff.studies.study import study_key
 from bayesdiff.uncertainty.stored import stored_samples
 
-GUIDE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
-FILES = {name: text for _, name, text in BLOCKS if name}
-COMMANDS = re.findall(r"^(?:# )?python train\.py (.*)$", GUIDE, re.MULTILINE)
+PAGES = {page: page.read_text("utf-8") for page in sorted((ROOT / "docs" / "extend").glob("*.md"))}
+GUIDE = "\n".join(PAGES.values())
+# Hydra reads a package from the very first line, so that the file's name comes after it.
+BLOCK = r"^```(?:python|yaml)\n((?:# @package _global_\n)?# (mine/\S+)\n.*?)^```"
+BLOCKS = re.findall(BLOCK, GUIDE, re.DOTALL | re.MULTILINE)
+FILES = {name: text for text, name in BLOCKS}
+SCRIPTS = sorted(name for name in FILES if re.search(r"/(?!my_)\w+\.py$", name))
+COMMANDS = sorted(set(re.findall(r"^(?:# )?python train\.py (.*)$", GUIDE, re.MULTILINE)))
 OPTION = "--config-dir mine/configs "
 
 
@@ -230,7 +234,7 @@ def test_a_multistep_solver_of_ones_own_is_of_second_order(mine, capsys):
 
 
 def test_data_network_path_and_likelihood_of_ones_own_train_a_model(mine):
-    choices = "data=stripes path=circle likelihood=rounded model.num_classes=null"
+    choices = "data=stripes net=small path=circle likelihood=rounded model.num_classes=null"
     more = "uncertainty=ensemble", "solver.num_steps=2", "metrics.num_images=0"
     given = overrides(mine, *choices.split(), *more)
     given.remove("net=tiny")
@@ -247,21 +251,50 @@ def test_data_network_path_and_likelihood_of_ones_own_train_a_model(mine):
     torch.testing.assert_close(target, slope)
 
 
+def test_film_wavelets_a_callback_and_a_logger_of_ones_own_work_together(mine):
+    choices = "net=film space=haar callbacks=norms logger=[tensorboard,lines]"
+    more = "uncertainty=ensemble", "metrics.num_images=0", "solver.guidance=2"
+    given = overrides(mine, *choices.split(), *more)
+    given.remove("net=tiny")
+    result = run(mine, *given)
+    lines = [json.loads(row) for row in (result.folder.parent / "metrics.jsonl").open()]
+    norms = [row["weights/norm"] for row in lines if "weights/norm" in row]
+    assert len(norms) == 1 and norms[0] > 1 and any("train/loss" in row for row in lines)
+    rows = [json.loads(row) for row in (result.folder / "metrics.jsonl").open()]
+    assert rows[0]["nfe"] == result.metrics["nfe"]
+    samples = stored_samples(result.samples)
+    assert samples.images.shape == samples.variance.shape == (4, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_of_the_guide_runs(name, mine, monkeypatch):
+    monkeypatch.chdir(mine)
+    runpy.run_path(name)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_guide_finds_its_files(command, mine):
+def test_every_command_of_the_guide_finds_its_files(command, mine, monkeypatch):
     given = shlex.split(command)
-    assert " ".join(given[:2]) + " " == OPTION
-    cfg = composed(mine, *given[2:])
-    assert any(name in str(cfg) for name in ("my_", "own."))
+    if " ".join(given[:2]) + " " == OPTION:
+        given = given[2:]
+        assert any(name in str(composed(mine, *given)) for name in ("my_", "own."))
+    if command == "--cfg job" or any(word.startswith("experiment=") for word in given):
+        return
+    monkeypatch.chdir(mine)
+    if "data.root=" in command:
+        runpy.run_path("mine/make_pictures.py")
+    where = f"output_dir={mine / 'prepared'}", "trainer.accelerator=cpu"
+    pipeline.prepare(composed(mine, *given, *where))
 
 
-def test_the_guide_is_short_and_every_file_of_it_is_chosen():
-    assert len(GUIDE.splitlines()) <= 300
+def test_every_block_of_the_guide_is_a_file_and_every_file_is_chosen():
+    assert GUIDE.count("\n```python") + GUIDE.count("\n```yaml") == len(BLOCKS) == len(FILES)
+    assert all(len(text.splitlines()) <= 300 for text in PAGES.values())
     every = " ".join(COMMANDS)
     for name in FILES:
         if name.endswith(".yaml"):
             group, word = Path(name).parts[-2], Path(name).stem
-            assert f"{group}={word}" in every or f"/{group}: {word}" in GUIDE, name
+            assert re.search(rf"\b{group}=\S*\b{word}\b", every), name
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.cli import explain
 from bayesdiff.options import shadows
 from bayesdiff.paths import CondOT, VariancePreserving
+from bayesdiff.runs.build import source_data
 from bayesdiff.solvers import (
     DDIM,
     DDPM,
@@ -179,6 +180,24 @@ def test_a_file_that_a_shipped_one_stands_in_front_of_is_refused(tmp_path, monke
     shadows.check_shadows()  # not chosen
 
 
+def test_a_package_that_hydra_does_not_read_is_refused(tmp_path):
+    folder = SimpleNamespace(path=str(tmp_path), schema="file")
+    runtime = SimpleNamespace(config_sources=[folder], choices={"data": "stripes"})
+    own = tmp_path / "data" / "stripes.yaml"
+    own.parent.mkdir()
+    for good in (
+        "# @package _global_\n# stripes\na: 1\n",
+        "\n# @package _global_\na: 1\n",
+        "a: 1\n",
+    ):
+        own.write_text(good)
+        shadows.refuse_shadows(runtime)
+    for late in ("# stripes\n# @package _global_\na: 1\n", "a: 1\n#@package data\n"):
+        own.write_text(late)
+        with pytest.raises(UserError, match=r"data=stripes: .*stripes.yaml has # @package below"):
+            shadows.refuse_shadows(runtime)
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -240,3 +259,22 @@ def test_options_that_a_score_does_not_take_are_refused():
 
 def level(images):
     return images.flatten(1).mean(1)
+
+
+def bare_images():
+    return torch.zeros(9, 1, 8, 8, dtype=torch.uint8), torch.arange(9) % 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, "gives a tuple and no ImageData; end it with bayesdiff.data.images.hold_out"),
+        ({"_partial_": True}, "gives a partial and no ImageData; leave _partial_ out"),
+    ],
+)
+def test_a_source_that_gives_no_data_set_is_refused(more, message):
+    options = OmegaConf.create({"_target_": "test_own_parts.bare_images", **more})
+    with pytest.raises(
+        UserError, match=f"data.source._target_=test_own_parts.bare_images {message}"
+    ):
+        source_data(options)

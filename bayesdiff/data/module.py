@@ -51,8 +51,8 @@ class ImageDataModule(L.LightningDataModule):
         at_least("batch_size", batch_size)
         if batch_size > (most := images_per_epoch(data)):
             raise UserError(
-                f"batch_size {batch_size} is larger than the {most} training images "
-                f"of {data.name}; choose a smaller one"
+                f"data.batch_size={batch_size} is larger than the {most} training images of "
+                f"{data.name}; give {most} or fewer"
             )
         if flip and not data.space.pictures:
             raise UserError(

@@ -1,5 +1,6 @@
-"""A configuration file of a user's own that one of this repository stands in front of."""
+"""A configuration file of a user's own that Hydra would not read as it is meant."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ def check_shadows() -> None:
 def refuse_shadows(runtime: Any) -> None:
     """Refuse a chosen file of ``--config-dir`` that is named like a shipped one.
 
-    Hydra looks into the shipped configurations first, and would take that without a word.
+    Hydra looks into the shipped configurations first, and would take that without a word. Nor
+    does it say that a ``# @package`` below another comment is one.
 
     Args:
         runtime: Hydra's record of what was chosen and where it was looked for.
 
     Raises:
-        UserError: if the two differ.
+        UserError: if the two differ, or the package is not in the first line.
     """
     folders = [Path(s.path) for s in runtime.config_sources if s.schema == "file"]
     for group, choice in runtime.choices.items():
@@ -32,10 +34,23 @@ def refuse_shadows(runtime: Any) -> None:
             part = Path(group.partition("@")[0]) / f"{name}.yaml"
             shipped = CONFIGS / part
             for own in (folder / part for folder in folders):
-                if not (own.is_file() and shipped.is_file()) or own.samefile(shipped):
+                if not own.is_file() or (shipped.is_file() and own.samefile(shipped)):
                     continue
-                if own.read_bytes() != shipped.read_bytes():
+                if _has_late_package(own.read_text("utf-8")):
+                    raise UserError(
+                        f"{group}={name}: {own} has # @package below another line, where Hydra "
+                        "does not read it; make it the first line"
+                    )
+                if shipped.is_file() and own.read_bytes() != shipped.read_bytes():
                     raise UserError(
                         f"{group}={name}: {own} has the name of a file of this repository, which "
                         "is read in its place; give yours another name"
                     )
+
+
+def _has_late_package(text: str) -> bool:
+    """Whether a file names its package after the header, which ends at any other line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    header = [bool(re.match(r"#\s*@", line)) for line in lines]
+    end = header.index(False) if False in header else len(lines)
+    return any(re.match(r"#\s*@package\b", line) for line in lines[end:])

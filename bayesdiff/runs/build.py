@@ -88,7 +88,7 @@ def build(cfg: DictConfig) -> Run:
     device = choose_device(str(cfg.trainer.accelerator))
     data = ImageDataModule(
         in_space(
-            binarised(instantiate(cfg.data.source), cfg.data.get("binarise")),
+            binarised(source_data(cfg.data.source), cfg.data.get("binarise")),
             cfg.data.get("space"),
         ),
         batch_size=cfg.data.batch_size,
@@ -105,6 +105,26 @@ def build(cfg: DictConfig) -> Run:
     if is_main_process() and not cfg.get("dry_run"):
         check_writable(Path(cfg.run_dir or cfg.output_dir))
     return Run(cfg, data, model, device, key, folder, parent)
+
+
+def source_data(options: DictConfig) -> ImageData:
+    """What the source of ``data.source`` gives.
+
+    Raises:
+        UserError: if that is no record of images.
+    """
+    made = instantiate(options)
+    if isinstance(made, ImageData) or hasattr(made, "fingerprint"):
+        return made
+    cure = (
+        "leave _partial_ out"
+        if options.get("_partial_")
+        else "end it with bayesdiff.data.images.hold_out or ImageData.build, which make one"
+    )
+    raise UserError(
+        f"data.source._target_={options.get('_target_')} gives a {type(made).__name__} and no "
+        f"ImageData; {cure}"
+    )
 
 
 def build_model(cfg: DictConfig, data: ImageDataModule) -> GenerativeModel:
