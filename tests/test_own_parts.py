@@ -269,7 +269,7 @@ def bare_images():
     ("more", "message"),
     [
         ({}, "gives a tuple and no ImageData; end it with bayesdiff.data.images.hold_out"),
-        ({"_partial_": True}, "gives a partial and no ImageData; leave _partial_ out"),
+        ({"_partial_": True}, "is not called, for _partial_: true; leave _partial_ out"),
     ],
 )
 def test_a_source_that_gives_no_data_set_is_refused(more, message):

@@ -82,6 +82,25 @@ def test_a_layer_imports_only_from_those_above():
     assert found == []
 
 
+def test_the_picture_of_the_packages_is_the_list_of_layers():
+    picture = (ROOT / "docs" / "extend" / "packages.svg").read_text(encoding="utf-8")
+    assert re.findall(r'class="name">(\w+)<', picture) == LAYERS
+
+
+def test_what_a_contributor_is_shown_is_there():
+    shown = ROOT / ".github"
+    for page in shown.glob("*.md"):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (shown / link).exists(), (page.name, link)
+    asked = OmegaConf.load(shown / "ISSUE_TEMPLATE" / "bug.yml").body
+    assert {"command", "error", "expected", "log", "config", "versions", "machine"} == {
+        part.id for part in asked
+    }
+    guide = ROOT / "docs" / "extend" / "contributing.md"
+    for name in re.findall(r"`(test_\w+\.py)`", guide.read_text(encoding="utf-8")):
+        assert (ROOT / "tests" / name).is_file(), name
+
+
 @pytest.mark.parametrize(
     "code",
     [

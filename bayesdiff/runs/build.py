@@ -116,14 +116,12 @@ def source_data(options: DictConfig) -> ImageData:
     made = instantiate(options)
     if isinstance(made, ImageData) or hasattr(made, "fingerprint"):
         return made
-    cure = (
-        "leave _partial_ out"
-        if options.get("_partial_")
-        else "end it with bayesdiff.data.images.hold_out or ImageData.build, which make one"
-    )
+    target = f"data.source._target_={options.get('_target_')}"
+    if options.get("_partial_"):
+        raise UserError(f"{target} is not called, for _partial_: true; leave _partial_ out")
     raise UserError(
-        f"data.source._target_={options.get('_target_')} gives a {type(made).__name__} and no "
-        f"ImageData; {cure}"
+        f"{target} gives a {type(made).__name__} and no ImageData; end it with "
+        "bayesdiff.data.images.hold_out or ImageData.build, which make one"
     )
 
 
