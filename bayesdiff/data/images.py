@@ -35,6 +35,10 @@ class ImageData:
             None where it sees ``images``.
         unseen: test images of classes that no training image has, beside ``test_images``.
         stored: fingerprint of the images themselves, where the other one is of a space as well.
+
+    Example:
+        >>> x = torch.zeros(9, 1, 8, 8, dtype=torch.uint8)
+        >>> data = ImageData.build("mine", x, None, x[:2], None)  # data.channels is 1
     """
 
     name: str

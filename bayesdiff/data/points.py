@@ -19,7 +19,13 @@ from bayesdiff.data.spaces import Points, Space
 
 @dataclass(frozen=True, eq=False)
 class PointData(ImageData):
-    """Points in place of images: ``images`` are float32 ``(N, D)``, like ``test_images``."""
+    """Points in place of images: ``images`` are float32 ``(N, D)``, like ``test_images``.
+
+    Example:
+        >>> points = torch.randn(100, 2)
+        >>> PointData.of("mine", points[10:], None, points[:10], None).space.shape
+        (2,)
+    """
 
     @property
     def space(self) -> Space:
