@@ -25,7 +25,6 @@ extensions = [
     "_ext.generated",
 ]
 exclude_patterns = ["_build", "_ext", "tutorials", "Thumbs.db", ".DS_Store"]
-suppress_warnings = ["config.cache"]  # the gallery's sorting is a class
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 4
@@ -59,19 +58,22 @@ copybutton_prompt_is_regexp = True
 copybutton_exclude = ".linenos, .gp, .go"
 
 if list((HERE / "tutorials").glob("[0-9]*.py")):
-    from sphinx_gallery.sorting import FileNameSortKey
-
     extensions.append("sphinx_gallery.gen_gallery")
     sphinx_gallery_conf = {
         "examples_dirs": "tutorials",
         "gallery_dirs": "gallery",
         "filename_pattern": r"/\d\d_",
         "ignore_pattern": r"__init__\.py",
-        "within_subsection_order": FileNameSortKey,
+        "within_subsection_order": "FileNameSortKey",
         "download_all_examples": False,
         "remove_config_comments": True,
         "show_memory": False,
         "show_signature": False,
         "copyfile_regex": "",
-        "plot_gallery": True,
     }
+
+
+def setup(app):
+    """What ``-D plot_gallery=0`` sets is known also where there is no tutorial."""
+    if "sphinx_gallery.gen_gallery" not in extensions:
+        app.add_config_value("plot_gallery", "True", "html")

@@ -170,6 +170,8 @@ def test_contents_leave_out_pages_that_are_not_there():
     text = "a/first*\na/second*\na/*\nb/*\n"
     assert with_pages(text, ["a/first", "a/third", "c"]) == "a/first*\na/*\n"
     assert with_pages(text, ["a/first"]) == "a/first*\n"
+    cards = [f":::{{grid-item-card}} A\n:link: {name}\n\nWords.\n:::\n\n" for name in "xy"]
+    assert with_pages("".join(cards), ["y"]) == cards[1]
 
 
 def test_the_contents_name_every_page():

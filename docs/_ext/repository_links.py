@@ -17,6 +17,7 @@ RULES = [
     # The name of a study in running text.
     (r"(?<!\[)`experiments/([\w-]+)/?`(?!\])", r"[`experiments/\1`](/studies/\1.md)"),
 ]
+_CARD = r"^:::\{grid-item-card\}.*\n:link: (\S+)\n(?:(?!:::).*\n)*:::\n+"
 _FENCED = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 
 
@@ -36,23 +37,31 @@ def _linked(text: str) -> str:
 
 
 def with_pages(text: str, pages: Iterable[str]) -> str:
-    """The text of a page without lines of its contents that stand for no further page.
+    """The text of a page without cards and lines of its contents that lead to no page.
 
-    Contents name every page in its order, as ``concepts/cost*``, and end with ``concepts/*``.
+    Contents name every page in its order, as ``concepts/cost*``, and end with ``concepts/*``: a
+    line that stands for no further page would be a warning.
     """
-    left = set(pages)
+    known = set(pages)
+    left = set(known)
 
     def line(match: re.Match[str]) -> str:
         here = set(fnmatch.filter(left, match[1]))
         left.difference_update(here)
         return match[0] if here else ""
 
+    def card(match: re.Match[str]) -> str:
+        return match[0] if match[1] in known else ""
+
+    text = re.sub(_CARD, card, text, flags=re.MULTILINE)
     return re.sub(r"^([\w/-]+\*)\n", line, text, flags=re.MULTILINE)
 
 
 def _read(app: Any, docname: str, source: list[str]) -> None:
     if str(app.env.doc2path(docname)).endswith(".md"):
-        source[0] = with_pages(on_the_site(source[0]), app.env.found_docs)
+        source[0] = on_the_site(source[0])
+    if docname == app.config.root_doc:
+        source[0] = with_pages(source[0], app.env.found_docs)
 
 
 def setup(app: Any) -> dict[str, Any]:
