@@ -50,6 +50,7 @@ DRAWS = {
     "published": ("uncertainty.mc_samples=2",),
     "total_variance": ("uncertainty.mc_samples=2",),
     "cross_covariance": ("uncertainty.members=2", "uncertainty.head_draws=4"),
+    "variance_head": ("uncertainty.probes=2", "uncertainty.fit_images=64"),
 }
 
 

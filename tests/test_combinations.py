@@ -22,7 +22,7 @@ GROUPS: dict[str, list[str]] = {
     "solver": ("euler heun midpoint rk4 ddim ddpm dpm1 dpm2 dpmpp_2m pf_ode sde".split()),
     "uncertainty": (
         "ensemble linearised refined published total_variance cross_covariance mc_dropout "
-        "deep_ensemble checkpoints swag".split()
+        "deep_ensemble checkpoints swag variance_head".split()
     ),
     "laplace": (
         "full diag kron empirical_fisher empirical_fisher_published hessian_free prior_only "

@@ -7,6 +7,7 @@ from bayesdiff.uncertainty.members.subnetwork import Subnetwork
 from bayesdiff.uncertainty.members.swag import Checkpoints, Swag
 from bayesdiff.uncertainty.recursion.cross_covariance import CrossCovariance
 from bayesdiff.uncertainty.recursion.moments import Published, TotalVariance
+from bayesdiff.uncertainty.recursion.variance_head import VarianceHead
 from bayesdiff.uncertainty.samples import Samples
 from bayesdiff.uncertainty.sensitivities.linearised import Linearised
 from bayesdiff.uncertainty.sensitivities.refined import Refined
@@ -28,6 +29,7 @@ __all__ = [
     "Subnetwork",
     "Swag",
     "TotalVariance",
+    "VarianceHead",
     "Start",
     "starts_of",
 ]

@@ -23,7 +23,7 @@ class Samples:
             [-1, 1], samples are not clipped to it.
         variance: ``(B, C, H, W)`` in squared units of the images; epistemic (the weights' doing,
             the sampler's noise held fixed), and >= 0 except where a published recursion is kept
-            unclamped.
+            unclamped; of ``VarianceHead``, that of the training target carried along.
         labels: ``(B,)``, None for an unconditional model.
         times: ``(S,)`` solver times at which ``summed`` was recorded.
         summed: ``(S, B)`` variance summed over channels and pixels.
