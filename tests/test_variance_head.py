@@ -219,7 +219,7 @@ def by_hand(start, head, slope):
 def test_of_pixels_on_their_own_one_probe_is_exact(case):
     """A 1 x 1 kernel has a diagonal derivative, which any signs give."""
     estimator, start, posterior, head = ready(case, 1, probes=1)
-    slope = float(start.model.net.head.weight[0, 0])
+    slope = start.model.net.head.weight[0, 0].item()
     image, variance = by_hand(replace(start, noise=start.noise.copy()), head, slope)
     samples = estimator(start, posterior)
     torch.testing.assert_close(samples.images, image)

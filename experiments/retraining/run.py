@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from aleatoric import AleatoricTrace
 from bench import Bench, Maps, images_of
 from networks import EXTRA, REFERENCE, SETTINGS, UNDER_TEST, WITH_DROPOUT
 from torch import Tensor
@@ -32,6 +33,7 @@ from bayesdiff.uncertainty import (
     Published,
     Subnetwork,
     Swag,
+    VarianceHead,
 )
 from bayesdiff.uncertainty.calibration import pair_sizes, size_factor
 
@@ -63,6 +65,11 @@ def wide(
     return bench.maps(name, estimator, head, block)
 
 
+def not_negative(maps: Maps) -> Maps:
+    """Estimates below 0, which a trace from few probes has, count as 0, so that sums are sizes."""
+    return replace(maps, variance=maps.variance.clamp(min=0))
+
+
 METHODS: dict[str, Callable[[Bench], Maps]] = {
     "head": lambda b: b.maps("head", sampled()),
     "head_linearised": lambda b: b.maps("head_linearised", linearised()),
@@ -82,6 +89,9 @@ METHODS: dict[str, Callable[[Bench], Maps]] = {
         "subnetwork_1_percent", Subnetwork(members=MEMBERS, share=0.01, seed=1)
     ),
     "published": lambda b: b.maps("published", Published()),
+    # Of the training target and of the data: no variance of the weights, there for comparison.
+    "variance_head": lambda b: b.maps("variance_head", VarianceHead()),
+    "aleatoric_trace": lambda b: not_negative(b.maps("aleatoric_trace", AleatoricTrace())),
 }
 # Variants that are compared on the digits flow alone.
 OF_DIGITS = (
