@@ -171,7 +171,7 @@ CASES: list[tuple[str | tuple[str, ...], list[str]]] = [
     ("model.num_classes=20", ["model.num_classes=20", "10 classes", "auto"]),
     ("uncertainty.skip_interval=4", ["uncertainty.skip_interval=4", "solver.num_steps=3"]),
     ("data.root=/tmp", ["data.root=/tmp", "digits", "data=mnist"]),
-    ("data.batch_size=5000", ["5000", "1497 training images", "smaller"]),
+    ("data.batch_size=5000", ["5000", "1497 training images", "1497 or fewer"]),
     ("laplace.num_images=5000", ["laplace.num_images=5000", "1497", "null"]),
     ("net.channels=[8,8,8,8,8]", ["8 is not divisible by 16", "net.channels"]),
     ("net.head_kernel=2", ["net.head_kernel=2", "odd"]),
