@@ -188,9 +188,9 @@ def explain(error: BaseException) -> str:
         return f"{error.override} cannot be read: {_line(error)}"
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        cure = "; one of your own needs --config-dir with the folder that holds " + group
         known_ones = ", ".join(sorted(error.options))
-        return f"unknown {group} {name!r}; choose from {known_ones}{cure}/{name}.yaml"
+        cure = f"one of your own is configs/{group}/{name}.yaml here, or below --config-dir"
+        return f"unknown {group} {name!r}; choose from {known_ones}; {cure}"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return _not_made(str(error), error.__cause__)
     if present := re.search(

@@ -55,7 +55,7 @@ def test_a_folder_of_ones_own_configurations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert compose("solver=odd", config_dir="mine").solver.num_steps == 9
     (own / "euler.yaml").write_text("_target_: mine.Euler\n")
-    with pytest.raises(UserError, match="solver=euler: .* has the name of a file of"):
+    with pytest.raises(UserError, match="solver=euler: .* has the name of a shipped file"):
         compose("solver=euler", config_dir="mine")
 
 

@@ -152,7 +152,7 @@ def test_an_unknown_choice_and_a_file_that_is_no_yaml_say_where_to_look(tmp_path
     for given, message in (
         (
             ["solver=ab2"],
-            "one of your own needs --config-dir with the folder that holds solver/ab2",
+            "one of your own is configs/solver/ab2.yaml here, or below --config-dir",
         ),
         (["scores=odd", f"hydra.searchpath=[file://{tmp_path}]"], "odd.yaml"),
     ):
@@ -174,10 +174,13 @@ def test_a_file_that_a_shipped_one_stands_in_front_of_is_refused(tmp_path, monke
     own.write_bytes((ROOT / "configs" / "solver" / "euler.yaml").read_bytes())
     shadows.check_shadows()  # the same
     own.write_text("_target_: mine.Euler\n")
-    with pytest.raises(UserError, match=r"solver=euler: .*euler.yaml has the name of a file of"):
+    with pytest.raises(UserError, match=r"solver=euler: .*euler.yaml has the name of a shipped"):
         shadows.check_shadows()
     runtime.choices["solver"] = "heun"
     shadows.check_shadows()  # not chosen
+    (tmp_path / "train.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"train: .*train.yaml has the name of a shipped file"):
+        shadows.check_shadows()
 
 
 def test_a_package_that_hydra_does_not_read_is_refused(tmp_path):

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bayesdiff"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "checks machine options storage cli data paths likelihoods networks models laplace solvers "
-    "uncertainty metrics report pretrained runs studies pipeline sweeps"
+    "uncertainty metrics report pretrained runs studies pipeline sweeps commands"
 ).split()
 LOOSE = {"__init__", "checks", "cli", "pipeline"}
 

@@ -42,6 +42,23 @@ def test_lines_before_the_folder_is_known_are_kept(tmp_path: Path):
     ]
 
 
+def test_where_nobody_has_set_up_logging_all_is_kept_and_warnings_are_seen(
+    tmp_path: Path, monkeypatch, capsys
+):
+    """As in a script or a notebook: Python itself would show warnings alone."""
+    root, ours = logging.getLogger(), logging.getLogger("bayesdiff")
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.WARNING)
+    ours.manager._clear_cache()  # of what is enabled
+    with recording():
+        write_to(tmp_path)
+        log.info("a stage")
+        log.warning("a doubt")
+    assert lines(tmp_path)[1:3] == ["INFO a stage", "WARNING a doubt"]
+    assert capsys.readouterr().err == "a doubt\n"
+    assert root.handlers == [] and ours.level == logging.NOTSET
+
+
 def test_a_second_run_appends_and_a_run_without_a_folder_leaves_none(tmp_path: Path):
     for number in range(2):
         with recording():

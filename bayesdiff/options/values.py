@@ -1,10 +1,9 @@
 """Options as plain values, by their full names, and those that the shipped files have."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+from bayesdiff.options.config_folders import shipped_configs
 
 
 def plain(cfg: Any) -> Any:
@@ -42,8 +41,9 @@ def shipped_options() -> dict[str, list[str]]:
     from omegaconf import OmegaConf
 
     found: dict[str, list[str]] = {}
-    for path in sorted(CONFIGS.rglob("*.yaml")):
-        parts = path.relative_to(CONFIGS).parent.parts
+    folder = shipped_configs()
+    for path in sorted(folder.rglob("*.yaml")):
+        parts = path.relative_to(folder).parent.parts
         group = ".".join(parts)
         whole = not group or path.read_text(encoding="utf-8").startswith("# @package _global_")
         content: Any = OmegaConf.to_container(OmegaConf.load(path))

@@ -9,8 +9,8 @@ from omegaconf import DictConfig, open_dict
 
 from bayesdiff.checks import UserError
 from bayesdiff.cli import explain
+from bayesdiff.options.config_folders import own_configs, shipped_configs
 from bayesdiff.options.shadows import refuse_shadows
-from bayesdiff.options.values import CONFIGS
 
 _VERSION = "1.3"  # of Hydra's behaviour, as in train.py
 
@@ -26,7 +26,8 @@ def compose(
     Args:
         *overrides: words of the command line, each a string: ``"model=flow"``, ``"seed=1"``.
         config_name: ``"train"``, or ``"sweep"`` for a cell of a sweep.
-        config_dir: a folder of configuration files of your own, as ``--config-dir``.
+        config_dir: a folder of configuration files of your own, as ``--config-dir``; None takes a
+            folder ``configs`` in the current directory, if there is one.
 
     Returns:
         What ``bayesdiff.pipeline.run`` takes.
@@ -59,12 +60,14 @@ def _loaded(
     from hydra.core.utils import setup_globals
     from hydra.types import RunMode
 
-    path = create_config_search_path(str(CONFIGS))
+    path = create_config_search_path(str(shipped_configs()))
+    own = own_configs()
     if config_dir is not None:
-        folder = os.path.abspath(os.path.expanduser(config_dir))
-        if not os.path.isdir(folder):
+        own = Path(os.path.abspath(os.path.expanduser(config_dir)))
+        if not own.is_dir():
             raise UserError(f"config_dir={config_dir} is no folder; give one of your own")
-        path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    if own is not None:
+        path.prepend("command-line", f"file://{own}", SearchPathQuery(provider="schema"))
     with _version_base():
         setup_globals()
         # Not by hydra.initialize, which refuses where Hydra is at work already.

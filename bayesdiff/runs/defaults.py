@@ -12,8 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from bayesdiff.options.config_folders import shipped_configs
 from bayesdiff.options.trainer import weighty
-from bayesdiff.options.values import CONFIGS, leaves
+from bayesdiff.options.values import leaves
 from bayesdiff.report.series import plain_number, short_names
 from bayesdiff.runs.fit_key import displays, takes_weights
 from bayesdiff.storage.atomic import file_name
@@ -35,19 +36,15 @@ def shipped(choices: tuple[tuple[str, str], ...]) -> Mapping[str, Any]:
 
     Args:
         choices: groups and names; those that are not shipped are left as they are by default.
-
-    Returns:
-        Nothing where the package is installed without its configurations.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_config_search_path
     from hydra.types import RunMode
 
-    if not (CONFIGS / "train.yaml").is_file():
-        return {}
-    known = [f"{g}={name}" for g, name in choices if (CONFIGS / g / f"{name}.yaml").is_file()]
+    folder = shipped_configs()
+    known = [f"{g}={name}" for g, name in choices if (folder / g / f"{name}.yaml").is_file()]
     # Beside Hydra's own global state, which belongs to the command that runs.
-    loader = ConfigLoaderImpl(config_search_path=create_config_search_path(str(CONFIGS)))
+    loader = ConfigLoaderImpl(config_search_path=create_config_search_path(str(folder)))
     cfg = loader.load_configuration("train", [*known, "~local"], RunMode.RUN, from_shell=False)
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra")
@@ -134,7 +131,7 @@ def _dots(name: str) -> list[int]:
 def preset(group: str, options: Any) -> str:
     """Name of the shipped options that these are, else that of their class."""
     given: Any = OmegaConf.to_container(options, resolve=True)
-    for path in sorted((CONFIGS / group).glob("*.yaml")):
+    for path in sorted((shipped_configs() / group).glob("*.yaml")):
         if OmegaConf.to_container(OmegaConf.load(path)) == given:
             return path.stem
     return str(given.get("_target_", options)).rpartition(".")[2]

@@ -85,20 +85,42 @@ def recording(*first: str) -> Generator[None, None, None]:
         usual(message, category, filename, lineno, *more)
         _say(record, logging.WARNING, f"{filename}:{lineno}: {category.__name__}: {message}")
 
-    root.addHandler(record)
-    warnings.showwarning = warn  # type: ignore[assignment]
-    try:
-        _say(record, logging.INFO, " ".join(("begun:", *first)))
+    with _heard():
+        root.addHandler(record)
+        warnings.showwarning = warn  # type: ignore[assignment]
+        try:
+            _say(record, logging.INFO, " ".join(("begun:", *first)))
+            yield
+            _say(record, logging.INFO, "done")
+        except BaseException as error:
+            _say(record, logging.ERROR, _line(error))
+            raise
+        finally:
+            root.removeHandler(record)
+            if warnings.showwarning is warn:
+                warnings.showwarning = usual
+            _now = None
+
+
+@contextmanager
+def _heard() -> Generator[None, None, None]:
+    """All lines reach a record, where a script or a notebook has not set up logging.
+
+    Warnings go to standard error as they would without a record, the rest to the record alone.
+    """
+    root, ours = logging.getLogger(), logging.getLogger("bayesdiff")
+    if root.handlers:
         yield
-        _say(record, logging.INFO, "done")
-    except BaseException as error:
-        _say(record, logging.ERROR, _line(error))
-        raise
+        return
+    shown, level = StandardError(), ours.level
+    shown.setLevel(logging.WARNING)
+    root.addHandler(shown)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
     finally:
-        root.removeHandler(record)
-        if warnings.showwarning is warn:
-            warnings.showwarning = usual
-        _now = None
+        root.removeHandler(shown)
+        ours.setLevel(level)
 
 
 def command() -> list[str]:

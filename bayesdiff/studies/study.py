@@ -20,7 +20,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData, check_classifiable
 from bayesdiff.data.spaces import require_pixels
 from bayesdiff.machine.ranks import barrier
-from bayesdiff.options.values import CONFIGS
+from bayesdiff.options.config_folders import shipped_configs
 from bayesdiff.report import board
 from bayesdiff.report.layout import conditions_of
 from bayesdiff.report.loggers import Loggers
@@ -186,8 +186,7 @@ def makes_a_study(options: Any) -> bool:
 @cache
 def open_places() -> frozenset[str]:
     """Names that the shipped configuration leaves to studies."""
-    path = CONFIGS / "train.yaml"
-    shipped: Any = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    shipped: Any = OmegaConf.load(shipped_configs() / "train.yaml")
     names = (str(name) for name, value in shipped.items() if value is None)
     return frozenset(name for name in names if not is_aside(name, shipped))
 
