@@ -6,7 +6,15 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user can mend; entry points show its one line and no traceback."""
+    """Something the user can mend; entry points show its one line and no traceback.
+
+    Example:
+        >>> try:
+        ...     positive("path.beta_1", -1.0)
+        ... except UserError as error:
+        ...     str(error)
+        'path.beta_1 must be positive and finite, got -1.0; give a number above 0'
+    """
 
 
 def one_line(error: BaseException, most: int = 160) -> str:

@@ -73,6 +73,13 @@ class Result:
         weights: which weights they are of, in words.
         headlines: numbers of the studies, which are among the metrics.
         curves: where each logger has what it was given.
+
+    Example:
+        >>> folder = Path("outputs/digits-flow-1a2b3c4d/0a1b2c3d")
+        >>> metrics = {"nfe": 20.0, "fid@1000/classifier": 12.5}
+        >>> result = Result(folder, folder / "maps.npz", metrics, {"solver.name": "euler"})
+        >>> result.metrics["nfe"], result.folder.parent.name
+        (20.0, 'digits-flow-1a2b3c4d')
     """
 
     folder: Path
@@ -89,6 +96,12 @@ def run(cfg: DictConfig) -> Result:
     """Run every stage whose artefact is missing and return the metrics.
 
     What the user can mend is a UserError, raised before any work where it can be known then.
+
+    Example:
+        Half a minute of training on a CPU:
+
+        >>> result = run(compose("experiment=demo"))  # doctest: +SKIP
+        >>> result.metrics["nfe"], result.folder  # doctest: +SKIP
     """
     with run_log.recording(*run_log.command()), stage("run"):
         this, solver, estimator, laplace = prepare(cfg)
@@ -154,7 +167,16 @@ def make_studies(at: Setup) -> tuple[Path, ...]:
 
 
 def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
-    """Build and check everything, before any work is done; then start the other processes."""
+    """Build and check everything, before any work is done; then start the other processes.
+
+    Example:
+        >>> import tempfile
+        >>> words = "data=digits", "net=tiny", "uncertainty=ensemble", "metrics.num_images=0"
+        >>> cfg = compose(*words, f"output_dir={tempfile.mkdtemp()}")
+        >>> this, solver, estimator, laplace = prepare(cfg)  # nothing is trained yet
+        >>> len(this.data.data.images), solver.name, estimator.name, laplace.posterior
+        (1497, 'euler', 'ensemble', None)
+    """
     check_groups(cfg)
     settle(cfg)
     devices = check_devices(cfg)
@@ -236,7 +258,20 @@ def export(at: Address, samples: Samples, images: Tensor | None) -> None:
 
 
 def show(result: Result) -> None:
-    """The closing table, short, and where to look next."""
+    """The closing table, short, and where to look next.
+
+    Example:
+        >>> folder = Path("outputs/demo/0a1b2c3d")
+        >>> metrics = {"nfe": 20.0, "fid@1000/classifier": 12.5}
+        >>> show(Result(folder, folder / "maps.npz", metrics, {"uncertainty.name": "ensemble"}))
+        0a1b2c3d
+        ...
+        │ maps by             │ ensemble                      │
+        │ fid@1000/classifier │ 12.5                          │
+        │ nfe                 │ 20                            │
+        │ pictures            │ outputs/demo/0a1b2c3d/figures │
+        ...
+    """
     if rank():
         return
     made = {"weights": result.weights, "maps by": estimator_of(result.settings)}

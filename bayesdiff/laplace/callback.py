@@ -46,12 +46,6 @@ class LastLayerLaplace(Callback):
     or what else its condition reads;
     put it behind the weight-averaging callback, and it sees the averaged weights.
 
-    Example::
-
-        laplace = LastLayerLaplace(prior_precision="evidence")
-        Trainer(callbacks=[laplace]).fit(model, datamodule=data)
-        laplace.posterior.predictive_variance(features)
-
     Args:
         path: new file that keeps the curvature; None keeps it in memory.
         structure: what is kept of the data's part, see ``HeadPosterior.fit``.
@@ -69,6 +63,16 @@ class LastLayerLaplace(Callback):
 
     Raises:
         UserError: for an option that there is not, or a value that cannot work.
+
+    Example:
+        After the example of ``GenerativeModel``; ``Trainer(callbacks=[laplace])`` does as much:
+
+        >>> from bayesdiff.data.sources import digits
+        >>> laplace = LastLayerLaplace(num_images=64)
+        >>> posterior = laplace.fit(model, digits())
+        >>> features = model.net.features(x_t, t)
+        >>> posterior.predictive_variance(features).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(

@@ -23,7 +23,12 @@ _GRACE = 10.0
 
 
 def rank() -> int:
-    """Number of this process, 0 without others."""
+    """Number of this process, 0 without others.
+
+    Example:
+        >>> rank()  # one process alone; only the first of several writes files
+        0
+    """
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -43,20 +43,24 @@ _CURVATURE, _RECORD = "curvature.safetensors", "posterior.json"
 class BayesianPipeline:
     """A pipeline of diffusers with a posterior of its network's last layer.
 
-    Example::
-
-        pipe = DiffusionPipeline.from_pretrained(path)
-        bayes = BayesianPipeline.of(pipe).fit(images, prompts=prompts)
-        out = bayes("a red fox", num_inference_steps=20, seed=1)
-        bayes.save(folder)
-        bayes = BayesianPipeline.load(pipe, folder)
-
     Nothing of the pipeline is described: it is run, and listened to. It is never changed.
 
     Args:
         pipe: of diffusers, with one network that is called at every step.
         arguments: of every call of the pipeline, such as ``max_sequence_length``.
         settings: of ``HeadPosterior.fit``: structure, sigma_noise, prior_precision, n_eff, rank.
+
+    Example:
+        After the example of ``NetworkPipeline``; any other pipeline goes as well, with
+        ``prompts`` or ``labels`` of the images where it takes some:
+
+        >>> import tempfile
+        >>> bayes = BayesianPipeline.of(pipe).fit(torch.rand(16, 1, 8, 8))
+        >>> out = bayes(num_images=2, num_inference_steps=5, seed=1)
+        >>> out.images.shape, out.variance.shape, out.scores["map.sum"].shape
+        (torch.Size([2, 1, 8, 8]), torch.Size([2, 1, 8, 8]), torch.Size([2]))
+        >>> bayes.save(folder := tempfile.mkdtemp())
+        >>> again = BayesianPipeline.load(pipe, folder)
     """
 
     def __init__(

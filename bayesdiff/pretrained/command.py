@@ -71,6 +71,21 @@ def space(data: ImageData, folder: str | None = None) -> Space:
 
     Raises:
         UserError: for images of another size or number of channels.
+
+    Example:
+        >>> import tempfile
+        >>> from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+        >>> from bayesdiff.data.sources import digits
+        >>> unet = UNet2DModel(
+        ...     sample_size=8, in_channels=1, out_channels=1, num_class_embeds=11,
+        ...     block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        ... )
+        >>> folder, data = tempfile.mkdtemp(), digits()
+        >>> pipe = DDPMPipeline(unet, DDIMScheduler(clip_sample=False))
+        >>> pipe.save_pretrained(folder)  # in place of one that was trained
+        >>> space(data, folder).shape
+        (1, 8, 8)
     """
     pipeline = opened(folder)
     if data.images.dim() != 4:
@@ -105,6 +120,13 @@ def condition(
 
     Raises:
         UserError: for another number of prompts than classes.
+
+    Example:
+        After the example of ``space``:
+
+        >>> prompts = condition(data, "auto", folder)
+        >>> prompts.num_classes, prompts.of_samples([0, 1, 10])  # classes come in turn
+        (10, tensor([0, 1, 0]))
     """
     pipeline = opened(folder)
     classes = data.classes if num_classes == "auto" else ()
@@ -128,12 +150,28 @@ def condition(
 
 
 def path(folder: str | None = None) -> ProbabilityPath:
-    """The path that the pipeline's scheduler tells of: the ``_target_`` of ``path``."""
+    """The path that the pipeline's scheduler tells of: the ``_target_`` of ``path``.
+
+    Example:
+        After the example of ``space``:
+
+        >>> at = path(folder).coefficients(torch.tensor([0.0, 0.5]))
+        >>> (at.alpha**2 + at.sigma**2).round(decimals=6)
+        tensor([1., 1.], dtype=torch.float64)
+    """
     return _model(folder).path
 
 
 def network(folder: str | None = None) -> nn.Module:
-    """The pipeline's network with its last layer apart: the ``_target_`` of ``net``."""
+    """The pipeline's network with its last layer apart: the ``_target_`` of ``net``.
+
+    Example:
+        After the example of ``space``:
+
+        >>> net = network(folder)
+        >>> net.head.in_channels, net.head.out_channels
+        (8, 1)
+    """
     net: Any = _model(folder).net
     return net
 
@@ -148,6 +186,13 @@ def model(
         path: from ``path``.
         folder: of the pipeline.
         options: of ``GenerativeModel``.
+
+    Example:
+        After the example of ``space``:
+
+        >>> made = model(network(folder), path(folder), folder, optimizer=torch.optim.Adam)
+        >>> made.prediction, made.net is network(folder)
+        ('noise', True)
     """
     made = _model(folder)
     own = {k: v for k, v in options.items() if k in ("likelihood", "seed")}
@@ -180,6 +225,13 @@ def solver(
         scheduler: name of a class of diffusers that takes the place of the pipeline's.
         options: of its configuration, in place of those that the pipeline's has.
 
+
+    Example:
+        After the example of ``space``:
+
+        >>> steps = solver(folder, num_steps=5)
+        >>> steps.num_steps, len(steps.times(path(folder)))
+        (5, 6)
     """
     at_least("solver.num_steps", num_steps)
     return opened(folder).scheduled(scheduler, dict(options or {}), num_steps, guidance)

@@ -32,6 +32,18 @@ class NetworkPipeline:
         shape: of a state, ``(C, H, W)``.
         vae: decoder of states with ``config.scaling_factor``; None where they are images.
         time_shift: what the network's time is more than the scheduler's.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.body, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+        ...     def forward(self, x, timestep):
+        ...         return self.head(torch.relu(self.body(x)))
+        >>> pipe = NetworkPipeline(Net(), DDIMScheduler(clip_sample=False), shape=(1, 8, 8))
+        >>> pipe(num_images=2, num_inference_steps=5).images.shape
+        torch.Size([2, 1, 8, 8])
     """
 
     network: nn.Module

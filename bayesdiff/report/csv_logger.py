@@ -14,6 +14,16 @@ class CSVLogger(csv_logs.CSVLogger):
         keep: whether to keep the steps before the first one that is logged; a report is whole and
             replaces an earlier one.
         **options: of Lightning's logger.
+
+    Example:
+        >>> import tempfile
+        >>> logger = CSVLogger(tempfile.mkdtemp())
+        >>> for step, loss in enumerate([2.0, 1.0, 0.5]):
+        ...     logger.log_metrics({"loss": loss}, step)
+        >>> logger.save()
+        >>> with open(f"{logger.log_dir}/metrics.csv") as file:
+        ...     file.read().splitlines()
+        ['loss,step', '2.0,0', '1.0,1', '0.5,2']
     """
 
     def __init__(self, save_dir: Any, keep: bool = True, **options: Any) -> None:

@@ -35,6 +35,13 @@ class SampleGrid(Callback):
         num_steps: solver steps; a grid costs ``max_images`` trajectories of them at most.
         rows: images per class.
         max_images: of a grid; where all classes would be more, some are drawn, evenly chosen.
+
+    Example:
+        >>> grid = SampleGrid(rows=4, max_images=64)
+        >>> grid.size(10), grid.size(100)  # images of 10 and of 100 classes
+        (40, 64)
+        >>> grid.classes(100)[:5]  # as many as there is room for
+        [0, 6, 12, 18, 25]
     """
 
     def __init__(

@@ -34,6 +34,11 @@ def compose(
 
     Raises:
         UserError: for what the command line would refuse, in one line.
+
+    Example:
+        >>> cfg = compose("model=flow", "data=digits", "net=tiny", "seed=1")
+        >>> cfg.seed, cfg.path._target_, cfg.model.prediction
+        (1, 'bayesdiff.paths.CondOT', 'velocity')
     """
     for word in overrides:
         if not isinstance(word, str):

@@ -43,6 +43,21 @@ class InvertibleFlow:
         solver: deterministic.
         weights: key of the weights, which saved latents must share.
         stored: one of the data as they are stored, ``(1, ...)``; others must be like it.
+
+    Example:
+        Of an untrained network, without a folder:
+
+        >>> from bayesdiff.data.toys import circles
+        >>> from bayesdiff.networks import MLP
+        >>> from bayesdiff.paths import CondOT
+        >>> from bayesdiff.solvers import RK4
+        >>> data = circles(points=20)
+        >>> net = MLP(shape=(2,), width=16)
+        >>> model = GenerativeModel(net, CondOT(), "velocity", torch.optim.Adam)
+        >>> flow = InvertibleFlow(model, data.space, RK4(num_steps=10), weights="")
+        >>> latents = flow.encode(data.images)
+        >>> torch.allclose(flow.decode(latents), data.images, atol=0.01)
+        True
     """
 
     model: GenerativeModel

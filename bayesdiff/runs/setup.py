@@ -82,7 +82,15 @@ def sampled_from(run: Run, weights: str) -> list[Any]:
 
 
 def settings_of(posterior: HeadPosterior) -> list[Any]:
-    """What the posterior depends on, with words like ``mle`` resolved."""
+    """What the posterior depends on, with words like ``mle`` resolved.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> _, structure, sigma_noise, prior_precision, n_eff = settings_of(posterior)
+        >>> structure, prior_precision, n_eff
+        ('full', 1.0, 64.0)
+    """
     return [posterior.curvature.source, *posterior.settings]
 
 

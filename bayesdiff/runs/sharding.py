@@ -38,6 +38,11 @@ class FullyShard(ModelParallelStrategy):
 
     Args:
         timeout: seconds that a process may keep the others waiting.
+
+    Example:
+        >>> strategy = FullyShard(timeout=60)
+        >>> L.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False).world_size
+        2
     """
 
     def __init__(self, timeout: float = 1800) -> None:

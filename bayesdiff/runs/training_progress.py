@@ -17,6 +17,17 @@ class TrainingProgress(Callback):
     """Says what a training will do, how long it takes, and every half a minute how far it is.
 
     Bars are switched off where standard error is no terminal: they would fill it with frames.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = L.Trainer(
+        ...     max_epochs=2, limit_train_batches=3, limit_val_batches=0, accelerator="cpu",
+        ...     callbacks=[TrainingProgress()], logger=False, enable_checkpointing=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())  # the log says: 6 steps, 3 batches an epoch
+        >>> trainer.global_step
+        6
     """
 
     def __init__(self) -> None:

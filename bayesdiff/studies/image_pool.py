@@ -40,6 +40,11 @@ class ImagePool:
         at: what they are made with; its estimator is not among it.
         count: images.
         seed: of their noise.
+
+    Example:
+        >>> pool = ImagePool(None, count=1200, seed=0)
+        >>> [len(block) for block in pool.blocks]  # images of one file
+        [500, 500, 200]
     """
 
     at: Setup

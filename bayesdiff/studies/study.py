@@ -56,6 +56,11 @@ class Report:
         headlines: the few numbers that go into the cell's metrics, with their conditions in their
             names: ``gain@0.8`` becomes ``filtering/gain@0.8``.
         curves: points (prior_precision, value) by name, None for a missing value.
+
+    Example:
+        >>> report = Report({"sums": [1.5, 4.0]}, headlines={"max@2": 4.0})
+        >>> report.headlines  # in metrics.json as loudest/max@2, of a study that is called loudest
+        {'max@2': 4.0}
     """
 
     results: Mapping[str, Any]
@@ -67,7 +72,17 @@ class Report:
 
 
 class Study(ABC):
-    """A study with its options, as its ``_target_`` makes it."""
+    """A study with its options, as its ``_target_`` makes it.
+
+    Example:
+        >>> class Loudest(Study):
+        ...     def make(self, at, place):
+        ...         variance = torch.ones(8, 1, 4, 4)
+        ...         sums = variance.flatten(1).sum(1)
+        ...         return Report({"sums": sums.tolist()}, headlines={"max@8": float(sums.max())})
+        >>> Loudest().make(None, None).headlines
+        {'max@8': 16.0}
+    """
 
     @property
     def map_count(self) -> int:

@@ -71,7 +71,13 @@ def run_cell(cfg: DictConfig) -> float | None:
 
 
 class SweepReport(Callback):
-    """Hydra callback: names the sweep's folder before the cells, writes its table after them."""
+    """Hydra callback: names the sweep's folder before the cells, writes its table after them.
+
+    Example:
+        >>> words = [expanded(word) for word in ("seed=0,1", "model=flow,diffusion")]
+        >>> key_of(sorted(words))[:8]  # the folder in outputs/sweeps: same command, same folder
+        '8e769634'
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Same command, same folder: a sweep started again continues its own table.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from omegaconf import DictConfig
 
-from bayesdiff.checks import UserError, at_least, listed, positive, seed_of
+from bayesdiff.checks import UserError, at_least, positive, seed_of
 from bayesdiff.data.images import ImageData
 from bayesdiff.data.module import ImageDataModule
 from bayesdiff.data.spaces import require_pixels
@@ -18,6 +18,7 @@ from bayesdiff.models import GenerativeModel
 from bayesdiff.solvers import Solver
 from bayesdiff.uncertainty.calibration import check_calibrate
 from bayesdiff.uncertainty.data_variance import check_probes, step_at, with_data_variance
+from bayesdiff.uncertainty.given import check_chosen, check_times, check_validation
 from bayesdiff.uncertainty.samples import UNITS, Samples
 from bayesdiff.uncertainty.start import Start, Starts
 
@@ -100,6 +101,16 @@ class Estimator(ABC):
         calibrate_per_time: whether each of ``times`` gets a factor of its own.
         likelihood_probes: random directions behind the log-likelihood of every image, followed
             along its own trajectory, 0 for none; an estimator that ``carries_density`` has it.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> from bayesdiff.uncertainty import Ensemble
+        >>> samples = Ensemble(members=4, times=[0.5]).mapped(starts, [0, 1, 2], posterior)
+        >>> samples.images.shape, bool((samples.variance >= 0).all())
+        (torch.Size([3, 1, 8, 8]), True)
+        >>> samples.requested_times, samples.state_variance.shape
+        (tensor([0.5000]), torch.Size([1, 3, 1, 8, 8]))
     """
 
     num_images: int = 64
@@ -144,9 +155,10 @@ class Estimator(ABC):
             raise UserError(
                 f"unknown uncertainty.units {self.units!r}; choose from {', '.join(UNITS)}"
             )
-        self._check_chosen()
-        self._check_times()
-        self._check_validation()
+        check_chosen(self.labels, self.numbers)
+        check_times(self.times)
+        given = self.validate, self.validate_images, self.validate_members
+        check_validation(*given, self.map_count)
         check_probes(self.aleatoric, self.aleatoric_time)
         options = self.calibrate_images, self.calibrate_per_time, self.times, self.validate
         check_calibrate(self.calibrate, *options)
@@ -256,42 +268,3 @@ class Estimator(ABC):
     def prepared(self, start: Start, posterior: HeadPosterior, folder: Path) -> tuple[str, bool]:
         """Key of what ``fit`` leaves in the run folder, and whether it is there."""
         return "", False
-
-    def _check_chosen(self) -> None:
-        """Refuse classes or numbers that are no list, or both."""
-        if self.labels is not None:
-            listed("uncertainty.labels", self.labels, "[3,5]")
-        if self.numbers is not None:
-            listed("uncertainty.numbers", self.numbers, "[0,17,905]")
-        if self.labels is not None and self.numbers is not None:
-            raise UserError(
-                f"uncertainty.numbers={list(self.numbers)} have their classes already; leave "
-                f"uncertainty.labels={list(self.labels)} out"
-            )
-
-    def _check_times(self) -> None:
-        """Refuse times where there is nothing to record."""
-        given = self.times
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            raise UserError(
-                f"uncertainty.times must be a list such as [0.5,0.9], got {given!r}; [] is none"
-            )
-        for time in given:
-            if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 < time < 1:
-                raise UserError(
-                    f"uncertainty.times must lie between 0 and 1, got {time!r}; "
-                    "noise is at 0, and the image itself at 1"
-                )
-
-    def _check_validation(self) -> None:
-        """Refuse a comparison that could not be made."""
-        if not isinstance(self.validate, bool):
-            raise UserError(f"uncertainty.validate must be true or false, got {self.validate!r}")
-        at_least("uncertainty.validate_images", self.validate_images, 3)
-        at_least("uncertainty.validate_members", self.validate_members, 2)
-        if self.validate and self.validate_images > self.map_count:
-            raise UserError(
-                f"uncertainty.validate_images={self.validate_images} is more than the "
-                f"{self.map_count} maps of uncertainty.num_images or numbers; compare fewer, or "
-                "map more images"
-            )

@@ -19,6 +19,15 @@ class Recorder:
         times: requested times; all images are kept at the first step that ends at or after one.
         images: of the frames.
         frames: evenly over the steps.
+
+    Example:
+        >>> recorder, image = Recorder(num_steps=2), torch.zeros(3, 1, 8, 8)
+        >>> recorder(0.5, image, image + 0.25)
+        >>> recorder(1.0, image, image + 1)
+        >>> samples = recorder.samples(image, image + 1, None, nfe=2, estimator="mine")
+        >>> samples.summed  # over 64 pixels, for three images after two steps
+        tensor([[16., 16., 16.],
+                [64., 64., 64.]])
     """
 
     def __init__(

@@ -53,6 +53,17 @@ class Samples:
         score: ``(B, C, H, W)``, gradient of ln p_t at the last state of each trajectory that has
             noise left, with the bits.
         score_time: its t, a tensor without axes.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> from bayesdiff.uncertainty import Ensemble
+        >>> samples = Ensemble(members=4).mapped(starts, [0, 1], posterior)
+        >>> samples.over_time["summed"].shape  # after each of four steps
+        torch.Size([4, 2])
+        >>> unit = samples.in_unit_range()  # images in [0, 1] in place of [-1, 1]
+        >>> torch.allclose(unit.variance, samples.variance / 4)
+        True
     """
 
     images: Tensor

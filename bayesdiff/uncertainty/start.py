@@ -23,6 +23,15 @@ class Start:
         noise: random inputs of the batch; its first draw is the starting noise.
         device: where to compute.
         decoder: of states, None where they are their own values.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> start = starts([0, 1, 2])
+        >>> start.nfe, start.initial().shape  # evaluations of four steps of Euler's method
+        (4, torch.Size([3, 1, 8, 8]))
+        >>> [step.end for step in start.steps()]
+        [0.25, 0.5, 0.75, 1.0]
     """
 
     model: GenerativeModel
@@ -92,6 +101,19 @@ def starts_of(
         shape: of one state, ``(C, H, W)`` of an image.
         device: where to compute.
         decoder: of states, None where they are their own values.
+
+    Example:
+        >>> from bayesdiff.data.sources import digits
+        >>> from bayesdiff.laplace.callback import LastLayerLaplace
+        >>> from bayesdiff.networks import UNet
+        >>> from bayesdiff.paths import CondOT
+        >>> from bayesdiff.solvers import Euler
+        >>> net = UNet(in_channels=1, image_size=8, channels=(8,), blocks=1)  # untrained here
+        >>> model = GenerativeModel(net, CondOT(), "velocity", torch.optim.Adam).eval()
+        >>> posterior = LastLayerLaplace(num_images=64).fit(model, digits())
+        >>> starts = starts_of(model, Euler(num_steps=4), 0, (1, 8, 8), torch.device("cpu"))
+        >>> torch.equal(starts([3]).initial()[0], starts([1, 2, 3]).initial()[2])  # of sample 3
+        True
     """
 
     def start(numbers: Sequence[int]) -> Start:

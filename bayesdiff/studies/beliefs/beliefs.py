@@ -52,6 +52,16 @@ class Beliefs(Study):
         bootstrap: samples of the intervals over images.
         batch_size: images at once.
         seed: of the images' choice, the beliefs' noise, draws and intervals.
+
+    Example:
+        >>> from bayesdiff.studies.beliefs.shifts import inverted
+        >>> study = Beliefs(num_images=100, shift=inverted, bins=4)
+        >>> name_of(study.shift)
+        'inverted'
+        >>> Beliefs(times=[0.5, 1.5])
+        Traceback (most recent call last):
+            ...
+        bayesdiff.checks.UserError: beliefs.times must lie in [0, 1], got 1.5
     """
 
     num_images: int = 500

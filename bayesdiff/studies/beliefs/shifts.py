@@ -16,7 +16,12 @@ Shift = ImageData | Callable[[Tensor], Tensor]
 
 
 def inverted(images: Tensor) -> Tensor:
-    """Black for white, uint8 ``(N, C, H, W)``."""
+    """Black for white, uint8 ``(N, C, H, W)``.
+
+    Example:
+        >>> inverted(torch.tensor([[[[0, 100, 255]]]], dtype=torch.uint8))
+        tensor([[[[255, 155,   0]]]], dtype=torch.uint8)
+    """
     return 255 - images
 
 
@@ -26,6 +31,14 @@ def shuffled(images: Tensor, seed: int = 0) -> Tensor:
     Args:
         images: uint8 ``(N, C, H, W)``.
         seed: of the order.
+
+    Example:
+        >>> images = torch.arange(8, dtype=torch.uint8).view(2, 1, 2, 2)
+        >>> other = shuffled(images)
+        >>> other.flatten(1).sort().values.tolist()  # the same pixels
+        [[0, 1, 2, 3], [4, 5, 6, 7]]
+        >>> torch.equal(other[1] - other[0], images[1] - images[0])  # in one order for all images
+        True
     """
     height, width = images.shape[2:]
     order = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))

@@ -49,6 +49,13 @@ class CodeLength(Study):
         spread: of numbers whose likelihood has none at the end; None for the belief's own.
         batch_size: images at once.
         seed: of order, noise and times.
+
+    Example:
+        >>> CodeLength(num_images=100, n_steps=[10, 100]).n_steps  # transmissions
+        [10, 100]
+        >>> images = 255 * (torch.arange(100) % 2).view(100, 1, 1, 1).expand(100, 1, 8, 8)
+        >>> round(independent_pixels(images, images) / 64 / math.log(2), 3)  # bits of a fair coin
+        1.0
     """
 
     num_images: int | None = 1000

@@ -43,6 +43,14 @@ class RegionCoverage(Study):
         vertices: of a polygon in the plane.
         subdivisions: of an icosahedron in space, whose triangles are split in four so many times.
         seed: of the latents.
+
+    Example:
+        >>> study = RegionCoverage(radii=[1.0, 2.0])
+        >>> spheres = geometry.spheres(
+        ...     geometry.circle(study.vertices), torch.tensor(study.radii), torch.ones(2)
+        ... )
+        >>> geometry.normal_mass(spheres)  # nearly 1 - exp(-r^2 / 2), of normal points inside
+        tensor([0.3934, 0.8646], dtype=torch.float64)
     """
 
     radii: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)

@@ -81,6 +81,13 @@ class Filtering(GuaranteeOptions, ScoreOptions, Study):
         subsets: random choices that a score is compared with.
         draws: bootstrap samples of the intervals over images.
         seed: of the random choices.
+
+    Example:
+        >>> study = Filtering(num_images=1000, keep=[0.5, 0.8], rules=["mean+2sd"])
+        >>> [kept_count(share, study.num_images) for share in study.keep]
+        [500, 800]
+        >>> factor_of(study.rules[0])
+        2.0
     """
 
     num_images: int = 3000

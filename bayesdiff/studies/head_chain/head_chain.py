@@ -54,6 +54,17 @@ class HeadChain(Study):
         warmup: proposals before.
         step: of the leapfrog, in posterior standard deviations; a path is a quarter of a circle.
         seed: of the pass, the starts and the chains.
+
+    Example:
+        >>> study = HeadChain(chains=32, draws=500)
+        >>> start = torch.zeros(study.chains, 1, 1, dtype=torch.float64)
+        >>> root, generator = torch.eye(1, dtype=torch.float64), torch.Generator().manual_seed(0)
+        >>> chains = sample_chains(  # of a Gaussian whose standard deviation is 2
+        ...     lambda w: w.square().sum((1, 2)) / 8, start, 2 * root,
+        ...     draws=study.draws, warmup=study.warmup, step=study.step, generator=generator,
+        ... )
+        >>> chains.draws.std().round(decimals=1)
+        tensor(2., dtype=torch.float64)
     """
 
     num_images: int = 300

@@ -73,6 +73,14 @@ class LatentInference(Study):
         truths: heads from the posterior with a latent each, for the calibration of latents.
         heads: others that find each latent again.
         seed: of everything.
+
+    Example:
+        >>> study = LatentInference(
+        ...     means=[[-1, 0], [1, 0]], scales=[[0.1, 0.1], [0.1, 0.1]], weights=[0.7, 0.3]
+        ... )
+        >>> log_likelihood = torch.tensor([[0.0, -99.0]] * 3 + [[-99.0, 0.0]])  # three are of one
+        >>> grid_posterior(log_likelihood).mean  # (3 + 1) / (4 + 2) under a uniform prior
+        tensor([0.6667, 0.3333], dtype=torch.float64)
     """
 
     means: Sequence[Sequence[float]] = ((0.0, 0.0), (-0.05, 0.0), (0.05, 0.0))

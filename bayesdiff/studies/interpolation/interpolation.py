@@ -43,6 +43,14 @@ class Interpolation(Study):
         points: images along an arc, both ends and the middle among them.
         bootstrap: samples of the intervals over pairs.
         seed: of these.
+
+    Example:
+        >>> study = Interpolation(pairs=2, points=5)
+        >>> study.numbers(num_classes=10)  # neighbours of one class
+        [(0, 10), (1, 11)]
+        >>> a, b = torch.randn(2, 1, 1, 64, 64).unbind()
+        >>> [round(float(arc(a, b, place).std()), 1) for place in study.places]
+        [1.0, 1.0, 1.0, 1.0, 1.0]
     """
 
     pairs: int | Sequence[Sequence[int]] = 32

@@ -51,6 +51,13 @@ class Inversion(Study):
         bootstrap: samples of the intervals over images.
         batch_size: images at once; each is there once more for every member.
         seed: of order, noise, heads and intervals.
+
+    Example:
+        >>> study = Inversion(num_images=4000)
+        >>> latents = torch.randn(study.num_images, 2)  # as of a model that is right
+        >>> found = results.of_latents(latents)
+        >>> round(found["latent_variance"], 1), abs(round(found["latent_kurtosis"]))
+        (1.0, 0)
     """
 
     num_images: int | None = 256

@@ -37,7 +37,13 @@ from bayesdiff.uncertainty.memory import images_at_once
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(GridOptions, Study):
-    """Maps and numbers over a grid of settings."""
+    """Maps and numbers over a grid of settings.
+
+    Example:
+        >>> study = Ablation(sigma_noise=[0.1, 1.0], prior_precision=[1.0, 10.0, 100.0], draws=32)
+        >>> study.shape, study.estimator.draws  # all six cells are of these directions
+        ((2, 3), 32)
+    """
 
     def check(self, run: Run, solver: Solver, estimator: Estimator) -> None:
         """Refuse a grid that memory does not hold, and a likelihood without a noise level."""

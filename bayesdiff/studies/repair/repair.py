@@ -33,7 +33,13 @@ from bayesdiff.uncertainty.memory import images_at_once
 
 @dataclass(frozen=True, kw_only=True)
 class Repair(RedrawOptions, Study):
-    """Images resampled, and what that does to them."""
+    """Images resampled, and what that does to them.
+
+    Example:
+        >>> study = Repair(images=[3, 17], draws=8, ways=["fresh"], score="map.sum")
+        >>> study.numbers, study.map_count  # of each image and of its eight alternatives
+        ([3, 17], 18)
+    """
 
     @property
     def map_count(self) -> int:

@@ -50,6 +50,13 @@ class ErrorsInTime(Study):
             own distance from it is the floor; at most half of the training data each.
         batch_size: points at once.
         seed: of the latents, the choice of references and the noise on clean data.
+
+    Example:
+        >>> times, white = [0.0, 0.25, 0.5, 0.75], torch.randn(4, 200_000, 1)
+        >>> fresh = summary_of(white, times)  # errors that are drawn afresh at every time
+        >>> same = summary_of(white[:1].expand(4, -1, -1), times)  # and one that stays
+        >>> round(fresh["persistent_share"], 2), round(same["persistent_share"], 2)
+        (0.25, 1.0)
     """
 
     points: int = 1000

@@ -27,6 +27,17 @@ class DeepEnsemble(NetworkMembers):
     Args:
         members: run folders or checkpoints of the others, or patterns such as
             ``outputs/digits-flow-*``; the run itself may be among them and counts once.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> from copy import deepcopy
+        >>> other = deepcopy(model)  # in place of one that was trained from another seed
+        >>> _ = torch.nn.init.normal_(other.net.head.bias)
+        >>> estimator = DeepEnsemble(networks=(model, other))
+        >>> samples = estimator.mapped(starts, [0, 1], posterior)
+        >>> bool((samples.variance > 0).all())
+        True
     """
 
     members: Sequence[str] | str = ()

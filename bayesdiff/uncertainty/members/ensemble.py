@@ -25,6 +25,15 @@ class Ensemble(Members):
 
     Args:
         members: weight draws, at least 2.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> samples = Ensemble(members=4).mapped(starts, [0, 1], posterior)
+        >>> samples.variance.shape
+        torch.Size([2, 1, 8, 8])
+        >>> samples.nfe  # 4 of the image, 4 * 4 - 3 of members, which begin alike
+        17
     """
 
     members: int = 16

@@ -32,6 +32,11 @@ class Snapshots(Callback):
         keep: snapshots, at least 2.
         every: epochs between them. Learning rates fall to zero at the end: the longer, the more
             the snapshots differ.
+
+    Example:
+        >>> callbacks = {"snapshots": {"_target_": "bayesdiff.uncertainty.Snapshots", "every": 10}}
+        >>> planned_snapshots(callbacks, max_epochs=30)  # after epochs 10, 20 and 30
+        3
     """
 
     def __init__(self, keep: int = 10, every: int = 1) -> None:

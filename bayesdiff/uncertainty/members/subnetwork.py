@@ -66,6 +66,12 @@ class Subnetwork(NetworkMembers):
         probes: random backward passes per image and draw, ``all`` for one per output: exact. A
             dense matrix needs several times k of them over all images.
         training: the run, see ``for_run``.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> Subnetwork(weights=512).chosen(model), Subnetwork(share=0.01).chosen(model)
+        (512, 119)
     """
 
     members: int = 16

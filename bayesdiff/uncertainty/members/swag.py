@@ -31,6 +31,11 @@ class Checkpoints(NetworkMembers):
     """Variance over the snapshots of this run's training, see ``Snapshots``.
 
     The trained network itself, whose weights are averaged, is no member.
+
+    Example:
+        >>> snapshots = [{"weight": torch.tensor([w])} for w in (0.0, 1.0, 2.0)]
+        >>> Checkpoints().states(snapshots) == snapshots  # each is a member
+        True
     """
 
     name: ClassVar[str] = "checkpoints"
@@ -113,6 +118,12 @@ class Swag(Checkpoints):
 
     Args:
         members: draws, at least 2.
+
+    Example:
+        >>> snapshots = [{"weight": torch.tensor([w])} for w in (0.0, 1.0, 2.0)]
+        >>> drawn = torch.stack([each["weight"] for each in Swag(members=4000).states(snapshots)])
+        >>> drawn.mean().round(decimals=1), drawn.var().round(decimals=1)  # the snapshots' own
+        (tensor(1.), tensor(1.))
     """
 
     members: int = 16

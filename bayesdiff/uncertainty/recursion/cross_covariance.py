@@ -46,6 +46,13 @@ class CrossCovariance(ValueByValue):
     Args:
         members: weight draws whose states are followed, at least 2.
         head_draws: weight draws for Var(d), at least 2.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> samples = CrossCovariance(members=4).mapped(starts, [0, 1], posterior)
+        >>> samples.variance.shape, bool((samples.variance >= 0).all())
+        (torch.Size([2, 1, 8, 8]), True)
     """
 
     members: int = 4

@@ -1,7 +1,8 @@
 """The network beside its derivative along weight directions of the head, in one pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,21 @@ Product = Callable[[Field, Tensor, Tensor, Tensor, float], Tensor]
 _STEP = 3e-3
 _COARSE_STEP = 0.03
 _DECOUPLED = 1e-6  # a share of the output in the predicted data below which it has none
+
+
+class Rows(Protocol):
+    """Outputs for rows ``(1 + M, B, C, H, W)``, an image and its sensitivities, at a time."""
+
+    @property
+    def field(self) -> Field:
+        """At the batch's condition; it counts evaluations."""
+
+    @property
+    def features(self) -> Mapping[int, Tensor]:
+        """Of the evaluations that a rule reads."""
+
+    def __call__(self, rows: Tensor, t: float) -> Tensor:
+        """Outputs of all rows."""
 
 
 class TangentField:

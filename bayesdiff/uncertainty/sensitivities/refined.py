@@ -80,6 +80,11 @@ class Refined(Estimator):
         few_maps: ``ensemble`` or ``refined``, what makes too few maps, see ``for_few_maps``.
         fitted: rule, refiner, and the logarithm of this posterior's variance over the one that the
             refiner was trained for; made by ``fit``.
+
+    Example:
+        >>> estimator = Refined(budget=1.4, products=2)
+        >>> estimator.draws(50)  # along 50 evaluations 1.4 * 50 products are paid, 2 of each
+        35
     """
 
     budget: float = 1.4
