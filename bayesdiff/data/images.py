@@ -37,8 +37,10 @@ class ImageData:
         stored: fingerprint of the images themselves, where the other one is of a space as well.
 
     Example:
-        >>> x = torch.zeros(9, 1, 8, 8, dtype=torch.uint8)
-        >>> data = ImageData.build("mine", x, None, x[:2], None)  # data.channels is 1
+        >>> images, labels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 1])
+        >>> data = ImageData.build("mine", images, labels, images, labels, classes=("cat", "dog"))
+        >>> data.channels, data.image_size, data.num_classes
+        (3, 16, 2)
     """
 
     name: str
@@ -215,23 +217,6 @@ def fingerprint_of(parts: tuple[Tensor | None, ...], classes: tuple[str, ...]) -
             digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).data)
     digest.update("\0".join(classes).encode())
     return digest.hexdigest()[:16]
-
-
-def check_classifiable(data: ImageData, cure: str) -> None:
-    """Refuse data that a classifier cannot learn from.
-
-    Raises:
-        UserError: for data without labels, or of one class, ending in the cure.
-    """
-    if data.labels is None:
-        raise UserError(
-            f"data set {data.name} has no labels for metrics.features=classifier; {cure}"
-        )
-    if data.num_classes < 2:
-        raise UserError(
-            f"data set {data.name} has one class; metrics.features=classifier needs two (class "
-            f"folders look like data.root/cat/1.png and data.root/dog/2.png); {cure}"
-        )
 
 
 def hold_out(

@@ -55,6 +55,12 @@ def best_prior(mean: Tensor, values: Tensor) -> float:
 
     Raises:
         UserError: if the evidence has no maximum at a finite tau above zero.
+
+    Example:
+        >>> mean = torch.full((1, 4), 2.0, dtype=torch.float64)
+        >>> data = torch.full((1, 4), 1e9, dtype=torch.float64)  # that say all there is to say
+        >>> round(best_prior(mean, data), 6)  # the mean square of the weights is 1 / tau
+        0.25
     """
     squares = float(mean.square().sum())
     if squares <= 0 or float(values.max()) <= 0:

@@ -35,6 +35,12 @@ def gram(head: nn.Module, features: Tensor) -> Tensor:
     Args:
         head: the last layer; only its geometry is read.
         features: ``(B, D, h, w)`` in any memory format, or ``(B, ..., D)`` for a linear head.
+
+    Example:
+        >>> head, features = nn.Conv2d(8, 1, kernel_size=1), torch.randn(2, 8, 4, 4)
+        >>> phi = torch.cat([features, torch.ones(2, 1, 4, 4)], 1).movedim(1, -1).reshape(-1, 9)
+        >>> torch.allclose(gram(head, features).float(), phi.T @ phi, atol=1e-4)
+        True
     """
     geometry = HeadGeometry.of(head)
     geometry.check(features)

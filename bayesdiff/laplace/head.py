@@ -18,6 +18,11 @@ class HeadGeometry:
         kernel_size: k of a k x k convolution, 0 for a linear head.
         bias: whether phi ends with a 1.
         carried: channels behind the D that no weight sees: they are added to the outputs.
+
+    Example:
+        >>> geometry = HeadGeometry.of(nn.Conv2d(64, 1, kernel_size=3, padding=1))
+        >>> geometry.features, geometry.size  # P = 64 * 3 * 3 + 1
+        (64, 577)
     """
 
     features: int
@@ -105,7 +110,14 @@ def _check_conv(head: nn.Conv2d) -> None:
 
 
 def head_matrix(head: nn.Module) -> Tensor:
-    """Weights and bias of the head as one matrix, float64 ``(C_out, P)``, in phi's order."""
+    """Weights and bias of the head as one matrix, float64 ``(C_out, P)``, in phi's order.
+
+    Example:
+        >>> head = nn.Conv2d(64, 3, kernel_size=3, padding=1)
+        >>> matrix = head_matrix(head)
+        >>> matrix.shape, torch.equal(matrix[:, -1], head.bias.detach().double())
+        (torch.Size([3, 577]), True)
+    """
     HeadGeometry.of(head)
     weight: Tensor = head.weight  # type: ignore[assignment]
     parts = [weight.detach().flatten(1)]

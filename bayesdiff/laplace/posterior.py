@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bayesdiff.checks import UserError, positive
-from bayesdiff.laplace.directions import orthogonal_rows
+from bayesdiff.laplace.directions import by_root, columns_of, orthogonal_rows
 from bayesdiff.laplace.evidence import best_prior, log_evidence
 from bayesdiff.laplace.record import Curvature
 from bayesdiff.laplace.structures import (
@@ -27,7 +27,6 @@ from bayesdiff.laplace.structures import (
     check_likelihood,
     check_settings,
     check_structure,
-    rotated,
     structure_of,
 )
 from bayesdiff.laplace.variance import QuadraticForm
@@ -48,6 +47,15 @@ class HeadPosterior:
         prior_precision: tau, of every weight, around zero.
         n_eff: images the likelihood counts for.
         rank: directions that keep their data; None but for ``subspace``.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> features = net.features(torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.8]))
+        >>> narrow = HeadPosterior.fit(posterior.curvature, prior_precision=100.0)  # no new pass
+        >>> ratio = narrow.predictive_variance(features) / posterior.predictive_variance(features)
+        >>> ratio.shape, bool((ratio < 1).all())
+        (torch.Size([2, 1, 8, 8]), True)
     """
 
     curvature: Curvature
@@ -249,24 +257,16 @@ class HeadPosterior:
         ``orthogonal`` ones share nothing, see ``orthogonal_rows``: outer products still average
         Sigma, and sums of squares along them vary less.
         """
-        device, vectors = generator.device, self.eigenvectors
-        curvature, scale = self.curvature, self._variances.sqrt().to(device)
-        mean = curvature.blocks(curvature.mean.to(device))
+        curvature, scale = self.curvature, self._variances.sqrt().to(generator.device)
+        mean = curvature.blocks(curvature.mean.to(generator.device))
         noise = mean.new_empty(n, *mean.shape).normal_(generator=generator)
         noise = orthogonal_rows(noise) if orthogonal else noise
-        if vectors is None:
-            return curvature.channels(mean + noise * scale)
-        vectors = vectors.to(device)
-        return curvature.channels(mean + rotated(rotated(noise, vectors) * scale, vectors.mT))
+        return curvature.channels(mean + by_root(noise, self.eigenvectors, scale))
 
     def columns(self) -> Tensor:
         """Weight directions ``(C_out P, C_out, P)`` float64 whose outer products sum to Sigma."""
-        root = self.eigenvectors
-        root = torch.eye(self.num_parameters, dtype=torch.float64) if root is None else root
-        shape = self.curvature.shape
-        scales, roots = self._variances.sqrt().expand(shape), root.expand(shape[0], -1, -1)
-        blocks = [(each * scale).T for each, scale in zip(roots, scales, strict=True)]
-        return self.curvature.channels(torch.block_diag(*blocks).unflatten(1, shape))
+        scale = self._variances.sqrt().expand(self.curvature.shape)
+        return self.curvature.channels(columns_of(self.eigenvectors, scale))
 
     def predictive_variance(self, features: Tensor, ones: float = 1.0) -> Tensor:
         """Variance of every output due to the weights.

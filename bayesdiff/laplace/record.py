@@ -73,6 +73,13 @@ class Curvature:
         objective: ``likelihood``, or ``elbo`` where all this is of a bound, see ``objective``.
         groups: ``(G, K)``, channels of the head that say one value together, and have a matrix of
             their own; None where all channels are alike and apart, as under a Gaussian.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> curvature = posterior.curvature
+        >>> curvature.num_images, curvature.gram.shape, curvature.mean.shape  # P = 8 * 3 * 3 + 1
+        (64, torch.Size([73, 73]), torch.Size([1, 73]))
     """
 
     gram: Tensor

@@ -42,13 +42,6 @@ class Spectrum:
         return (self.vectors * values[..., None, :]) @ self.vectors.mT
 
 
-def rotated(weights: Tensor, vectors: Tensor) -> Tensor:
-    """Weights ``(n, C_out, P)`` times vectors ``(P, P)``, or ``(C_out, P, P)``, each its own."""
-    if vectors.ndim == 2:
-        return weights @ vectors
-    return torch.einsum("ncp,cpq->ncq", weights, vectors)
-
-
 @dataclass(frozen=True)
 class Structure:
     """One way to fill the precision.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesdiff.checks import UserError
-from bayesdiff.data.images import check_classifiable
+from bayesdiff.data.images import ImageData
 from bayesdiff.machine.costs import making
 from bayesdiff.machine.device import autocast_dtype
 from bayesdiff.machine.progress import track
@@ -232,3 +232,20 @@ def _accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     device = network.head.weight.device
     guesses = [network(part.to(device)).argmax(1).cpu() for part in images.split(512)]
     return float((torch.cat(guesses) == labels.cpu()).double().mean())
+
+
+def check_classifiable(data: ImageData, cure: str) -> None:
+    """Refuse data that a classifier cannot learn from.
+
+    Raises:
+        UserError: for data without labels, or of one class, ending in the cure.
+    """
+    if data.labels is None:
+        raise UserError(
+            f"data set {data.name} has no labels for metrics.features=classifier; {cure}"
+        )
+    if data.num_classes < 2:
+        raise UserError(
+            f"data set {data.name} has one class; metrics.features=classifier needs two (class "
+            f"folders look like data.root/cat/1.png and data.root/dog/2.png); {cure}"
+        )

@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from bayesdiff.checks import UserError, at_least, seed_of
-from bayesdiff.data.images import check_classifiable
 from bayesdiff.machine.ranks import rank
 from bayesdiff.metrics import named_encoders
+from bayesdiff.metrics.classifier import check_classifiable
 from bayesdiff.options.targets import by_name, word_of
 from bayesdiff.runs.build import Run, is_main_process
 from bayesdiff.storage.artefacts import Artefact

@@ -17,9 +17,10 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from bayesdiff.checks import UserError
-from bayesdiff.data.images import ImageData, check_classifiable
+from bayesdiff.data.images import ImageData
 from bayesdiff.data.spaces import require_pixels
 from bayesdiff.machine.ranks import barrier
+from bayesdiff.metrics.classifier import check_classifiable
 from bayesdiff.options.config_folders import shipped_configs
 from bayesdiff.report import board
 from bayesdiff.report.layout import conditions_of

@@ -34,7 +34,20 @@ def from_arrays(arrays: Mapping[str, Tensor]) -> Samples:
 
 
 def stored_samples(path: str | Path) -> Samples | None:
-    """The samples in a file, images in [-1, 1]; None where there are none that can be read."""
+    """The samples in a file, images in [-1, 1]; None where there are none that can be read.
+
+    Example:
+        After the example of ``starts_of``:
+
+        >>> import tempfile
+        >>> from bayesdiff.storage.artefacts import write_arrays
+        >>> from bayesdiff.uncertainty import Ensemble
+        >>> samples = Ensemble(members=4).mapped(starts, [0, 1], posterior)
+        >>> file = Path(tempfile.mkdtemp()) / "maps.npz"
+        >>> write_arrays(file, "key", to_arrays(samples))  # as a run does
+        >>> torch.equal(stored_samples(file).variance, samples.variance)
+        True
+    """
     arrays = read_arrays(Path(path))
     try:
         return None if arrays is None else from_arrays(arrays).in_model_range()
