@@ -56,7 +56,7 @@ class HeadChain(Study):
         seed: of the pass, the starts and the chains.
 
     Example:
-        >>> study = HeadChain(chains=32, draws=500)
+        >>> study = HeadChain(chains=32, draws=100)
         >>> start = torch.zeros(study.chains, 1, 1, dtype=torch.float64)
         >>> root, generator = torch.eye(1, dtype=torch.float64), torch.Generator().manual_seed(0)
         >>> chains = sample_chains(  # of a Gaussian whose standard deviation is 2
