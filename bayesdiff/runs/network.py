@@ -11,7 +11,7 @@ from bayesdiff.checks import UserError
 from bayesdiff.data.images import ImageData
 from bayesdiff.likelihoods import Gaussian, Likelihood
 from bayesdiff.models.conditions import Condition
-from bayesdiff.networks import MLP, UNet
+from bayesdiff.networks import UNet
 from bayesdiff.networks.trial import try_network
 from bayesdiff.options.targets import arguments, fitting
 
@@ -60,7 +60,9 @@ def build_network(
         given["out_channels"] = outputs
     fitted = OmegaConf.create({"net": fitting(options, "net", UNet)}).net
     net: nn.Module = instantiate(fitted, **given, _convert_="all")
-    if not isinstance(net, (MLP, UNet)):
+    # Pipelines are probed by bayesdiff.pretrained; an adapter holds a module of a user.
+    target = str(options.get("_target_"))
+    if not target.startswith("bayesdiff.") or target == "bayesdiff.networks.Adapter":
         shape = images.space.shape
         channels = given.get("out_channels", shape[0])
         try_network(net, shape, (channels, *shape[1:]), _conditions(condition))
