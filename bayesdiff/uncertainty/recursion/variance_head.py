@@ -80,6 +80,16 @@ class VarianceHead(ValueByValue):
         fit_rows: positions of the head's input that enter the fit, at most, or one per image.
         training: the run, see ``for_run``.
         head: of the variance, see ``fit``.
+
+    Example:
+        After the example of ``starts_of``, with s^2 = exp(-1) everywhere in place of a fit:
+
+        >>> bias, wide = torch.tensor([-1.0]), torch.tensor([9.0])
+        >>> head = LogVarianceHead(torch.zeros(1, 72), bias, -wide, wide)
+        >>> estimator = VarianceHead(head=head, propagation="independent")
+        >>> samples = estimator.mapped(starts, [0, 1], posterior)
+        >>> samples.variance[0, 0, 0, 0]  # of four steps (1/4)^2 exp(-1) each
+        tensor(0.0920)
     """
 
     propagation: str = "diagonal"
