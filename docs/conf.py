@@ -24,7 +24,7 @@ extensions = [
     "_ext.mathml",
     "_ext.generated",
 ]
-exclude_patterns = ["_build", "_ext", "tutorials", "Thumbs.db", ".DS_Store"]
+exclude_patterns = ["_build", "_ext", "tutorials", "**/sg_execution_times.rst", ".DS_Store"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 4
