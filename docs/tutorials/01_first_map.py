@@ -14,7 +14,6 @@ This takes a minute or two and needs no download.
 # them. A run has five stages: train the network (fit), one pass over the data for the posterior of
 # the last layer (curvature), draw images with their maps (sample), score, report.
 
-import json
 import logging
 
 import matplotlib.pyplot as plt
@@ -54,11 +53,12 @@ samples = stored_samples(result.samples)
 images = samples.images[:, 0]
 deviation = samples.variance[:, 0].sqrt()
 
+number = 1
 figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
-shown = left.imshow(images[3], cmap="gray", vmin=-1, vmax=1)
+shown = left.imshow(images[number], cmap="gray", vmin=-1, vmax=1)
 figure.colorbar(shown, ax=left, label="pixel")
-left.set_title("sample 3, a 3")
-shown = right.imshow(deviation[3], cmap="magma", vmin=0)
+left.set_title(f"sample {number}, a {samples.labels[number]}")
+shown = right.imshow(deviation[number], cmap="magma", vmin=0)
 figure.colorbar(shown, ax=right, label="standard deviation of the pixel")
 right.set_title("its map")
 for axes in (left, right):
@@ -75,7 +75,7 @@ plt.show()
 # -----------------
 # Maps can be compared when they share a scale. These are the first ten samples, one of each class.
 
-figure, axes = plt.subplots(2, 10, figsize=(11, 2.7), layout="constrained")
+figure, axes = plt.subplots(2, 10, figsize=(11, 2.5), layout="constrained")
 top = float(deviation[:10].max())
 for number, (above, below) in enumerate(axes.T):
     above.imshow(images[number], cmap="gray", vmin=-1, vmax=1)
@@ -114,7 +114,7 @@ for path in sorted(result.folder.rglob("*.png")):
 # ---------------------
 # ``metrics.json`` holds them, and so does ``result.metrics``.
 
-metrics = json.loads((result.folder / "metrics.json").read_text())
+metrics = result.metrics
 print(f"{'weights of the last layer':42} {metrics['laplace/parameters']:10.0f}")
 print(f"{'of them determined by the data':42} {metrics['laplace/effective_parameters']:10.1f}")
 print(f"{'sigma_noise':42} {metrics['laplace/sigma_noise']:10.3f}")
@@ -122,7 +122,7 @@ print(f"{'network evaluations per image and map':42} {metrics['nfe']:10.0f}")
 print(f"{'summed variance of a map, mean':42} {metrics['summed_variance/mean']:10.4f}")
 print(f"{'summed variance of a map, sd over images':42} {metrics['summed_variance/sd']:10.4f}")
 for name, value in metrics.items():
-    if name.startswith("fid@") and not name.endswith(("_low", "_high")):
+    if name.removeprefix("real/").startswith("fid@"):
         print(f"{name:42} {value:10.2f}")
 
 # %%
@@ -133,8 +133,9 @@ for name, value in metrics.items():
 #   of the last layer's weights. The default takes an ensemble when few maps are asked for.
 # - *Summed variance*: a map added up over its pixels, one number for each image.
 # - FID compares 500 samples with real digits, on features of a small classifier that is trained
-#   for this data set. It is not on the scale of the usual Inception network, and it falls with
-#   more samples: compare it only with others of the same name.
+#   for this data set; ``real/`` is the same for 300 real digits that were held out. It is not on
+#   the scale of the usual Inception network, and it falls with more samples: compare it only with
+#   others of the same name.
 #
 # What next
 # ---------

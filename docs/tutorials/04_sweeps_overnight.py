@@ -19,7 +19,6 @@ stopped. The network is that of the first tutorial, trained once for all cells.
 # Here the same from Python, with the settings of the first tutorial.
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +35,7 @@ settings = [
     "data.ema_decay=0.99",
     "model.optimizer.lr=2e-3",
     "uncertainty=ensemble",
-    "uncertainty.num_images=40",
+    "uncertainty.num_images=30",
     "metrics.num_images=0",
     "report.pdf=false",
     "callbacks.samples=null",
@@ -157,5 +156,4 @@ print("the same table:", same)
 # What next
 # ---------
 # - :doc:`/guide/running`: launchers, searches, what counts as trained.
-# - :doc:`/concepts/priors`: what the prior does to a map.
 # - :doc:`02_is_my_map_right`: which settings make a map right.

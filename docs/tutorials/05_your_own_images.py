@@ -135,8 +135,8 @@ for path in sorted((exported.folder / "png").iterdir())[:6]:
 #
 # What next
 # ---------
-# - For real pictures leave out the words that made this small: ``data=folder`` comes with a network
-#   for 32x32 pixels, ``net=unet64`` is that of larger ones. Expect hours, not minutes.
+# - For real pictures leave out the words that made this small: ``data=folder`` comes with a
+#   network for 32x32 pixels, ``net=unet64`` is that of larger ones.
 # - ``data=zip`` reads the same from a zip; without sub-folders there are no labels, and
 #   ``metrics.num_images`` gives FID on features of a classifier only where there are.
 # - :doc:`02_is_my_map_right`: check these maps as well.
