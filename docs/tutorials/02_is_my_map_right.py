@@ -166,4 +166,5 @@ plt.show()
 # What next
 # ---------
 # - :doc:`03_which_images_are_bad`: scores, and why not the map's sum.
+# - :doc:`/concepts/what-a-map-tells`: the same in words.
 # - :doc:`/guide/methods`: calibration and validation in full.

@@ -159,5 +159,6 @@ plt.show()
 # What next
 # ---------
 # - The other kinds of scores, and labels of your own in place of the judge: :doc:`/guide/methods`.
+# - :doc:`/concepts/what-a-map-tells`: what a map does and does not say.
 # - :doc:`02_is_my_map_right`: a map can be right and still not be a measure of quality.
 # - :doc:`04_sweeps_overnight`: the same over seeds and settings.

@@ -156,4 +156,5 @@ print("the same table:", same)
 # What next
 # ---------
 # - :doc:`/guide/running`: launchers, searches, what counts as trained.
+# - :doc:`/concepts/priors`: what the prior does to a map.
 # - :doc:`02_is_my_map_right`: which settings make a map right.

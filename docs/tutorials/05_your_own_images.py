@@ -106,7 +106,7 @@ images = ((samples.images + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
 deviation = samples.variance.mean(1).sqrt()
 names = ("circle", "square", "triangle")  # in the order of their names
 
-figure, axes = plt.subplots(2, 9, figsize=(10.4, 2.9), layout="constrained")
+figure, axes = plt.subplots(2, 9, figsize=(10.4, 2.6), layout="constrained")
 top = float(deviation[:9].max())
 for number, (above, below) in enumerate(axes.T):
     above.imshow(images[number])
@@ -118,8 +118,9 @@ figure.colorbar(shown, ax=axes[1].tolist(), label="sd, images in [-1, 1]", pad=0
 plt.show()
 
 # %%
-# All maps share one scale. Look along the edges of a shape: where it could have been larger,
-# smaller or of another colour, other weights draw it so.
+# All maps share one scale. They are bright along edges: there other weights draw a shape larger,
+# smaller or elsewhere. They do not mark the grain of the pictures, which a small network and a
+# short training leave: a map says where weights differ, not what is wrong.
 #
 # The images as files
 # -------------------
