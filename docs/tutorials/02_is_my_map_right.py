@@ -19,6 +19,7 @@ does so on the network of the first one.
 # - ``published``: the recursion of BayesDiff (Kou et al. 2024), kept as a baseline.
 
 import logging
+from math import exp
 
 import matplotlib.pyplot as plt
 
@@ -53,13 +54,13 @@ results = {
 # Trained once: the second and third estimator take the weights of the first, or of the tutorial
 # before.
 
-print(f"{'estimator':12} {'image rank':>24} {'pixel rank':>12} {'size':>8} {'evaluations':>12}")
+print(f"{'estimator':12} {'image rank':>24} {'pixel rank':>12} {'size':>8} {'negative':>9}")
 for name, result in results.items():
     found = {key.removeprefix("validation/"): value for key, value in result.metrics.items()}
     interval = f"[{found['image_rank_low']:.2f}, {found['image_rank_high']:.2f}]"
     print(
         f"{name:12} {found['image_rank']:9.2f} {interval:>14} {found['pixel_rank']:12.2f} "
-        f"{2.718281828 ** found['log_ratio']:8.2f} {found['nfe']:12.0f}"
+        f"{exp(found['log_ratio']):8.2f} {found['summed_variance/negative_share']:9.2f}"
     )
 
 # %%
@@ -67,8 +68,9 @@ for name, result in results.items():
 #   the 16 images. It says whether the map knows *which image* is the less certain.
 # - *Pixel rank*: the same over the pixels of one image, averaged. It says whether the map knows
 #   *where*.
-# - *Size*: median of the map's summed variance over the reference's. 1 is right.
-# - *Evaluations*: of the network, for one image with its map.
+# - *Size*: median of the map's summed variance over the reference's. 1 is right; ``nan`` is where
+#   sums are negative, which the published recursion does not exclude.
+# - *Negative*: share of pixels whose variance is negative.
 #
 # The reference is itself made of 32 draws, so even a perfect map does not reach a rank of 1.
 # Sixteen images make wide intervals; ``uncertainty.validate_images=64`` narrows them, and
@@ -100,7 +102,7 @@ for place, name in enumerate(("image", "reference", *estimators)):
     axes[place, 0].set_ylabel(name)
 for each in axes.flat:
     each.set(xticks=[], yticks=[])
-figure.colorbar(shown, ax=axes[1:].tolist(), label="standard deviation of the pixel")
+figure.colorbar(shown, ax=axes[1:].ravel().tolist(), label="standard deviation of the pixel")
 plt.show()
 
 # %%
@@ -145,7 +147,7 @@ for row, (name, values) in zip(axes, pictures.items(), strict=True):
         shown = each.imshow(values[number], vmax=top_of_row, **scale)
         each.set(xticks=[], yticks=[])
     row[0].set_ylabel(name)
-figure.colorbar(shown, ax=axes[2:].tolist(), label="standard deviation of the pixel")
+figure.colorbar(shown, ax=axes[2:].ravel().tolist(), label="standard deviation of the pixel")
 plt.show()
 
 # %%
