@@ -65,8 +65,8 @@ print(plan)
 
 # %%
 # One training serves all six cells, since neither swept key changes what is trained. So does one
-# pass over the data, the curvature: all values of ``prior_precision`` share it. Images and maps are
-# made for each cell. *Made* is what an earlier run or tutorial has left.
+# pass over the data, the curvature: all values of ``prior_precision`` share it. Images and maps
+# are made for each cell. *Made* is what an earlier run or tutorial has left.
 #
 # The night
 # ---------
@@ -114,8 +114,8 @@ axes.legend(title="solver")
 plt.show()
 
 # %%
-# - *Evaluations*: of the network for an image with its map. 20 steps of Euler take as many as 10 of
-#   Heun, which takes two for each.
+# - *Evaluations*: of the network for an image with its map. 20 steps of Euler take as many as 10
+#   of Heun, which takes two for each.
 # - *Effective weights*: how many of the last layer's weights the data determine. A strong prior
 #   leaves fewer, and smaller maps.
 # - *Log evidence*: which prior the data speak for; higher is better.
