@@ -92,13 +92,11 @@ plt.show()
 # Everything of one training lies in one folder. Its name ends in a digest of what was trained, so
 # another training gets another folder. Inside is one folder for each way of sampling from it.
 
-run_folder = result.folder.parent
-for path in sorted(run_folder.iterdir()):
-    if not path.name.startswith("."):
-        print(path.name + "/" * path.is_dir())
-print()
+for path in sorted(result.folder.parent.glob("[!.]*")):
+    print(path.name + "/" * path.is_dir())
+print(f"\nand in {result.folder.name}/:")
 for path in sorted(result.folder.rglob("*.png")):
-    print(result.folder.name + "/" + str(path.relative_to(result.folder)))
+    print(path.relative_to(result.folder))
 
 # %%
 # - ``checkpoints`` holds the weights.

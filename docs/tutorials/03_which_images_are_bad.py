@@ -50,7 +50,7 @@ filtering = [
     "~filtering.maps.published",  # no maps of another estimator
     "filtering.aleatoric_draws=0",
     "filtering.draws=20",
-    "filtering.guarantee=0.9",  # for the last section
+    "filtering.guarantee=0.95",  # for the last section
     "filtering.judge=0.9",
 ]
 result = run(compose(*settings, *filtering))
@@ -130,8 +130,8 @@ plt.show()
 #
 # A threshold that holds
 # ----------------------
-# Ranks say what to discard first, not where to stop. ``filtering.guarantee=0.9`` sets the
-# threshold of a score on the first pool, so that with probability 0.9 at least 90 % of what it
+# Ranks say what to discard first, not where to stop. ``filtering.guarantee=0.95`` sets the
+# threshold of a score on the first pool, so that with probability 0.9 at least 95 % of what it
 # keeps is good, on new noise of this network. Bad is here an image to whose label the judge
 # gives less than ``filtering.judge=0.9``. The score is ``members.predictive_entropy``, since
 # ``members.joint`` ranks within a pool and has no threshold.
