@@ -148,7 +148,8 @@ for pool in ("calibration", "new_noise"):
 # %%
 # Where no threshold holds, nothing is kept. Where the network is good enough by itself, all is.
 #
-# The run's own picture of it: images that are kept and discarded first, bad ones framed.
+# The run's own picture of it: images that are kept and discarded, in the order of their numbers,
+# each with its map and its score; bad ones are framed.
 
 picture = plt.imread(study / "figures" / "kept_and_discarded_by_guarantee.png")
 figure = plt.figure(figsize=(picture.shape[1] / 110, picture.shape[0] / 110))
