@@ -106,8 +106,9 @@ figure.colorbar(shown, ax=axes[1:].ravel().tolist(), label="standard deviation o
 plt.show()
 
 # %%
-# All maps are on one scale. Where a row does not look like the reference's, the estimator is not
-# to be trusted on this model: raise its budget, or take ``uncertainty=ensemble``.
+# All maps are on one scale; negative variances are drawn as 0. Where a row does not look like the
+# reference's, the estimator is not to be trusted on this model: raise its budget, or take
+# ``uncertainty=ensemble``.
 #
 # The posterior against another training
 # --------------------------------------
