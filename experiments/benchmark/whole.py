@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
 from last_layer import peak_mib
 from PIL import Image
 from torch import Tensor
@@ -194,8 +193,7 @@ def silent(command: list[str]) -> None:
 
 def sampling(overrides: list[str], folder: Path) -> float:
     """Seconds of one more set of maps for a finished training."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", overrides)
+    cfg = pipeline.compose(*overrides)
     run, solver, estimator, laplace = pipeline.prepare(cfg)
     weights = fit(run, laplace)
     posterior = laplace.fit(run.model.eval(), run.data.data)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from distort import STRENGTHS, distorted
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
+from bayesdiff import pipeline
 from bayesdiff.cli import one_line_errors
 from bayesdiff.data.images import ImageData
 from bayesdiff.metrics.agreement import spearman
@@ -69,8 +69,7 @@ class Bench:
     """Test images in disjoint parts, and what judges them."""
 
     def __init__(self, name: str, lpips: nn.Module | None, *more: str) -> None:
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            cfg = compose("train", [*DATA[name], "metrics=classifier", *more])
+        cfg = pipeline.compose(*DATA[name], "metrics=classifier", *more)
         run = build(cfg)
         self.name, self.lpips, self.cfg = name, lpips, cfg
         # All that an LPIPS depends on beside the images.

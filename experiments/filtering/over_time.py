@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra import compose, initialize_config_dir
-from run import HERE, MODELS, POOL, ROOT
+from run import HERE, MODELS, POOL
 
 from bayesdiff import pipeline
 from bayesdiff.data.spaces import to_uint8
@@ -42,8 +41,7 @@ SHOWN = {
 
 def of_model(model: str, *more: str) -> list[dict[str, Any]]:
     """One row for each time, over the seeds of the pools."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", ["experiment=filtering", *POOL, *MODELS[model], *more])
+    cfg = pipeline.compose("experiment=filtering", *POOL, *MODELS[model], *more)
     run, solver, own, laplace = pipeline.prepare(cfg)
     wanted = run.studies["filtering"]
     weights = fit(run, laplace)

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
 from bayesdiff import pipeline
 from bayesdiff.metrics.seeds import over_seeds
 from bayesdiff.report import figures, table
@@ -20,7 +18,6 @@ from bayesdiff.studies.filtering.figures import z_by_score
 from bayesdiff.studies.filtering.gains import NAMES, SCORES
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 # As ../propagation trains them: the same run folders.
 SHORT = ["trainer.max_epochs=4", "laplace.num_images=20000"]
 EULER = ["model=flow", "solver=euler", "solver.num_steps=20"]
@@ -41,8 +38,7 @@ MODELS = {
 
 def filtered(model: str, *more: str) -> dict[str, Any]:
     """The numbers of one model; whatever does not exist is made."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", ["experiment=filtering", *POOL, *MODELS[model], *more])
+    cfg = pipeline.compose("experiment=filtering", *POOL, *MODELS[model], *more)
     (folder,) = pipeline.run(cfg).studies
     found = read_json(folder / "results.json")
     assert found is not None

@@ -10,7 +10,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bayesdiff import pipeline
@@ -22,16 +21,14 @@ from bayesdiff.runs.training import fit
 from bayesdiff.storage.artefacts import read_json, write_json
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 MODEL = ["model=flow", "data=digits", "seed=1"]
 DRAWS = (1, 4, 16)  # of (t, noise) per image, for the distance over all images
 
 
 def configuration(*more: str) -> DictConfig:
     """Of the run with the study; few maps, which it does not read."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        few = ["uncertainty.num_images=8", "uncertainty.members=2"]
-        return compose("train", ["experiment=head_chain", *MODEL, *few, *more])
+    few = ["uncertainty.num_images=8", "uncertainty.members=2"]
+    return pipeline.compose("experiment=head_chain", *MODEL, *few, *more)
 
 
 def load(cfg: DictConfig) -> tuple[Run, HeadPosterior]:

@@ -14,7 +14,6 @@ from typing import Any
 import pictures
 import torch
 from head import seen_by_the_head
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bayesdiff import pipeline
@@ -36,7 +35,6 @@ from bayesdiff.uncertainty.scores.of_maps_and_images import MAP_SCORES
 
 Values = dict[str, Any]
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 COMMON = (
     *("model=flow", "data=digits", "solver=euler", "solver.num_steps=20"),
     *("metrics.num_images=0", "callbacks.samples=null"),
@@ -94,8 +92,7 @@ def overrides(case: str, seed: int) -> list[str]:
 
 def trained(case: str, seed: int, *more: str) -> Setup:
     """A run with its network, which is trained if it does not exist, and its posterior."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", [*overrides(case, seed), *more])
+    cfg = pipeline.compose(*overrides(case, seed), *more)
     run, solver, estimator, laplace = pipeline.prepare(cfg)
     weights = fit(run, laplace)
     run.model.to(run.device).eval()
@@ -184,8 +181,7 @@ def areas(scores: dict[str, Tensor], found: Tensor) -> dict[str, float]:
 
 def of_seed(seed: int, images: int, folder: Path, *more: str) -> Values:
     """AUROC of every score, for every corruption and both truths, under one seed."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        clean_run = pipeline.prepare(compose("train", [*overrides("clean", seed), *more]))[0]
+    clean_run = pipeline.prepare(pipeline.compose(*overrides("clean", seed), *more))[0]
     data = clean_run.data.data
     control = Case("clean", seed, data, images, *more)
     found: Values = {}

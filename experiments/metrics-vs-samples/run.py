@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bayesdiff import pipeline
@@ -29,7 +28,6 @@ from bayesdiff.storage.artefacts import finite, write_json, write_text
 from bayesdiff.studies.sample_sizes import fid_of_infinity, sample_size_curve
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 COMMON = [
     *("data=fashion", "trainer.max_epochs=4", "laplace.num_images=20000"),
     *("metrics.num_images=10000", "uncertainty=ensemble"),
@@ -52,8 +50,7 @@ NAMES = {
 
 def images_of(model: str, *more: str) -> tuple[Run, Tensor]:
     """A trained model's own images; whatever does not exist is made."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", [*MODELS[model], *COMMON, *more])
+    cfg = pipeline.compose(*MODELS[model], *COMMON, *more)
     run, solver, _, laplace = pipeline.prepare(cfg)
     weights = fit(run, laplace)
     run.model.to(run.device).eval()

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bayesdiff import pipeline
@@ -27,8 +26,7 @@ IMAGES, SEEDS = 8, 200
 def main():
     """Follow every direction once; all else is linear algebra."""
     validation, *words = sys.argv[1:]
-    with initialize_config_dir(str(HERE.parents[1] / "configs"), version_base="1.3"):
-        run, solver, estimator, laplace = pipeline.prepare(compose("train", words))
+    run, solver, estimator, laplace = pipeline.prepare(pipeline.compose(*words))
     run.model.to(run.device).eval()
     posterior = laplace.fit(run.model, run.data.data)
     starts = Setup(run, solver, estimator, posterior, "", {}).starts

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bayesdiff import pipeline
@@ -21,7 +20,6 @@ from bayesdiff.storage.artefacts import read_json, write_json, write_text
 from bayesdiff.studies.prior_ablation import figures as ablation
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 # As ../propagation trains them: the same run folders.
 SHORT = ["trainer.max_epochs=4", "laplace.num_images=20000"]
 EULER = ["model=flow", "solver=euler", "solver.num_steps=20"]
@@ -40,8 +38,7 @@ MODELS = {
 def configure(model: str, *more: str) -> DictConfig:
     """The configuration of one model, as train.py would compose it."""
     given = ["experiment=prior_ablation", *MODELS[model], *more]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("train", given)
+    return pipeline.compose(*given)
 
 
 def grid(cfg: DictConfig) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -41,8 +40,7 @@ TRAINING = ["trainer.max_epochs=4", "laplace.num_images=20000"]
 
 def configure(model: str, solver: str, *more: str) -> DictConfig:
     """The configuration of one setting, as train.py would compose it."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("train", [*MODELS[model], *SOLVERS[solver], *TRAINING, *more])
+    return pipeline.compose(*MODELS[model], *SOLVERS[solver], *TRAINING, *more)
 
 
 def load(cfg: DictConfig) -> tuple[Run, Solver, HeadPosterior]:

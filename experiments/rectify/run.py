@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from bayesdiff import pipeline
@@ -28,7 +27,6 @@ from bayesdiff.studies.repair.figures import line
 from bayesdiff.studies.script import Asked
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 # As ../filtering trains them: the same run folders.
 SHORT = ["trainer.max_epochs=4", "laplace.num_images=20000"]
 EULER = ["model=flow", "solver=euler", "solver.num_steps=20"]
@@ -110,10 +108,7 @@ def repaired(model: str, setting: str, seed: int, *more: str) -> tuple[dict[str,
     """The numbers of one run and its folder; whatever does not exist is made."""
     hot = IMAGES[model.split("_")[0]] / TEMPERATURE
     chosen = [word.format(hot=hot) for word in SETTINGS[setting].overrides]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose(
-            "train", [*chosen, *MODELS[model], f"seed={seed}", f"repair.seed={seed}", *more]
-        )
+    cfg = pipeline.compose(*chosen, *MODELS[model], f"seed={seed}", f"repair.seed={seed}", *more)
     (folder,) = pipeline.run(cfg).studies
     found = read_json(folder / "results.json")
     assert found is not None

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from bayesdiff import pipeline
@@ -63,8 +62,7 @@ def configuration(setting: str, seed: int, *more: str, dropout: bool = False) ->
     own += [*MODELS[model], *DATA[data], *COMMON]
     if dropout:
         own.append(f"net.dropout={DROPOUT}")
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("train", [*own, *more])
+    return pipeline.compose(*own, *more)
 
 
 def main(words: Sequence[str]) -> None:

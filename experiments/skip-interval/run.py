@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from bayesdiff.studies.script import Asked
 from bayesdiff.uncertainty import Ensemble, Estimator, Linearised, Published
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 STEPS, IMAGES, TENTH = 20, 200, 0.1
 COMMON = [
     *("data=digits", "trainer.max_epochs=40", f"solver.num_steps={STEPS}"),
@@ -61,8 +59,7 @@ TABLE = ("rank", "top_tenth_overlap", "bottom_tenth_overlap", "crossed")
 
 def configuration(model: str, seed: int, *more: str) -> DictConfig:
     """Of one training, as train.py would compose it."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("train", [*MODELS[model], *COMMON, f"seed={seed}", *more])
+    return pipeline.compose(*MODELS[model], *COMMON, f"seed={seed}", *more)
 
 
 def summed_maps(cfg: DictConfig) -> dict[str, dict[str, Tensor]]:

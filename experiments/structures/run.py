@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from bayesdiff import pipeline
@@ -151,8 +150,7 @@ class Bench:
 
 def trained(*more: str) -> tuple[Run, Solver, LastLayerLaplace]:
     """A run with its network, which is trained if it does not exist."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", [*COMMON, *more])
+    cfg = pipeline.compose(*COMMON, *more)
     run, solver, _, laplace = pipeline.prepare(cfg)
     fit(run, laplace)
     run.model.to(run.device).eval()
