@@ -71,6 +71,8 @@ def by_name(shipped, group, name):
         ("laplace", "full", "laplace.n_eff", "null", "images the", "with fresh noise"),
         ("experiment", "filtering", "filtering.segmentation", "null", "Callable of", "itself"),
         ("experiment", "inference", "inference.means", "[[0.0, 0.0], [", "Gaussians", "0"),
+        # Of a text of several lines.
+        ("hydra", "default", "hydra.help.footer", "Files of your", "after the options", "is seen"),
         ("condition", "embedding", "model.condition.empty", "null", "vector", "zeros"),
     ],
 )

@@ -113,10 +113,12 @@ def _keys(
         if key.value in HYDRAS:
             continue
         inner = isinstance(value, yaml.MappingNode) and not value.flow_style and value.value
-        line = (key if inner else value).end_mark.line
-        if inner or value.start_mark.line != line and not value.flow_style:
-            line = key.end_mark.line
-        column = (key if inner else value).end_mark.column
+        # What begins on the lines below has its comment beside the key.
+        below = getattr(value, "style", None) in ("|", ">") or (
+            isinstance(value, yaml.SequenceNode) and not value.flow_style
+        )
+        mark = (key if inner or below else value).end_mark
+        line, column = mark.line, mark.column
         comment = _joined(_above(lines, key.start_mark, header), _comment(lines, line, column))
         if not inner:
             yield Key(name, _source(value), comment, target)
@@ -156,6 +158,8 @@ def _joined(above: str, beside: str) -> str:
 def _source(node: yaml.Node) -> str:
     """A value in one line, as one would type it."""
     if isinstance(node, yaml.ScalarNode):
+        if node.style in ("|", ">"):
+            return f"{node.value.partition(chr(10))[0]} ..."
         return node.value if node.value or node.style is None else "''"
     text = node.start_mark.buffer[node.start_mark.index : node.end_mark.index]
     if node.flow_style:
