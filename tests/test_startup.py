@@ -82,3 +82,16 @@ def test_the_watch_can_fail(tmp_path):
     script.write_text("def late():\n    import scipy\nlate()\n")
     assert "scipy" in imported(tmp_path, "", str(script))
     assert "scipy" not in imported(tmp_path, "scipy", str(script))
+
+
+FORWARD = """
+import warnings, torch
+from bayesdiff.networks.forward_mode import jvp
+warnings.simplefilter("error")  # torch loads a part of itself at the first derivative
+with torch.inference_mode():
+    jvp(torch.sin, (torch.ones(1),), (torch.ones(1),))
+"""
+
+
+def test_the_first_forward_derivative_warns_of_nothing():
+    subprocess.run([sys.executable, "-c", FORWARD], check=True, cwd=ROOT, timeout=120)
