@@ -78,7 +78,7 @@ def composed(mine, *overrides):
 OWN = (
     *("solver=damped", "solver.num_steps=4", "uncertainty=last_step", "metrics=rows"),
     *("scores=bright", "report.sorted_by=[own.bright]", "experiment=loudest"),
-    *("loudest.num_images=4", "metrics.num_images=12"),
+    *("loudest.num_images=4", "metrics.num_images=12", "net.patch=2"),
 )
 
 
@@ -113,7 +113,8 @@ def by_hand(at):
             h, last = times[k + 1] - times[k], x
             x = x + h * (net(x, t[k].expand(4), start.condition) - 0.2 * x)
         phi = net.features(last, t[3].expand(4), start.condition)
-    return x, 2 * (1 - times[3]) ** 2 * at.posterior.predictive_variance(phi)
+    of_output = 2 * (1 - times[3]) ** 2 * at.posterior.predictive_variance(phi)
+    return x, of_output.repeat_interleave(2, 2).repeat_interleave(2, 3)  # of blocks of 2x2 pixels
 
 
 def test_a_solver_with_times_and_an_estimator_of_ones_own_make_images_and_maps(result, at):
@@ -159,7 +160,13 @@ def test_a_study_of_ones_own_has_a_folder_and_a_headline(result):
 def test_a_repair_chooses_by_a_score_of_ones_own(mine, result):
     rectify = "experiment=rectify repair.ways=[fresh] repair.num_images=4 repair.draws=2"
     more = "repair.bootstrap=10 repair.score=own.bright scores=bright uncertainty=last_step"
-    shared = ("solver=damped", "solver.num_steps=4", *rectify.split(), *more.split())
+    shared = (
+        "solver=damped",
+        "solver.num_steps=4",
+        "net.patch=2",
+        *rectify.split(),
+        *more.split(),
+    )
     found = run(mine, *overrides(mine, *shared))
     (folder,) = found.studies
     record = json.loads((folder / "results.json").read_text())

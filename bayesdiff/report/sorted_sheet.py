@@ -21,7 +21,7 @@ _MOST, _ALL = 200, 480
 MOST_BLOCKS = 12
 _COLUMNS = 10
 _ACROSS = 2  # blocks side by side
-_LEFT, _HEAD = 78, 48  # for the values, and for two lines of a heading
+_LEFT, _HEAD = 90, 48  # for the values, and for two lines of a heading
 
 
 @dataclass(frozen=True)
