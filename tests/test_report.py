@@ -142,6 +142,7 @@ def test_the_colour_bar_is_inside_the_figure(size):
     figure.draw_without_rendering()
     (bar,) = figure.axes[0].child_axes
     assert bar.get_tightbbox().x1 < figure.bbox.width
+    assert bar.get_ylabel() == "standard deviation\n(images in [-1, 1])"
 
 
 def test_the_units_of_a_map_are_said_and_the_picture_stays_the_same(tmp_path, monkeypatch):
@@ -210,6 +211,17 @@ def test_score_histogram_counts_all_and_orders_the_classes():
     assert names[1:] == ["dog", "cat"] and "NFE 50" in words(figure)
     assert len(figures.score_histogram(scores, None, []).axes) == 1
     assert "1 not finite" in words(figures.score_histogram(scores.log().log(), None, []))
+
+
+def test_classes_of_few_images_are_points_and_not_boxes_of_quantiles():
+    figure = figures.score_histogram(torch.arange(1.0, 31.0), torch.arange(30) // 10, CLASSES)
+    rows = figure.axes[1].lines
+    assert [list(row.get_xdata()) for row in rows] == np.arange(1.0, 31.0).reshape(3, 10).tolist()
+    middle = figure.axes[1].collections[0].get_segments()
+    assert [line[0, 0] for line in middle] == [5.5, 15.5, 25.5]
+    assert "Points" in words(figure) and "Boxes" not in words(figure)
+    many = figures.score_histogram(torch.arange(60.0), torch.arange(60) // 20, CLASSES)
+    assert len(many.axes[1].lines) == 18 and "Boxes" in words(many)
 
 
 def test_extremes_pick_the_ends_of_the_ranking():

@@ -7,6 +7,7 @@ import numpy as np
 
 from bayesdiff.report.layout import (
     GAP,
+    bar_label,
     ceiling,
     cell_size,
     class_name,
@@ -54,7 +55,7 @@ def epistemic_and_aleatoric(
     right = _LEFT + columns * (size[0] + GAP) + 8
     tall = _TOP + 4 * (size[1] + GAP)
     title, caption = "Epistemic and aleatoric uncertainty", _caption(samples, settings)
-    figure, axes = sheet(right + 104, tall, title, caption)
+    figure, axes = sheet(right + 124, tall, title, caption)
     for column in range(columns):
         x = _LEFT + column * (size[0] + GAP)
         if samples.labels is not None:
@@ -72,7 +73,7 @@ def epistemic_and_aleatoric(
     inset = axes.inset_axes(place, transform=axes.transData)
     bar = figure.colorbar(drawn, cax=inset, extend="max")
     bar.ax.yaxis.set_major_formatter(lambda value, _: plain_number(value, 3))
-    bar.set_label("standard deviation")
+    bar.set_label(bar_label(samples))
     return figure
 
 

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 # So many curves have a colour of their own; of more, only the highest, middle and lowest do.
 _EMPHASISED = 4
+# Images of a class from which a box of quantiles says more than its points.
+_FEW = 20
+_PER_CLASS = {
+    True: "Points: images of a class; line: their median.",
+    False: "Boxes: middle half and median of a class, whiskers: 5 % to 95 %.",
+}
 _NAME = 110  # of a curve at its end at most, pixels
 
 
@@ -187,7 +193,8 @@ def score_histogram(
     parts = [part for part in parts if part[1].size] if len(groups) > 1 else []
     parts = sorted(parts, key=lambda part: np.median(part[1]))
     broken = len(values) - len(finite)
-    caption = "Boxes: middle half and median of a class, whiskers: 5 % to 95 %. " if parts else ""
+    few = bool(parts) and min(part.size for _, part in parts) < _FEW
+    caption = f"{_PER_CLASS[few]} " if parts else ""
     caption += (f"Conditions: {conditions}" if conditions else f"N {len(values)}") + (
         f"; {broken} not finite" if broken else ""
     )
@@ -203,12 +210,28 @@ def score_histogram(
     if log:
         log_ticks(panels[0, 0].xaxis, finite)
     if parts:
-        how = {"whis": (5, 95), "showfliers": False, "widths": 0.6, "orientation": "horizontal"}
-        how |= {"medianprops": {"color": look(1)["color"], "linewidth": 1.5}}
-        panels[1, 0].boxplot([v for _, v in parts], tick_labels=[n for n, _ in parts], **how)
-        panels[1, 0].grid(False, axis="y")
+        _per_class(panels[1, 0], parts, few)
     panels[-1, 0].set(xlabel=name)
     return figure
+
+
+def _per_class(axes: "Axes", parts: Sequence[tuple[str, np.ndarray]], few: bool) -> None:
+    """A row for each class: its images as points where they are few, a box otherwise."""
+    names, values = [name for name, _ in parts], [part for _, part in parts]
+    places = range(1, len(parts) + 1)
+    median = {"color": look(1)["color"], "linewidth": 1.5}
+    if few:
+        for place, part in zip(places, values, strict=True):
+            height = np.full(part.size, place)
+            axes.plot(part, height, "o", color="0.4", alpha=0.6, markeredgewidth=0)
+        middle = [float(np.median(part)) for part in values]
+        axes.vlines(middle, [p - 0.35 for p in places], [p + 0.35 for p in places], **median)
+        axes.set_yticks(places, names)
+        axes.set_ylim(0.5, len(parts) + 0.5)
+    else:
+        how = {"whis": (5, 95), "showfliers": False, "widths": 0.6, "orientation": "horizontal"}
+        axes.boxplot(values, tick_labels=names, medianprops=median, **how)
+    axes.grid(False, axis="y")
 
 
 @style()

@@ -14,6 +14,7 @@ from bayesdiff.report.charts import (
 )
 from bayesdiff.report.layout import (
     GAP,
+    bar_label,
     by_class,
     ceiling,
     cell_size,
@@ -114,7 +115,7 @@ def _pairs(
     tall = heading + head + body + (28 if own_scale else 12)
     left, columns = 12, max(len(indices) for _, indices in blocks)
     right = left + columns * (size[0] + GAP) + 8
-    figure, axes = sheet(right + (10 if own_scale else 112), tall * len(blocks), title, caption)
+    figure, axes = sheet(right + (10 if own_scale else 124), tall * len(blocks), title, caption)
     for block, (name, indices) in enumerate(blocks):
         y = block * tall + heading + head
         axes.text(left, y - head + 2, name, weight="bold", va="bottom")
@@ -134,7 +135,7 @@ def _pairs(
         colours = figure.colorbar(drawn, cax=bar, extend="max")
         few = MaxNLocator(5, steps=[1, 2, 5, 10])
         colours.set_ticks(few, format=lambda value, _: plain_number(value, 3))
-        colours.set_label("standard deviation")
+        colours.set_label(bar_label(samples))
     return figure
 
 

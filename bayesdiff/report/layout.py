@@ -160,6 +160,11 @@ def image_range(samples: "Samples") -> str:
     return {"model": "[-1, 1]", "unit": "[0, 1]"}[samples.units]
 
 
+def bar_label(samples: "Samples") -> str:
+    """Beside the colour bar of maps: what the colours are, and in which unit."""
+    return f"standard deviation\n(images in {image_range(samples)})"
+
+
 def conditions_of(settings: Mapping[str, Any]) -> str:
     """Data, model, sampler and posterior of a run in words, as far as ``settings`` has them."""
     if not settings:

@@ -7,7 +7,7 @@ import torch
 
 from bayesdiff.report.charts import three_digits
 from bayesdiff.report.figures import ceiling
-from bayesdiff.report.layout import GAP, cell_size, sheet, standard_deviation
+from bayesdiff.report.layout import GAP, bar_label, cell_size, sheet, standard_deviation
 from bayesdiff.report.style import style
 from bayesdiff.studies.filtering.figures import COLUMNS, SHOWN, with_maps
 
@@ -62,7 +62,7 @@ def kept_and_bad(
     most = min(SHOWN, max(int(keep.sum()), int((~keep).sum())))
     height = top + -(-most // COLUMNS) * tall + 6
     caption = _caption(found, conditions)
-    figure, axes = sheet(left + 2 * side + gap + 96, height, TITLE, caption)
+    figure, axes = sheet(left + 2 * side + gap + 112, height, TITLE, caption)
     axes.text(left, 14, _heading(found), weight="bold", va="center")
     high = ceiling(standard_deviation(samples.variance[marked.numbers]))
     scores = torch.full((len(samples.images),), torch.nan, dtype=torch.float64)
@@ -79,7 +79,7 @@ def kept_and_bad(
         drawn = with_maps(axes, samples, scores, numbers, (x, top), size, high, bad) or drawn
     bar = axes.inset_axes((left + 2 * side + gap, top, 14, min(height - top - 12, 240)),
                           transform=axes.transData)  # fmt: skip
-    figure.colorbar(drawn, cax=bar, extend="max").set_label("standard deviation")
+    figure.colorbar(drawn, cax=bar, extend="max").set_label(bar_label(samples))
     return figure
 
 
