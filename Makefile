@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow coverage lint bench tensorboard docs docs-fast clean
+.PHONY: help setup demo test test-slow coverage lint bench tensorboard docs docs-fast screenshots clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ docs: $(READY) ## build the documentation, which runs its tutorials
 
 docs-fast: $(READY) ## build the documentation without running its tutorials
 	$(BIN)/python -m sphinx -W --keep-going -D plot_gallery=0 -b html docs docs/_build/html
+
+# TensorBoard's pages in docs/start/tensorboard: make screenshots RUN=outputs/digits-flow-...
+screenshots: $(READY) ## take the documentation's pictures of TensorBoard, by Chromium: RUN=outputs/...
+	$(BIN)/python docs/_ext/screenshots.py $(RUN)
 
 clean: ## remove caches, and the documentation that was built; keep .venv and outputs
 	rm -rf docs/_build docs/gallery docs/studies docs/reference/api docs/reference/configuration

@@ -220,6 +220,7 @@ def test_classes_of_few_images_are_points_and_not_boxes_of_quantiles():
     middle = figure.axes[1].collections[0].get_segments()
     assert [line[0, 0] for line in middle] == [5.5, 15.5, 25.5]
     assert "Points" in words(figure) and "Boxes" not in words(figure)
+    assert all(tick == round(tick) for tick in figure.axes[0].get_yticks())
     many = figures.score_histogram(torch.arange(60.0), torch.arange(60) // 20, CLASSES)
     assert len(many.axes[1].lines) == 18 and "Boxes" in words(many)
 

@@ -177,7 +177,7 @@ def score_histogram(
     conditions: str = "",
     name: str = "score",
 ) -> "Figure":
-    """Distribution of the image scores, for all samples and, as box plots, for each class.
+    """Distribution of the image scores, for all samples and for each class.
 
     Args:
         scores: ``(B,)`` uncertainty of each image.
@@ -207,6 +207,7 @@ def score_histogram(
     edges = np.geomspace(low, high, 41) if log else np.linspace(low, high, 41)
     panels[0, 0].hist(finite, edges if high > low else 10, color="0.55")
     panels[0, 0].set(ylabel="samples", xscale="log" if log else "linear")
+    panels[0, 0].yaxis.get_major_locator().set_params(integer=True)
     if log:
         log_ticks(panels[0, 0].xaxis, finite)
     if parts:
@@ -219,7 +220,7 @@ def _per_class(axes: "Axes", parts: Sequence[tuple[str, np.ndarray]], few: bool)
     """A row for each class: its images as points where they are few, a box otherwise."""
     names, values = [name for name, _ in parts], [part for _, part in parts]
     places = range(1, len(parts) + 1)
-    median = {"color": look(1)["color"], "linewidth": 1.5}
+    median: dict[str, Any] = {"color": look(1)["color"], "linewidth": 1.5}
     if few:
         for place, part in zip(places, values, strict=True):
             height = np.full(part.size, place)
@@ -229,8 +230,9 @@ def _per_class(axes: "Axes", parts: Sequence[tuple[str, np.ndarray]], few: bool)
         axes.set_yticks(places, names)
         axes.set_ylim(0.5, len(parts) + 0.5)
     else:
-        how = {"whis": (5, 95), "showfliers": False, "widths": 0.6, "orientation": "horizontal"}
-        axes.boxplot(values, tick_labels=names, medianprops=median, **how)
+        how: dict[str, Any] = {"whis": (5, 95), "showfliers": False, "widths": 0.6}
+        how |= {"orientation": "horizontal", "medianprops": median}
+        axes.boxplot(values, tick_labels=names, **how)
     axes.grid(False, axis="y")
 
 
