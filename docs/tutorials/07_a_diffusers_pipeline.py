@@ -12,7 +12,7 @@ pipeline stays as it is, and its images are its own. The extra is needed:
 # A pipeline
 # ----------
 # This page is to run without a download. So it trains a small one first, by diffusers alone: a
-# U-Net for the noise, on scikit-learn's digits. With a pipeline of your own this section is one
+# U-Net that predicts v, on scikit-learn's digits. With a pipeline of your own this section is one
 # line: ``pipe = DiffusionPipeline.from_pretrained("path/to/pipeline")``.
 
 import tempfile
@@ -34,7 +34,9 @@ net = UNet2DModel(
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     norm_num_groups=8,
 )
-scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+scheduler = DDIMScheduler(
+    clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction"
+)
 
 steps = 500
 optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0)
@@ -42,7 +44,8 @@ schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_ste
 for _ in range(steps):
     x = 2 * images[torch.randint(len(images), (64,))] - 1
     noise, t = torch.randn_like(x), torch.randint(1000, (64,))
-    loss = (net(scheduler.add_noise(x, noise, t), t).sample - noise).square().mean()
+    output = net(scheduler.add_noise(x, noise, t), t).sample
+    loss = (output - scheduler.get_velocity(x, noise, t)).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -76,7 +79,7 @@ deviation = out.variance.sqrt()
 figure, axes = plt.subplots(2, 10, figsize=(11, 2.7), layout="constrained")
 for k, (above, below) in enumerate(axes.T):
     above.imshow(out.images[k, 0], cmap="gray", vmin=0, vmax=1)
-    above.set_title(f"{out.scores['map.sum'][k]:.2f}")
+    above.set_title(f"{out.scores['map.sum'][k]:.3f}")
     shown = below.imshow(deviation[k, 0], cmap="magma", vmin=0, vmax=deviation.max())
     above.set_axis_off()
     below.set_axis_off()
