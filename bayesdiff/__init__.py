@@ -1,3 +1,3 @@
 """Flow-matching and diffusion models whose every image comes with an uncertainty map."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -163,12 +163,55 @@ def test_command_runs(given, data_root, trained, output_dir, tmp_path, monkeypat
     assert list((result.folder / "figures").glob("*.png"))
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def python_of(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def small(monkeypatch, folder):
+    """Runs of the examples have smoke size, whatever they ask for."""
+    tiny = ["solver.num_steps=6", "uncertainty.num_images=4", f"output_dir={folder}"]
+
+    def composed(*words):
+        return compose_list(smallest(folder, *words, *tiny))
+
+    monkeypatch.setattr(pipeline, "compose", composed)
+    monkeypatch.chdir(folder)
+
+
+def test_the_first_lines_of_python_leave_an_image_and_its_map(tmp_path, monkeypatch):
+    small(monkeypatch, tmp_path)
+    example, _ = python_of(ROOT / "README.md")
+    assert len(example.strip().splitlines()) <= 12
     names: dict = {}
     exec(example, names)
+    assert len(list((names["result"].folder / "png").glob("*.png"))) == 8
+
+
+def test_the_lines_for_a_pipeline_leave_an_image_and_its_map(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from test_pretrained_command import of_digits
+
+    of_digits(classes=None).save_pretrained(tmp_path / "path/to/pipeline")
+    for number in range(40):
+        write_png(tmp_path / f"path/to/training/images/{number}.png", pixels(number, (8, 8)))
+    monkeypatch.chdir(tmp_path)
+    _, example = python_of(ROOT / "README.md")
+    assert len(example.strip().splitlines()) <= 12
+    exec(example, {})
+    assert list((tmp_path / "out" / "png").glob("*-map.png"))
+
+
+def test_the_guide_in_python_runs(tmp_path, monkeypatch):
+    small(monkeypatch, tmp_path)
+    names: dict = {}
+    for block in python_of(ROOT / "docs" / "guide" / "in-python.md"):
+        exec(block, names)
     assert names["variance"].shape == (4, 1, 8, 8) and (names["variance"] > 0).all()
+
+
+def test_the_readme_is_one_page():
+    words = (ROOT / "README.md").read_text().split()
+    assert len(words) <= 900, len(words)
 
 
 def test_tensorboard_reads_what_a_run_wrote(trained):
