@@ -72,7 +72,7 @@ def by_name(shipped, group, name):
         ("experiment", "filtering", "filtering.segmentation", "null", "Callable of", "itself"),
         ("experiment", "inference", "inference.means", "[[0.0, 0.0], [", "Gaussians", "0"),
         # Of a text of several lines.
-        ("hydra", "default", "hydra.help.footer", "Your own configs", "after the options", "is seen"),
+        ("hydra", "default", "hydra.help.footer", "Your own configs", "last of --help", "is seen"),
         ("condition", "embedding", "model.condition.empty", "null", "vector", "zeros"),
     ],
 )
