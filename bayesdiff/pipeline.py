@@ -75,9 +75,10 @@ class Result:
         curves: where each logger has what it was given.
 
     Example:
-        >>> folder = Path("outputs/digits-flow-1a2b3c4d/0a1b2c3d")
-        >>> metrics = {"nfe": 20.0, "fid@1000/classifier": 12.5}
-        >>> result = Result(folder, folder / "maps.npz", metrics, {"solver.name": "euler"})
+        >>> folder = Path("outputs/digits-flow-1a2b3c4d/euler-ensemble-0a1b2c3d")
+        >>> metrics = {"nfe": 20.0, "fid@1k/classifier": 12.5}
+        >>> samples = folder.parent / "samples-euler-ensemble-2b3c4d5e.npz"
+        >>> result = Result(folder, samples, metrics, {"solver.name": "euler"})
         >>> result.metrics["nfe"], result.folder.parent.name
         (20.0, 'digits-flow-1a2b3c4d')
     """
@@ -261,15 +262,15 @@ def show(result: Result) -> None:
     """The closing table, short, and where to look next.
 
     Example:
-        >>> folder = Path("outputs/demo/0a1b2c3d")
-        >>> metrics = {"nfe": 20.0, "fid@1000/classifier": 12.5}
-        >>> show(Result(folder, folder / "maps.npz", metrics, {"uncertainty.name": "ensemble"}))
-        0a1b2c3d
+        >>> folder = Path("outputs/digits-flow-1a2b3c4d/euler-ensemble-0a1b2c3d")
+        >>> metrics = {"nfe": 20.0, "fid@1k/classifier": 12.5}
+        >>> samples = folder.parent / "samples-euler-ensemble-2b3c4d5e.npz"
+        >>> show(Result(folder, samples, metrics, {"uncertainty.name": "ensemble"}))
+        euler-ensemble-0a1b2c3d
         ...
-        │ maps by             │ ensemble                      │
-        │ fid@1000/classifier │ 12.5                          │
-        │ nfe                 │ 20                            │
-        │ pictures            │ outputs/demo/0a1b2c3d/figures │
+        │ maps by           │ ensemble                                                     │
+        │ fid@1k/classifier │ 12.5                                                         │
+        │ nfe               │ 20                                                           │
         ...
     """
     if rank():

@@ -161,7 +161,7 @@ def test_edited_code_is_another_training(own, compose: Compose):
     assert key() == first
     own(edit=" * 2")
     second = key()
-    own(base=" * 2")
+    own(base=".clone()")
     assert len({first, second, key()}) == 3
     own()
     assert key() == first

@@ -31,7 +31,7 @@ class Block:
     Attributes:
         name: heading.
         images: ``(B, C, H, W)``.
-        scores: ``(B,)``, higher is more doubtful.
+        scores: ``(B,)``, higher is more uncertain.
         units: of the images, ``model`` or ``unit``.
     """
 
@@ -68,7 +68,7 @@ def sorted_images(blocks: Sequence[Block], conditions: str, score: str = "") -> 
     by = f" by {score}," if score else ""
     nan = without_score(sum(int(block.scores.isnan().sum()) for block in blocks))
     caption = (
-        f"{whole} images, {shown},{by} row by row from the most doubtful to the least; left of a "
+        f"{whole} images, {shown},{by} row by row from the most uncertain to the least; left of a "
         f"row: the score of its first image. {nan}Conditions: {conditions}."
     )
     down = -(-len(blocks) // across)

@@ -1,6 +1,6 @@
 """Scores of images from outside of this package: ``scores`` of the configuration.
 
-A score is a callable that gives one number per image, the higher, the more doubtful; it is given
+A score is a callable that gives one number per image, the higher, the more uncertain; it is given
 what its arguments name. ``scores=mine`` adds ``mine``, which is then called ``own.mine`` wherever
 a score is named.
 """

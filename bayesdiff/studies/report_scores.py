@@ -103,7 +103,7 @@ def kinds_of(run: Run) -> set[str]:
 
 
 def report_scores(at: Address, samples: Samples) -> dict[str, Tensor]:
-    """The scores ``(B,)`` that the report asks for; a higher number is more doubtful.
+    """The scores ``(B,)`` that the report asks for; a higher number is more uncertain.
 
     Every process takes part; the first one gets them. They are computed once and kept, exactly,
     beside the figures; members and the likelihood are kept with the pools of the studies.

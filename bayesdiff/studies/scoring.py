@@ -261,7 +261,7 @@ def _of_classes(logits: Tensor, labels: Tensor | None) -> ScoreTable:
 
 
 def joint(scores: ScoreTable, labels: Tensor | None) -> Tensor:
-    """What is doubtful by its class and by its pixels: the sum of an image's two ranks ``(N,)``.
+    """What is uncertain by its class and by its pixels: the sum of an image's two ranks ``(N,)``.
 
     The entropy of the members' classes misses odd strokes of a clear class, that of their pixels
     misses images between two classes. Their units cannot be compared; ranks among the images of

@@ -11,8 +11,8 @@ why, and what to take instead.
 # A pool of images and all their scores
 # -------------------------------------
 # ``experiment=filtering`` draws a pool of images for each noise seed, gives every image every
-# score, and discards the fifth that a score doubts most. Ten random choices of the same size are
-# the baseline. Pools are small here, so that this takes minutes.
+# score, and discards the fifth that a score finds most uncertain. Ten random choices of the same
+# size are the baseline. Pools are small here, so that this takes minutes.
 
 import json
 import logging
@@ -72,7 +72,7 @@ scores = {
 }
 gains = {row["score"]: row for row in found["over_seeds"] if row["mode"] == "per_class"}
 follows = {row["score"]: row for row in found["profile"]}
-print(f"{'score':34} {'z':>6} {'rank with doubt':>17} {'rank with busyness':>20}")
+print(f"{'score':34} {'z':>6} {'rank of unlikely':>17} {'rank with busyness':>20}")
 for name, said in scores.items():
     row = follows[name]
     print(
@@ -84,7 +84,7 @@ for name, said in scores.items():
 # - ``z``: gain in FID of the kept images over a random choice, in standard deviations of the ten
 #   random choices; mean of two seeds. A fifth of *each class* is discarded, since a score that
 #   merely removes a class gains nothing.
-# - *Rank with doubt*: Spearman correlation with how improbable the image's label is to the
+# - *Rank of unlikely*: Spearman correlation with how improbable the image's label is to the
 #   classifier that judges.
 # - *Rank with busyness*: the same with the image's total variation, how much neighbouring pixels
 #   differ. It has nothing to do with right or wrong.
@@ -115,8 +115,8 @@ plt.show()
 # ``experiments/filtering``, with four models on MNIST and Fashion-MNIST, the summed map found
 # wrong images within classes with an AUROC of 0.53 to 0.60, where 0.5 is chance, and followed
 # total variation with ranks of 0.48 to 0.77. In the table above, of 8x8 digits,
-# its rank with busyness may have another sign; compare its rank with doubt with those of the other
-# scores.
+# its rank with busyness may have another sign; compare its rank of unlikely with those of the
+# other scores.
 #
 # What to take instead
 # --------------------

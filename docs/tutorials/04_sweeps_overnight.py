@@ -3,13 +3,13 @@ Sweeps overnight
 ================
 
 Many settings, one command: what it will take, what comes out, and how it goes on after it was
-stopped. The network is that of the first tutorial, trained once for all cells.
+stopped. The network is that of the first tutorial, trained once for all runs.
 """
 
 # %%
 # The command
 # -----------
-# ``sweep.py -m`` runs every combination of the values behind commas, each of them one *cell*.
+# ``sweep.py -m`` runs every combination of the values behind commas, each of them one *run*.
 # In a terminal this is
 #
 # .. code-block:: sh
@@ -57,21 +57,21 @@ def sweep(*words):
 # %%
 # Before the night: what will it take?
 # ------------------------------------
-# ``dry_run=true`` writes nothing. It lists the cells, what is there already and what is missing.
+# ``dry_run=true`` writes nothing. It lists the runs, what is there already and what is missing.
 # Where earlier runs on this machine were alike, it says how long theirs took.
 
 plan, _ = sweep("dry_run=true")
 print(plan)
 
 # %%
-# One training serves all six cells, since neither swept key changes what is trained. So does one
+# One training serves all six runs, since neither swept key changes what is trained. So does one
 # pass over the data, the curvature: all values of ``prior_precision`` share it. Images and maps
-# are made for each cell. *Made* is what an earlier run or tutorial has left.
+# are made for each run. *Made* is what an earlier run or tutorial has left.
 #
 # The night
 # ---------
 # The same words without ``dry_run``. Cells run one after the other; ``hydra/launcher=joblib
-# hydra.launcher.n_jobs=2`` runs two at once. A cell that fails leaves its error in the table and
+# hydra.launcher.n_jobs=2`` runs two at once. A run that fails leaves its error in the table and
 # does not stop the others.
 
 _, said = sweep()
@@ -82,14 +82,14 @@ print(*sorted(path.name for path in folder.glob("[!.]*")), sep="\n")
 # Reading the table
 # -----------------
 # ``report.html`` is the page to look at, ``sweep.csv`` the table to compute with: one line for
-# each cell, with its settings, its metrics and its folder.
+# each run, with its settings, its metrics and its folder.
 
 import csv
 
 import matplotlib.pyplot as plt
 
 with open(folder / "sweep.csv") as file:
-    cells = list(csv.DictReader(file))
+    rows = list(csv.DictReader(file))
 columns = {
     "solver": "solver",
     "laplace.prior_precision": "prior_precision",
@@ -99,15 +99,15 @@ columns = {
     "summed_variance/mean": "mean variance",
 }
 print(*(f"{title:>17}" for title in columns.values()))
-for cell in cells:
-    values = [cell[name] for name in columns]
+for row in rows:
+    values = [row[name] for name in columns]
     print(f"{values[0]:>17}", *(f"{float(value):17.5g}" for value in values[1:]))
 
 figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
 for solver, marker in (("euler", "o"), ("heun", "s")):
-    of_solver = [cell for cell in cells if cell["solver"] == solver]
-    priors = [float(cell["laplace.prior_precision"]) for cell in of_solver]
-    sizes = [float(cell["summed_variance/mean"]) ** 0.5 for cell in of_solver]
+    of_solver = [row for row in rows if row["solver"] == solver]
+    priors = [float(row["laplace.prior_precision"]) for row in of_solver]
+    sizes = [float(row["summed_variance/mean"]) ** 0.5 for row in of_solver]
     axes.semilogx(priors, sizes, marker=marker, label=solver)
 axes.set(xlabel="prior_precision", ylabel="root of the mean summed variance", ylim=(0, None))
 axes.legend(title="solver")
@@ -122,12 +122,12 @@ plt.show()
 #   ``laplace.prior_precision=evidence`` finds the best by itself.
 # - The mean of a map's variance, summed over its pixels, is the size of the maps.
 #
-# All cells use the same noise, so their images can be compared one by one.
+# All runs use the same noise, so their images can be compared one by one.
 #
 # Stopped, and started again
 # --------------------------
 # Whatever stopped it, the same command goes on: what is finished is taken as it is. Here all of it
-# is finished, so every cell takes a moment.
+# is finished, so every run takes a moment.
 
 _, said = sweep()
 made = [line.split(" ", 1)[1] for line in said.splitlines() if "made before" in line]
@@ -135,7 +135,7 @@ print(*sorted(set(made))[:6], sep="\n")
 with open(folder / "sweep.csv") as file:
     again = list(csv.DictReader(file))
 same = all(
-    cell[name] == other[name] for cell, other in zip(cells, again, strict=True) for name in columns
+    row[name] == other[name] for row, other in zip(rows, again, strict=True) for name in columns
 )
 print("the same table:", same)
 

@@ -4,8 +4,8 @@ Bayesian flow networks: where and when is a sample decided?
 
 A Bayesian flow network (Graves et al., 2023) keeps a *belief* about every pixel. In black and
 white that is the probability of white. A network sees all beliefs, says what it makes of them, and
-this steers what the beliefs are told next. So at every moment there is a number for how undecided
-a pixel is, its entropy. Beside it there are maps, as for any other model here.
+this steers which data the beliefs receive next. So at every moment there is a number for
+how undecided a pixel is, its entropy. Beside it there are maps, as for any other model here.
 """
 
 # %%
@@ -62,7 +62,7 @@ samples = np.load(study / "samples.npz")
 # A sample takes shape
 # --------------------
 # Time runs from t = 0, where nothing is known, to t = 1. First row: the belief, which knows of
-# each pixel only what that pixel was told. Second row: what the network makes of all beliefs
+# each pixel only what that pixel received. Second row: what the network makes of all beliefs
 # together. Third row: the entropy of the second, in nats. A fair coin has ln 2 = 0.69.
 
 number, times = 0, [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1]

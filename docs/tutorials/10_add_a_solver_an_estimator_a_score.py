@@ -172,7 +172,7 @@ batch_size: 16
 # %%
 # A score
 # -------
-# A score is one number for each image; the higher, the more doubtful. It is given what its
+# A score is one number for each image; the higher, the more uncertain. It is given what its
 # arguments name: ``images`` in [-1, 1], ``variance`` in squared units of these, ``members``,
 # ``logits`` and others. This one is the variance of bright pixels alone.
 

@@ -1,4 +1,4 @@
-"""Which score finds the images that known damage to the training data has spoilt? On digits.
+"""Which score finds the images that a known corruption of the training data has spoilt? On digits.
 
     python experiments/known-corruption/run.py [SEED ...] [KEY=VALUE ...]
 
@@ -141,7 +141,7 @@ class Case:
 
 
 def all_counted(case: Case, clean: ImageData, under: Tensor, names: list[str]) -> Values:
-    """The damaged network with the posterior that all clean images would give it.
+    """The network of corrupted data with the posterior that all clean images would give it.
 
     What it still sees of the affected class, the network has in it; the rest is the count's doing.
     """

@@ -200,7 +200,7 @@ def _legend(figure: "Figure", looks: Mapping[str, Mapping[str, Any]]) -> None:
 def kept_and_discarded(
     samples: "Samples", scores: Tensor, score: str, conditions: str = ""
 ) -> "Figure":
-    """The least doubtful images on the left, the most doubtful on the right, with their maps."""
+    """The least uncertain images on the left, the most uncertain on the right, with their maps."""
     left_out = int(scores.isnan().sum())
     order = torch.from_numpy(descending(scores)[: len(scores) - left_out][::-1].copy())
     count = min(SHOWN, len(order) // 2)

@@ -23,7 +23,7 @@ class Redraws:
         features: ``(N, 1 + n, F)``.
         pixels: in [-1, 1], ``(N, 1 + n, D)``.
         judged: all of them, image after image.
-        scores: scores ``(N, 1 + n)`` by name, the higher the more doubtful.
+        scores: scores ``(N, 1 + n)`` by name, the higher the more uncertain.
     """
 
     quality: Tensor
@@ -39,7 +39,7 @@ class Redraws:
         return self.judged.inside.view(self.right.shape)
 
     def picked(self, score: str, first: int) -> Tensor:
-        """Column ``(N,)`` of the least doubtful of the columns from ``first`` on, ties the first.
+        """Column ``(N,)`` of the least uncertain of the columns from ``first`` on, ties the first.
 
         Args:
             score: its name.
@@ -144,7 +144,7 @@ def alternatives_row(redraws: Redraws, power: Tensor, *, seed: int, resamples: i
 
 
 def pick_row(redraws: Redraws, score: str, first: int, *, seed: int, resamples: int) -> Row:
-    """Quality of the least doubtful alternative of every image.
+    """Quality of the least uncertain alternative of every image.
 
     Args:
         redraws: images and alternatives.

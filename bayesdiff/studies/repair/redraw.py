@@ -147,7 +147,7 @@ class RedrawOptions:
         return {k: v for k, v in own if not v.of_posterior}
 
     def map_scores(self, variance: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
-        """All scores of maps, ``(B, K)`` float64; the higher, the more doubtful."""
+        """All scores of maps, ``(B, K)`` float64; the higher, the more uncertain."""
         given = {"variance": variance, "images": images, "labels": labels}
         shipped = [score(variance, images) for score in MAP_SCORES.values()]
         return torch.stack([*shipped, *(own(given) for own in self.own_of_maps.values())], 1)
