@@ -1,5 +1,6 @@
 """fit -> curvature -> images -> maps -> validation -> score -> report; nothing is made twice."""
 
+import importlib
 import logging
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -178,6 +179,7 @@ def prepare(cfg: DictConfig) -> tuple[Run, Solver, Estimator, LastLayerLaplace]:
         >>> len(this.data.data.images), solver.name, estimator.name, laplace.posterior
         (1497, 'euler', 'ensemble', None)
     """
+    importlib.invalidate_caches()  # a module written since the last run is found, as in notebooks
     check_groups(cfg)
     settle(cfg)
     devices = check_devices(cfg)
