@@ -58,6 +58,12 @@ copybutton_prompt_is_regexp = True
 copybutton_exclude = ".linenos, .gp, .go"
 
 if list((HERE / "tutorials").glob("[0-9]*.py")):
+    # Modules that tutorials write: sphinx-gallery forgets what a script adds to sys.path.
+    for own in ("my_network", "my_parts"):
+        folder = HERE / "tutorials" / "outputs" / "tutorials" / own
+        folder.mkdir(parents=True, exist_ok=True)
+        sys.path.append(str(folder))
+
     extensions.append("sphinx_gallery.gen_gallery")
     sphinx_gallery_conf = {
         "examples_dirs": "tutorials",

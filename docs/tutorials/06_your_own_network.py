@@ -19,7 +19,6 @@ file in a folder of yours. Nothing in this repository changes.
 
 import logging
 import sys
-import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,7 +29,8 @@ from bayesdiff.uncertainty.stored import stored_samples
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no list of devices
 
-mine = Path(tempfile.mkdtemp())  # or any folder of yours
+mine = Path("outputs/tutorials/my_network")  # or any folder of yours
+(mine / "net").mkdir(parents=True, exist_ok=True)
 (mine / "my_transformer.py").write_text('''
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,6 @@ class PatchTransformer(nn.Module):
 # It lies in a folder ``net``, the group that it belongs to. Its name is what you choose it by, and
 # ``_target_`` says what is made. There is nothing to register.
 
-(mine / "net").mkdir()
 (mine / "net/patches.yaml").write_text("""
 _target_: my_transformer.PatchTransformer
 width: 64 # of every token

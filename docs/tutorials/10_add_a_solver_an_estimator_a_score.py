@@ -15,7 +15,6 @@ thought of, and a score, and use all three in one run.
 
 import logging
 import sys
-import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,13 +25,13 @@ from bayesdiff.uncertainty.stored import stored_samples
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no list of devices
 
-mine = Path(tempfile.mkdtemp())  # or any folder of yours
+mine = Path("outputs/tutorials/my_parts")  # or any folder of yours
 sys.path.insert(0, str(mine))  # in a shell: export PYTHONPATH=mine
 
 
 def write(name, text):
     path = mine / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
