@@ -184,3 +184,12 @@ def test_the_same_training_twice_is_bit_for_bit_the_same(trained: Trained, compo
 def test_a_run_that_cannot_be_continued_says_so(compose: Compose):
     with pytest.raises(UserError, match="no checkpoint"):
         fit(compose("fit=false", "ckpt_path=nowhere.ckpt"))
+
+
+@pytest.mark.parametrize(("decay", "warned"), [(0.999, True), (0.5, False)])
+def test_an_average_that_is_still_of_the_first_step_is_said(compose, caplog, decay, warned):
+    run = build(compose(f"data.ema_decay={decay}", "trainer.max_epochs=9"))
+    assert run.length[0] == 18  # nine epochs of two batches
+    training._note_short_average(run)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("98 % of the averaged weights" in line for line in said) == warned

@@ -22,6 +22,8 @@ from bayesdiff.storage.locks import together
 from bayesdiff.storage.same_kind import kind_of, require_guidance, require_options
 
 log = logging.getLogger(__name__)
+# Share of an average that its first weights may still have when a training ends.
+_LEFT = 0.2
 
 
 def fit(run: Run, laplace: LastLayerLaplace | None = None) -> str:
@@ -100,6 +102,8 @@ def record_of(run: Run, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _trained(run: Run, laplace: LastLayerLaplace | None, resume: Path | None) -> dict[str, Any]:
     """Train to the end and return what was logged last."""
+    if resume is None and is_main_process():
+        _note_short_average(run)
     trainer, checkpoints = train(run, laplace, resume)
     far = how_far(run, trainer, checkpoints)
     if not checkpoints.ended:
@@ -113,6 +117,21 @@ def _trained(run: Run, laplace: LastLayerLaplace | None, resume: Path | None) ->
     if ended := rule_of(trainer):
         log.info("fit: ended at %s by %s", far, ended)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _note_short_average(run: Run) -> None:
+    """Say where averaged weights would mostly be those from before the training."""
+    steps = run.length[0]
+    for name, options in (plain(run.cfg.callbacks) or {}).items():
+        decay = options.get("decay") if isinstance(options, dict) else None
+        left = decay**steps if decay and steps > 0 else 0
+        if left > _LEFT:
+            log.warning(
+                "%s: after %d steps, %.0f %% of the averaged weights are those of the first step, "
+                "and images may be near noise; train longer, or take a smaller data.ema_decay "
+                "than %g",
+                *(name, steps, 100 * left, decay),
+            )
 
 
 def images_seen(run: Run) -> int:
