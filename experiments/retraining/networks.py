@@ -55,11 +55,12 @@ def prepared(
 
 
 def configuration(setting: str, seed: int, *more: str, dropout: bool = False) -> DictConfig:
-    """Of one network of a setting such as ``mnist_flow``."""
-    data, model = setting.split("_")
+    """Of one network of a setting such as ``mnist_flow``, or ``digits_flow_40`` for 40 epochs."""
+    data, model, *epochs = setting.split("_")
     place = STORE / setting / (f"dropout-{seed}" if dropout else f"seed-{seed}")
     own = [f"seed={seed}", f"run_dir={place}", f"data={data}", f"model={model}"]
     own += [*MODELS[model], *DATA[data], *COMMON]
+    own += [f"trainer.max_epochs={number}" for number in epochs]
     if dropout:
         own.append(f"net.dropout={DROPOUT}")
     return pipeline.compose(*own, *more)
