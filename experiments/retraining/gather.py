@@ -21,7 +21,7 @@ ORDER = (
     *("head", "head_linearised", "last_block", "last_block_sampled", "all", "all_one_prior"),
     *("all_sampled", "all_seen_once", "all_calibrated", "two_trainings", "checkpoints", "swag"),
     *("mc_dropout_head", "mc_dropout_network", "subnetwork", "subnetwork_1_percent", "published"),
-    *("variance_head", "aleatoric_trace"),
+    *("variance_head", "variance_head_marginal", "aleatoric_trace"),
 )
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"

@@ -91,6 +91,9 @@ METHODS: dict[str, Callable[[Bench], Maps]] = {
     "published": lambda b: b.maps("published", Published()),
     # Of the training target and of the data: no variance of the weights, there for comparison.
     "variance_head": lambda b: b.maps("variance_head", VarianceHead()),
+    "variance_head_marginal": lambda b: b.maps(
+        "variance_head_marginal", VarianceHead(target="marginal")
+    ),
     "aleatoric_trace": lambda b: not_negative(b.maps("aleatoric_trace", AleatoricTrace())),
 }
 # Variants that are compared on the digits flow alone.
