@@ -85,6 +85,15 @@ def test_retraining(script, tmp_path, monkeypatch):
         assert found[f"digits_flow.{method}.size"] > 0
     assert found["best.size"] == found["digits_flow.all.size"]
     assert (tmp_path / "study" / "retraining.png").is_file()
+    length, counts = (importlib.import_module(name) for name in ("length", "counts"))
+    for module in (length, counts):
+        monkeypatch.setattr(module, "HERE", tmp_path / "study")
+        monkeypatch.setattr(module, "REFERENCE", range(4))
+    length.main(["epochs=2", "epochs=120"])  # the usual one is there
+    assert "| 120 |" in (tmp_path / "study" / "length-digits_flow.md").read_text()
+    counts.main(["digits_flow", "share=1", "share=0.01"])
+    sizes = json.loads((tmp_path / "study" / "counts.json").read_text())["digits_flow"]
+    assert sizes["0.01"]["size"] > sizes["1"]["size"]  # fewer data leave more open
 
 
 def test_budget(script, tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
     python experiments/retraining/length.py [DATA_MODEL] [epochs=K ...]
 
-The networks of seeds 0 to 7 trained for fewer and for more epochs; of seed 0 the map of all layers,
-and that of the head, against the seven others.
+The networks of seeds 0 to 7 trained for fewer and for more epochs. Of seed 0 the maps of all
+layers and of the head, against the seven others.
 """
 
 import sys
