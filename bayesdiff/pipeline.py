@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
-from bayesdiff.checks import at_least, seed_of
+from bayesdiff.checks import UserError, at_least, seed_of
 from bayesdiff.laplace.block.kinds import Beside
 from bayesdiff.laplace.callback import LastLayerLaplace
 from bayesdiff.laplace.evidence_grid import evidence_curve
@@ -97,7 +97,8 @@ class Result:
 def run(cfg: DictConfig) -> Result:
     """Run every stage whose artefact is missing and return the metrics.
 
-    What the user can mend is a UserError, raised before any work where it can be known then.
+    Raises:
+        UserError: for what the user can mend, before any work where it can be known then.
 
     Example:
         Half a minute of training on a CPU:
@@ -105,6 +106,8 @@ def run(cfg: DictConfig) -> Result:
         >>> result = run(compose("experiment=demo"))  # doctest: +SKIP
         >>> result.metrics["nfe"], result.folder  # doctest: +SKIP
     """
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"run takes what compose gives, got {cfg!r}; run(compose('data=digits'))")
     with run_log.recording(*run_log.command()), stage("run"):
         this, solver, estimator, laplace = prepare(cfg)
         if is_main_process():

@@ -90,3 +90,8 @@ def test_a_run_leaves_images_and_their_maps(tmp_path, monkeypatch, without_repor
     assert result.metrics["summed_variance/mean"] > 0
     names = sorted(path.name for path in (result.folder / "png").iterdir())
     assert len([n for n in names if re.search("png$", n)]) >= 8, names
+
+
+def test_run_wants_a_configuration():
+    with pytest.raises(UserError, match="run takes what compose gives, got 'data=digits'"):
+        run("data=digits")

@@ -94,3 +94,23 @@ def test_a_run_tries_its_network(tmp_path):
             continue
         with pytest.raises(UserError, match="Small.forward gives other values"):
             pipeline.prepare(cfg)
+
+
+def test_a_fault_of_its_own_is_not_blamed_on_the_condition():
+    class Faulty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(1, 1, 1)
+
+        def features(self, x, t, y=None):
+            return x[:, None]  # one dimension too many
+
+        def fold(self, output):
+            return output
+
+        def forward(self, x, t, y=None):
+            return self.fold(self.head(self.features(x, t, y)))
+
+    with pytest.raises(UserError) as error:
+        try_network(Faulty(), (1, 4, 4), (1, 4, 4), (None, torch.tensor([0, 1])))
+    assert "y=[0, 1]" in str(error.value) and "no condition" not in str(error.value)

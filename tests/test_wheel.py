@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import CONFIGS, ROOT, SMALLEST
 
-from bayesdiff.commands.start import with_own_configs
+from bayesdiff.commands.start import options_first, with_own_configs
 from bayesdiff.options import config_folders
 from bayesdiff.options.config_folders import own_configs, shipped_configs
 
@@ -83,6 +83,21 @@ def test_a_folder_configs_where_a_command_runs_is_the_users_own(tmp_path, monkey
         assert with_own_configs([*words, *given]) == [*words, *given]
     monkeypatch.chdir(ROOT)
     assert own_configs() is None and with_own_configs(words) == words
+
+
+@pytest.mark.parametrize(
+    ("typed", "sorted_"),
+    [
+        ("a=1 --config-dir mine b=2 -m", "--config-dir mine -m a=1 b=2"),
+        ("a=1 -cd mine ~b", "-cd mine a=1 ~b"),
+        ("a=1 --cfg job", "--cfg job a=1"),
+        ("--info config a=1", "--info config a=1"),
+        ("a=1 --info b=2", "--info a=1 b=2"),
+        ("a=1 --config-dir=mine b=2", "--config-dir=mine a=1 b=2"),
+    ],
+)
+def test_options_may_stand_anywhere(typed, sorted_):
+    assert options_first(["train.py", *typed.split()]) == ["train.py", *sorted_.split()]
 
 
 def test_compose_takes_it_too(tmp_path, monkeypatch):

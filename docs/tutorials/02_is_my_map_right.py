@@ -160,6 +160,7 @@ plt.show()
 # When not to trust a map
 # -----------------------
 # - Its image rank against the reference is low, or its interval holds 0.
+# - Its pixel rank is low: the bright pixels are chance. More members or directions help.
 # - Its size against the reference is far from 1.
 # - You read its *size* as what another training would do, and it is not calibrated. Study
 #   ``experiments/retraining`` found 0.03 of that size for the last layer on digits, and 0.4 for a
