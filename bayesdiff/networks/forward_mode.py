@@ -23,9 +23,7 @@ def jvp(function: Callable[..., Any], primals: Any, tangents: Any, has_aux: bool
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            # Of an import inside torch, at the first derivative.
-            warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
+        with sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(function, primals, tangents, has_aux=has_aux)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -45,7 +45,7 @@ def try_network(
         net.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for each in (y[-1], *y[:-1]):  # first the usual one, whose faults are of no condition
-                _run(net, (x, t, each), f"{kind} does not run on {_told(x, each, y)}")
+                _run(net, (x, t, each), f"{kind} does not run on {_in_words(x, each, y)}")
             made = net(x, t, y[-1])
             _check_shape(made, kind, tuple(shape), tuple(outputs))
             _check_parts(net, kind, (x, t, y[-1]), made)
@@ -54,7 +54,7 @@ def try_network(
             module.training = training
 
 
-def _told(x: Tensor, each: Tensor | None, y: Sequence[Tensor | None]) -> str:
+def _in_words(x: Tensor, each: Tensor | None, y: Sequence[Tensor | None]) -> str:
     """What a network was given, in words."""
     values = f"states {tuple(x.shape[1:])} with y={each if each is None else each.tolist()}"
     return values if each is y[-1] else f"{values}, which is no condition and needs room too"
